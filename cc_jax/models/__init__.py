@@ -1,0 +1,1 @@
+"""The networks others made, ported to Flax NNX; nothing of our method."""

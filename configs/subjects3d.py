@@ -1,0 +1,93 @@
+"""CustomContrast on subjects3d: the main job, at the size of a laptop."""
+
+import ml_collections
+
+
+def get_config() -> ml_collections.ConfigDict:
+  """The table of decisions. Every key is read by something; unknown keys are errors."""
+  c = ml_collections.ConfigDict()
+  c.seed = 0
+  # A folder in the diffusers layout; 'subjects3d-base' is the one shipped inside the package.
+  c.base = "subjects3d-base"
+
+  c.data = ml_collections.ConfigDict()
+  c.data.source = "tfds"  # 'tfds' | 'render' (no tensorflow) | 'folder'
+  c.data.name = "subjects3d/small"  # TFDS data set; for 'folder' the folder's path
+  c.data.data_dir = ""  # where TFDS data sets are written; '' = the library's default
+  c.data.image_size = 64
+  c.data.reference_share = 0.8  # longer side of the reference's subject over the canvas
+  c.data.reference_jitter = 0.0  # random change of the reference's size and place, 0 = none
+  c.data.positive_share = (0.4, 0.9)  # range of the positive's longer side over the canvas
+  c.data.group = "family"  # hard negatives: 'class' | 'family'
+  c.data.group_share = 0.0  # share of the global batch drawn from one group
+
+  c.encoder = ml_collections.ConfigDict()  # the MFI-Encoder
+  c.encoder.image_layers = (1, 2, 3, 4)  # hidden states concatenated [R]
+  c.encoder.width = 128
+  c.encoder.depth = 2  # [R]
+  c.encoder.heads = 4
+  c.encoder.visual_queries = 8
+  c.encoder.textual_queries = 4
+  c.encoder.s_words = 2  # W: the first W textual tokens of a layer are its pseudo-words [R]
+  c.encoder.timestep_layer = "fourier_mlp"  # 'fourier_mlp' | 'none': how (t, l) enters the queries [R]
+  c.encoder.textual_cls = "mean"  # 'mean' over layers | 'last' [R]
+  c.encoder.s_plus_space = "per_layer"  # 'per_layer' | 'shared' by all layers [R]
+  c.encoder.s_plus_norm = "class_noun"  # 'class_noun' | 'free' [R]
+  c.encoder.fusion = "tv_fusion"  # 'tv_fusion' | 'visual_tokens' (no fusion, the lab's control) [R]
+  c.encoder.layer_groups = ()  # SDXL: sizes of the groups of layers that share an S+; () = each its own
+
+  c.injection = ml_collections.ConfigDict()
+  c.injection.form = "complementary"  # 'complementary' | 'visual_only' | 'shared' [R]
+  c.injection.location = True  # the timestep-location map; False = 1 everywhere
+  c.injection.location_width = 32
+  c.injection.low_rank = 0  # rank of the visual K/V; 0 = full
+
+  c.objective = ml_collections.ConfigDict()
+  c.objective.lambda_cscl = 0.1  # [R]
+  c.objective.cscl_temperature = 0.07  # [R]
+  c.objective.cscl_frame = "same_frame"  # 'same_frame' | 'cross_frame' [R]
+  c.objective.lambda_macl = 0.1  # [R]
+  c.objective.macl_temperature = 0.07  # [R]
+  # 'inverse' | 'complement' | 'two_minus' | 'log_complement' | 'literal' | 'none' | 'soft_target' [R]
+  c.objective.macl_scaling = "inverse"
+  c.objective.macl_soft_temperature = 0.07
+  c.objective.macl_symmetric = False  # [R]
+  c.objective.macl_pooling = "mean"  # 'mean' | 'per_token' [R]
+  c.objective.min_snr_gamma = 0.0  # 0 = plain loss
+  c.objective.drop_text = 0.05
+  c.objective.drop_image = 0.05
+  c.objective.drop_both = 0.05
+
+  c.train = ml_collections.ConfigDict()
+  c.train.steps = 1500
+  c.train.batch_size = 32  # global
+  c.train.learning_rate = 1e-3
+  c.train.schedule = "cosine"  # 'cosine' | 'constant', after the warm-up
+  c.train.warmup_steps = 100
+  c.train.weight_decay = 0.01
+  c.train.beta1 = 0.9
+  c.train.beta2 = 0.99
+  c.train.clip_norm = 1.0
+  c.train.ema = 0.995
+  c.train.dtype = "float32"  # compute: 'float32' | 'bfloat16'
+  c.train.base_dtype = "float32"  # how the frozen base is stored
+  c.train.max_bad_steps = 1
+  c.train.log_every = 50
+  c.train.save_every = 500
+  c.train.keep = 2
+  c.train.sample_every = 500  # 0 = only at the end
+  c.train.gaps_every = 500  # wrong-word loss gaps; 0 = never
+
+  c.mesh = ml_collections.ConfigDict()
+  c.mesh.data = -1  # -1 fills
+  c.mesh.cpu_devices = -1  # virtual CPU devices when there is no accelerator; -1 = one per core
+
+  c.sample = ml_collections.ConfigDict()  # the grid and the scores at the end of the run
+  c.sample.split = "test"
+  c.sample.subjects = 40
+  c.sample.sampler = "dpmsolver++"
+  c.sample.steps = 20
+  c.sample.guidance = 3.0
+  c.sample.image_guidance = -1.0  # apart from the text's when >= 0
+  c.sample.scale = 1.0
+  return c

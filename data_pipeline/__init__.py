@@ -1,0 +1,1 @@
+"""Input pipelines and the rendered world; imports nothing of cc_jax."""

@@ -1,0 +1,1 @@
+"""subjects3d: a rendered multi-view world in which every factor is known."""
