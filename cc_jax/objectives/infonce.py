@@ -1,0 +1,82 @@
+"""InfoNCE over the global batch in its readable form: what CSCL and MACL share.
+
+The [N, N] matrices exist in memory. This is the oracle that faster implementations agree with.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from cc_jax.errors import UserError
+
+
+def l2_normalize(x: Float[Array, "*n d"]) -> Float[Array, "*n d"]:
+  """Unit vectors in float32. A zero vector has no direction: it stays zero, and so does its
+  gradient (the derivative of sqrt would be infinite there)."""
+  x = x.astype(jnp.float32)
+  square = jnp.sum(x * x, axis=-1, keepdims=True)
+  nonzero = square > 1e-24
+  return jnp.where(nonzero, x * jax.lax.rsqrt(jnp.where(nonzero, square, 1.0)), 0.0)
+
+
+def cosine_matrix(a: Float[Array, "*l n d"], b: Float[Array, "*l m d"]) -> Float[Array, "*l n m"]:
+  """Cosines of every row of `a` with every row of `b`.
+
+  Highest precision, because a low temperature multiplies the error that TPUs and recent GPUs make
+  in their default float32 products.
+  """
+  return jnp.einsum(
+    "...nd,...md->...nm", l2_normalize(a), l2_normalize(b), precision=jax.lax.Precision.HIGHEST
+  )
+
+
+def allowed_pairs(subject_ids: Int[Array, "n"] | None, n: int) -> Bool[Array, "n n"]:
+  """Pair (j, k) may stand in row j's denominator: the own positive, or another subject's.
+
+  Samples of one subject are not negatives of each other. A negative id means that the data set does
+  not know the subject; such a sample is taken for a subject of its own.
+  """
+  own = jnp.eye(n, dtype=bool)
+  if subject_ids is None:
+    return jnp.ones((n, n), bool)
+  same = (subject_ids[:, None] == subject_ids[None, :]) & (subject_ids >= 0)[:, None]
+  return own | ~same
+
+
+def cross_entropy(
+  logits: Float[Array, "*l n n"],
+  allowed: Bool[Array, "n n"],
+  targets: Float[Array, "n n"] | None = None,
+) -> Float[Array, "*l n"]:
+  """-Σ_k targets_jk log softmax_k(logits_jk) over the allowed k, for every row j.
+
+  `targets` sum to 1 over the allowed pairs of a row and are 0 elsewhere; without them the own
+  positive is the target, which is InfoNCE (arXiv 1807.03748).
+  """
+  normaliser = jax.nn.logsumexp(logits, axis=-1, where=allowed)
+  if targets is None:
+    return normaliser - jnp.diagonal(logits, axis1=-2, axis2=-1)
+  return normaliser - jnp.sum(targets * logits, axis=-1)
+
+
+def retrieval_metrics(
+  cosines: Float[Array, "*l n n"], allowed: Bool[Array, "n n"]
+) -> dict[str, Float[Array, ""]]:
+  """Means over all leading axes: `positive` and `negative` cosine, and `accuracy`, the share of
+  rows whose own positive is strictly nearer than every negative (so collapse counts as wrong)."""
+  n = cosines.shape[-1]
+  negative = allowed & ~jnp.eye(n, dtype=bool)
+  own = jnp.diagonal(cosines, axis1=-2, axis2=-1)
+  nearest = jnp.max(cosines, axis=-1, where=negative, initial=-jnp.inf)
+  count = jnp.maximum(negative.sum(), 1)
+  return {
+    "positive": own.mean(),
+    "negative": (jnp.where(negative, cosines, 0.0).sum(axis=(-2, -1)) / count).mean(),
+    "accuracy": (own > nearest).mean(dtype=jnp.float32),
+  }
+
+
+def check_temperature(temperature: float, key: str) -> None:
+  """Raises UserError unless a temperature that is a plain number is positive."""
+  if isinstance(temperature, int | float) and not temperature > 0:
+    raise UserError(f"{key}={temperature}: a temperature must be positive")
