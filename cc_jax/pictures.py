@@ -1,0 +1,160 @@
+"""Labelled grids of pictures: what training, evaluation and the README show to people."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from cc_jax.errors import UserError
+
+FONT_SIZE = 12
+_GAP = 6
+_PAPER, _INK = "white", "black"
+
+
+def to_image(picture: Any) -> Image.Image:
+  """A PIL image, uint8 [h, w, 3 or 4] or float [h, w, 3] in [0, 1] (clipped), as an RGB image.
+
+  An alpha channel is laid on white.
+
+  Raises:
+    ValueError: an array of another shape.
+  """
+  if not isinstance(picture, Image.Image):
+    pixels = np.asarray(picture)
+    if pixels.ndim != 3 or pixels.shape[-1] not in (3, 4):
+      raise ValueError(f"a picture has the shape [h, w, 3 or 4], not {list(pixels.shape)}")
+    if pixels.dtype != np.uint8:
+      pixels = to_uint8(pixels)
+    picture = Image.fromarray(pixels)
+  if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
+    picture = picture.convert("RGBA")
+    paper = Image.new("RGBA", picture.size, _PAPER)
+    picture = Image.alpha_composite(paper, picture)
+  return picture.convert("RGB")
+
+
+def to_uint8(pixels: Any) -> np.ndarray:
+  """Pixels in [0, 1], clipped and rounded to uint8 as diffusers' VaeImageProcessor does."""
+  return (np.clip(np.asarray(pixels, np.float32), 0.0, 1.0) * 255.0).round().astype(np.uint8)
+
+
+def grid(
+  images: Sequence[Any],
+  captions: Sequence[str] | None = None,
+  *,
+  columns: int | None = None,
+  scale: float = 1.0,
+  column_headings: Sequence[str] | None = None,
+  row_headings: Sequence[str] | None = None,
+  title: str = "",
+) -> Image.Image:
+  """Lays pictures out row by row, each with its caption beneath.
+
+  Args:
+    images: what `to_image` takes; None leaves a cell empty. Cells are as large as the largest.
+    captions: one per picture; wrapped to the picture's width, a line break is kept.
+    columns: pictures per row; by default about as many as rows.
+    scale: enlargement of every picture (bicubic), text stays as it is.
+    column_headings, row_headings: text above each column and to the left of each row.
+    title: a line above everything.
+
+  Raises:
+    ValueError: no picture at all, or headings or captions of another number than they name.
+  """
+  pictures = [None if image is None else to_image(image) for image in images]
+  if not any(pictures):
+    raise ValueError("a grid needs at least one picture")
+  columns = columns or math.ceil(math.sqrt(len(pictures)))
+  rows = math.ceil(len(pictures) / columns)
+  for what, texts, count in (
+    ("captions", captions, len(pictures)),
+    ("column headings", column_headings, columns),
+    ("row headings", row_headings, rows),
+  ):
+    if texts is not None and len(texts) != count:
+      raise ValueError(f"{len(texts)} {what} for {count}")
+
+  width = max(round(p.width * scale) for p in pictures if p)
+  height = max(round(p.height * scale) for p in pictures if p)
+  captions = [_wrap(text, width) for text in captions or [""] * len(pictures)]
+  heads = [_wrap(text, width) for text in column_headings or [""] * columns]
+  sides = [_wrap(text, max(width, 90)) for text in row_headings or [""] * rows]
+  top = _wrap(title, columns * (width + _GAP))
+
+  line = _line_height()
+  left = _GAP + max((_width(text) + _GAP for side in sides for text in side), default=0)
+  above_heads = _GAP + line * len(top)
+  y = above_heads + line * max(map(len, heads)) + (_GAP // 2 if any(heads) else 0)
+  row_tops = []
+  for row in range(rows):
+    row_tops.append(y)
+    under = max(map(len, captions[row * columns : (row + 1) * columns]))
+    y += height + line * under + _GAP
+
+  sheet = Image.new("RGB", (left + columns * (width + _GAP), y), _PAPER)
+  draw = ImageDraw.Draw(sheet)
+  _write(draw, top, left, _GAP)
+  for column, head in enumerate(heads):
+    _write(draw, head, left + column * (width + _GAP), above_heads)
+  for row, side in enumerate(sides):
+    _write(draw, side, _GAP, row_tops[row] + (height - line * len(side)) // 2)
+  for index, (picture, caption) in enumerate(zip(pictures, captions, strict=True)):
+    row, column = divmod(index, columns)
+    x, y = left + column * (width + _GAP), row_tops[row]
+    if picture:
+      size = round(picture.width * scale), round(picture.height * scale)
+      if size != picture.size:
+        picture = picture.resize(size, Image.Resampling.BICUBIC)
+      sheet.paste(picture, (x + (width - size[0]) // 2, y + (height - size[1]) // 2))
+    _write(draw, caption, x, y + height)
+  return sheet
+
+
+def save(image: Image.Image, path: Any) -> None:
+  """Writes an image by its suffix. Raises UserError if it cannot be written."""
+  try:
+    image.save(path)
+  except (OSError, ValueError) as error:
+    raise UserError(
+      f"cannot write the picture {path}: {error}; choose a writable path that ends in .png"
+    ) from error
+
+
+@functools.cache
+def _font():
+  # Pillow's own scalable font (it falls back to a bitmap if FreeType is missing).
+  return ImageFont.load_default(FONT_SIZE)
+
+
+def _width(text: str) -> int:
+  return math.ceil(_font().getlength(text))
+
+
+def _line_height() -> int:
+  return FONT_SIZE + 3
+
+
+def _wrap(text: str, width: int) -> list[str]:
+  """Lines no wider than `width` pixels, where a single word permits it."""
+  lines = []
+  for paragraph in text.splitlines():
+    current = ""
+    for word in paragraph.split():
+      longer = f"{current} {word}" if current else word
+      if current and _width(longer) > width:
+        lines.append(current)
+        longer = word
+      current = longer
+    lines.append(current)
+  return lines
+
+
+def _write(draw: ImageDraw.ImageDraw, lines: Sequence[str], x: int, y: int) -> None:
+  for index, text in enumerate(lines):
+    draw.text((x, y + index * _line_height()), text, fill=_INK, font=_font())
