@@ -30,17 +30,17 @@ def load_tokenizer(folder: str | Path) -> Any:
   if not (folder / "tokenizer.json").is_file():
     for name in ("vocab.json", "merges.txt"):
       if not (folder / name).is_file():
-        raise UserError(f"{folder / name} is missing; a CLIP tokenizer is vocab.json and merges.txt")
+        raise UserError(f"{folder / name} is missing; a CLIP tokenizer needs it")
   from transformers import CLIPTokenizer
 
   try:
     tokenizer = CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
   except Exception as error:  # the library's own kinds differ between versions
     reason = " ".join(str(error).split())[:200]
-    raise UserError(f"{folder} holds no readable CLIP tokenizer ({reason}); copy it again") from error
+    raise UserError(f"{folder}: no readable CLIP tokenizer ({reason}); copy it again") from error
   if tokenizer.model_max_length > 10_000:
     # What transformers says when tokenizer_config.json is missing or has no length.
-    raise UserError(f"{folder / 'tokenizer_config.json'} gives no model_max_length; add it, e.g. 77")
+    raise UserError(f"{folder / 'tokenizer_config.json'}: model_max_length is missing; add it")
   return tokenizer
 
 
@@ -49,7 +49,7 @@ def train_tokenizer(
 ) -> Any:
   """Learns a BPE vocabulary from `texts`, writes it to `folder` and returns it loaded.
 
-  Every byte has a piece, alone and at the end of a word, so any text can be written. The two special
+  Every byte has a piece, alone and at the end of a word, so any text can be written. The special
   tokens come last: BOS is id n - 2, EOS (also the padding and the unknown token) id n - 1, where
   n = len(tokenizer); the text encoder's config must carry these ids and n as its vocab_size.
 
@@ -82,26 +82,62 @@ def train_tokenizer(
   # Two merges may spell the same piece ("ab" + "c", "a" + "bc"); it has one id.
   pieces = list(dict.fromkeys([*pieces, *("".join(pair) for pair in merges), BOS, EOS]))
 
-  folder = Path(folder)
-  folder.mkdir(parents=True, exist_ok=True)
   vocab = {piece: index for index, piece in enumerate(pieces)}
-  _write(folder / "vocab.json", json.dumps(vocab, ensure_ascii=False))
-  _write(folder / "merges.txt", "".join(f"{a} {b}\n" for a, b in [("#version:", "0.2"), *merges]))
   special = {"bos_token": BOS, "eos_token": EOS, "pad_token": EOS, "unk_token": EOS}
-  _write(folder / "special_tokens_map.json", json.dumps(special, indent=2) + "\n")
-  config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": max_length, "do_lower_case": True,
-            "add_prefix_space": False, "errors": "replace", **special}
-  _write(folder / "tokenizer_config.json", json.dumps(config, indent=2) + "\n")
+  _write(Path(folder), vocab, merges, special, max_length)
   return load_tokenizer(folder)
+
+
+def save_tokenizer(tokenizer: Any, folder: str | Path) -> None:
+  """Writes the classic four files; transformers 5 by itself writes `tokenizer.json` only.
+
+  Raises:
+    ValueError: tokens were added after loading; the classic files have no place for them.
+  """
+  model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+  added = sorted(set(tokenizer.get_vocab()) - set(model["vocab"]))
+  if added:
+    raise ValueError(f"tokens {added[:3]} are not in the vocabulary; save the tokenizer without")
+  merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model["merges"]]
+  roles = ("bos_token", "eos_token", "pad_token", "unk_token")
+  special = {role: str(getattr(tokenizer, role)) for role in roles}
+  _write(Path(folder), model["vocab"], merges, special, tokenizer.model_max_length)
+
+
+def _write(
+  folder: Path,
+  vocab: dict[str, int],
+  merges: list[tuple[str, str]],
+  special: dict[str, str],
+  max_length: int,
+) -> None:
+  folder.mkdir(parents=True, exist_ok=True)
+  config = {
+    "tokenizer_class": "CLIPTokenizer",
+    "model_max_length": max_length,
+    "do_lower_case": True,
+    "add_prefix_space": False,
+    "errors": "replace",
+    **special,
+  }
+  vocab = dict(sorted(vocab.items(), key=lambda item: item[1]))
+  files = {
+    "vocab.json": json.dumps(vocab, ensure_ascii=False),
+    "merges.txt": "".join(f"{a} {b}\n" for a, b in [("#version:", "0.2"), *merges]),
+    "special_tokens_map.json": json.dumps(special, indent=2) + "\n",
+    "tokenizer_config.json": json.dumps(config, indent=2) + "\n",
+  }
+  for name, text in files.items():
+    (folder / name).write_text(text, encoding="utf-8")
 
 
 def _learn_merges(
   words: collections.Counter[tuple[str, ...]], limit: int
 ) -> list[tuple[str, str]]:
-  """Byte-pair encoding (Sennrich et al. 2016): merge the most frequent neighbours, again and again.
+  """Byte-pair encoding (Sennrich et al. 2016): merge the most frequent neighbours, repeatedly.
 
-  Ties go to the alphabetically first pair. tokenizers' BpeTrainer breaks them by ids that follow the
-  order of a hash map: it gives another vocabulary on every run, and a base must be repeatable.
+  Ties go to the alphabetically first pair. tokenizers' BpeTrainer breaks them by ids that follow
+  the order of a hash map: it gives another vocabulary on every run, and ours must be repeatable.
   """
   merges: list[tuple[str, str]] = []
   counts = sorted(words.items())
@@ -127,7 +163,3 @@ def _merge(word: tuple[str, ...], pair: tuple[str, str]) -> tuple[str, ...]:
     else:
       merged.append(piece)
   return tuple(merged)
-
-
-def _write(path: Path, text: str) -> None:
-  path.write_text(text, encoding="utf-8")
