@@ -22,7 +22,8 @@ def get_config() -> ml_collections.ConfigDict:
   c.data.group_share = 0.0  # share of the global batch drawn from one group
 
   c.encoder = ml_collections.ConfigDict()  # the MFI-Encoder
-  c.encoder.image_layers = (1, 2, 3, 4)  # hidden states concatenated [R]
+  c.encoder.image_encoder = ""  # folder of a CLIP image encoder; '' = the base's own image_encoder/
+  c.encoder.image_layers = (1, 2, 3, 4)  # hidden states concatenated [R]; 0 = the encoder's input
   c.encoder.width = 128
   c.encoder.depth = 2  # [R]
   c.encoder.heads = 4
@@ -33,6 +34,9 @@ def get_config() -> ml_collections.ConfigDict:
   c.encoder.textual_cls = "mean"  # 'mean' over layers | 'last' [R]
   c.encoder.s_plus_space = "per_layer"  # 'per_layer' | 'shared' by all layers [R]
   c.encoder.s_plus_norm = "class_noun"  # 'class_noun' | 'free' [R]
+  # The pooled text (or, for addition_embed_type 'text', the whole text) that goes to the time
+  # embedding comes from the prompt without S+ ('plain') or from the mean over layers ('s_plus') [R].
+  c.encoder.s_plus_pooled = "plain"
   c.encoder.fusion = "tv_fusion"  # 'tv_fusion' | 'visual_tokens' (no fusion, the lab's control) [R]
   c.encoder.layer_groups = ()  # SDXL: sizes of the groups of layers that share an S+; () = each its own
 

@@ -1,0 +1,51 @@
+"""CustomContrast on Stable Diffusion 1.5, as in the paper.
+
+  python -m cc_jax.train --config=configs/sd15.py --abstract
+
+builds the whole training state abstractly (seconds, no weights) and prints the parameter table.
+Training needs the weights in the folders that `base` and `encoder.image_encoder` name, triples of
+frames in `data.name`, and an accelerator: `--config.base=... --config.data.name=...`. It has not
+been trained here: no weights and no photographs can be had where this was built.
+"""
+
+import ml_collections
+
+from configs import subjects3d
+
+
+def get_config() -> ml_collections.ConfigDict:
+  """Where it differs from configs/subjects3d.py, the table of all decisions."""
+  c = subjects3d.get_config()
+  c.base = "stable-diffusion-v1-5"
+
+  c.data.source = "folder"
+  c.data.name = "data/multi_view"
+  c.data.image_size = 512
+
+  # The image encoder of IP-Adapter(-plus): CLIP ViT-H/14, 32 layers, 257 tokens of 1280.
+  c.encoder.image_encoder = "IP-Adapter/models/image_encoder"
+  c.encoder.image_layers = (8, 16, 24, 31)  # detail to meaning; 31 is IP-Adapter-plus' penultimate
+  c.encoder.width = 768  # that of the text encoder, so that W'_k, W'_v start from W_k, W_v
+  c.encoder.depth = 4
+  c.encoder.heads = 12
+  c.encoder.visual_queries = 16
+  c.encoder.textual_queries = 16
+  c.injection.location_width = 64
+
+  c.train.batch_size = 64
+  c.train.learning_rate = 1e-4  # IP-Adapter's, as are batch and weight decay
+  c.train.steps = 100_000
+  c.train.warmup_steps = 1_000
+  c.train.schedule = "constant"
+  c.train.beta2 = 0.999
+  c.train.ema = 0.9999
+  c.train.dtype = "bfloat16"
+  c.train.base_dtype = "bfloat16"
+  c.train.save_every = 2_000
+  c.train.sample_every = 2_000
+  c.train.gaps_every = 2_000
+
+  c.sample.subjects = 8
+  c.sample.steps = 30
+  c.sample.guidance = 7.5
+  return c
