@@ -29,6 +29,20 @@ class GroupNorm(nnx.GroupNorm):
     )
 
 
+class LayerNorm(nnx.LayerNorm):
+  """Layer normalisation as PyTorch computes it: epsilon 1e-5 (flax has 1e-6), two-pass variance."""
+
+  def __init__(self, width: int, *, epsilon: float = 1e-5, dtype, param_dtype, rngs):
+    super().__init__(
+      width,
+      epsilon=epsilon,
+      use_fast_variance=False,
+      dtype=dtype,
+      param_dtype=param_dtype,
+      rngs=rngs,
+    )
+
+
 def conv3x3(in_channels: int, out_channels: int, *, stride: int = 1, padding=1, **kw) -> nnx.Conv:
   """A 3x3 convolution with PyTorch's explicit padding ('SAME' pads strided inputs on one side)."""
   return nnx.Conv(in_channels, out_channels, (3, 3), strides=stride, padding=padding, **kw)
