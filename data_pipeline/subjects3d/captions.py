@@ -1,0 +1,134 @@
+"""English sentences about one picture, from a small grammar with several phrasings (numpy only)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from data_pipeline.errors import DataError
+from data_pipeline.subjects3d import factors as F
+
+MENTIONS = ("scene", "hat", "style", "color1", "color2", "pattern", "size")
+MAX_WORDS = 22
+SMALL, LARGE = 0.85, 1.3  # sizes below and above are worth a word
+
+_SCENES = (
+  ("on the grass", "on green grass", "standing on the grass"),
+  ("on the beach", "at the beach", "standing on a sandy beach"),
+  ("in the snow", "on the snow", "standing in the snow"),
+  ("in the desert", "in a sandy desert", "standing in the desert"),
+  ("in the sea", "on the sea", "floating on the sea"),
+  ("at night", "in the night", "under the moon at night"),
+  ("by a brick wall", "in front of a brick wall", "next to a brick wall"),
+  ("on a wooden floor", "on the wooden floor", "standing on a wooden floor"),
+  ("on a road", "on the road", "standing on the road"),
+  ("in a flower meadow", "in a meadow of flowers", "standing in a flower meadow"),
+)
+# An empty prefix belongs to photos alone.
+_STYLES = (
+  ("", "", "a photo of", "a picture of"),
+  ("a sketch of", "a pencil sketch of"),
+  ("a watercolour of", "a watercolour painting of"),
+)
+_PATTERNED = (None, "striped", "dotted", "checked", "swirled")
+_WITH_PATTERN = (None, "with {} stripes", "with {} dots", "with {} checks", "with a {} swirl")
+_PARTS = ("with {} parts", "with {} details")
+_HATS = ("wearing {} hat", "in {} hat", "with {} hat")
+
+
+class Caption(NamedTuple):
+  """A sentence without capital or full stop; `text[noun_start:]` begins with the class noun."""
+
+  text: str
+  noun: str
+  noun_start: int
+
+
+def _a(words: str) -> str:
+  return ("an " if words[0] in "aeiou" else "a ") + words
+
+
+def _pick(rng, choices):
+  return choices[rng.integers(len(choices))]
+
+
+def _phrase(rng, f, mention) -> tuple[str, str, str]:
+  """(text before the noun, noun, text after it)."""
+  noun = F.CLASSES[f.class_id]
+  color1, third = F.COLORS[f.color1], F.COLORS[f.pattern_color]
+  adjectives, after = [], []
+  if "size" in mention and not SMALL <= f.size <= LARGE:
+    adjectives.append("small" if f.size < SMALL else _pick(rng, ("large", "big")))
+  if "pattern" in mention and f.pattern:
+    if "color1" in mention and rng.random() < 0.5:
+      adjectives += [color1, "and", third, _PATTERNED[f.pattern]]
+    else:
+      adjectives += [color1] if "color1" in mention else []
+      after.append(_WITH_PATTERN[f.pattern].format(third))
+  else:
+    adjectives += ["plain"] if "pattern" in mention else []
+    adjectives += [color1] if "color1" in mention else []
+  if "color2" in mention:
+    parts = _pick(rng, _PARTS).format(F.COLORS[f.color2])
+    after.append(parts.replace("with", "and") if after else parts)
+  if "hat" in mention and f.hat:
+    hats = _HATS[:2] if after else _HATS
+    after.append(_pick(rng, hats).format(_a(F.COLORS[f.hat - 1])))
+  before = ""
+  if "style" in mention:
+    before = _pick(rng, _STYLES[f.style])
+  if "scene" in mention:
+    scene = _pick(rng, _SCENES[f.scene])
+    if not before and rng.random() < 0.15:
+      before = scene.removeprefix("standing ").removeprefix("floating ") + ","
+    else:
+      after.append(scene)
+  words = _a(" ".join([*adjectives, noun]))
+  head = words[: len(words) - len(noun)]
+  before = f"{before} {head}" if before else head
+  return before, noun, "".join(" " + part for part in after)
+
+
+def caption(rng: np.random.Generator, factors_row: F.Factors, *, mention=("scene", "hat", "style")) -> Caption:
+  """Describes one picture.
+
+  Args:
+    factors_row: `Factors` of scalars, e.g. `factors.take(i)`.
+    mention: which of `MENTIONS` the sentence speaks of, besides the class noun. 'hat' says nothing where there
+      is none, 'size' nothing about middling sizes, a photo need not be called one.
+
+  Returns:
+    A sentence of at most 22 words: longer ones are drawn again.
+
+  Raises:
+    DataError: unknown name in `mention`.
+  """
+  unknown = set(mention) - set(MENTIONS)
+  if unknown:
+    raise DataError(f"captions cannot mention {sorted(unknown)[0]!r}: use any of {', '.join(MENTIONS)}")
+  while True:
+    before, noun, after = _phrase(rng, factors_row, mention)
+    text = before + noun + after
+    if len(text.split()) <= MAX_WORDS:
+      return Caption(text, noun, len(before))
+
+
+def all_words() -> list[str]:
+  """Every word that a caption may contain, sorted."""
+  texts = [*F.CLASSES, *F.COLORS, *(p for row in _SCENES + _STYLES for p in row), *_PARTS, *_HATS]
+  texts += [p for p in _PATTERNED + _WITH_PATTERN if p]
+  texts.append("a an and plain small large big")
+  return sorted({w for text in texts for w in text.replace("{}", "").split()})
+
+
+def corpus(n: int, rng: np.random.Generator) -> list[str]:
+  """n captions about random pictures, each mentioning a random half of what can be mentioned."""
+  table = F.subjects("train")
+  ranges = F.Ranges(hat=0.5, photo=0.4)  # every phrase often enough for a tokenizer
+  drawn = F.sample_factors(rng, table.take(rng.integers(len(table.class_id), size=n)), ranges=ranges)
+  texts = []
+  for i in range(n):
+    mention = [name for name in MENTIONS if rng.random() < 0.5]
+    texts.append(caption(rng, drawn.take(i), mention=mention).text)
+  return texts

@@ -1,0 +1,282 @@
+"""The ten classes as tables of super-primitives (numpy only).
+
+A row of 17 numbers is one solid: centre, two rotations, three scales, horizontal box half-extents, half
+height, radius, rounding, taper, ring radius, mirroring, material. It gives sphere, ellipsoid, (rounded,
+tapered) box, cylinder, capsule, cone, torus and band. A proportion (wide, tall, ratio in [-1, 1]) is a linear
+change of the table: table = base + wide * d_wide + tall * d_tall + ratio * d_ratio.
+
+Object frame: y up, ground at y = 0, front towards +z, picture's right = +x when the front faces the camera.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from data_pipeline.subjects3d import factors
+
+FIELDS = (
+  "cx", "cy", "cz",  # centre
+  "rx", "rz",  # tilt of the solid's y axis towards +z and towards +x
+  "sx", "sy", "sz",  # scales
+  "bx", "bz",  # half-extents of the box part
+  "h", "r",  # half height and radius of the cylinder part
+  "rnd",  # rounding: a sphere is nothing but rounding
+  "taper",  # share by which box and radius shrink from bottom to top
+  "ring",  # > 0: bent to a ring of that radius around the x axis (bx radial, bz axial)
+  "mirror",  # 1: also at -x; 2: also at -x, at -z and at both
+  "mat",
+)  # fmt: skip
+MAIN, SECOND, HAT, INK, WHITE, ORANGE, LAMP, TAIL_LAMP, GLASS, DARK = range(10)
+FIXED_RGB = {  # materials that are the same on every individual; INK is black, or white on a dark subject
+  WHITE: (245, 245, 245), ORANGE: (255, 140, 0), LAMP: (255, 250, 170), TAIL_LAMP: (255, 20, 20),
+  GLASS: (178, 222, 245), DARK: (46, 46, 52),
+}  # fmt: skip
+
+
+def _row(mat, c, *, wide=None, tall=None, ratio=None, **fields) -> np.ndarray:
+  """One solid, [17, 4]: base and its change with each proportion, given as dicts of FIELDS."""
+  row = np.zeros((len(FIELDS), 4), np.float32)
+  base = {"sx": 1, "sy": 1, "sz": 1, "mat": mat, "cx": c[0], "cy": c[1], "cz": c[2]} | fields
+  for k, change in enumerate((base, wide or {}, tall or {}, ratio or {})):
+    for name, value in change.items():
+      row[FIELDS.index(name), k] = value
+  return row
+
+
+def _hat(y, *, z=0.0, size=1.0, wide=0.0, tall=0.0, ratio=0.0):
+  """A bowler: brim and crown; y = where it sits, and how that moves with the proportions."""
+  moves = {"wide": {"cy": wide}, "tall": {"cy": tall}, "ratio": {"cy": ratio}}
+  return [
+    _row(HAT, (0, y, z), r=0.5 * size, h=0.01, rnd=0.045 * size, **moves),
+    _row(HAT, (0, y + 0.2 * size, z), r=0.24 * size, h=0.14 * size, rnd=0.09 * size, taper=0.15, **moves),
+  ]
+
+
+def _teapot():
+  return [
+    _row(MAIN, (0, 0.86, 0), sx=1.0, sy=0.8, sz=1.0, rnd=1,
+         wide={"sx": 0.14, "sz": 0.14}, tall={"sy": 0.12, "cy": 0.1}),
+    _row(SECOND, (0, 1.56, 0), r=0.42, h=0.03, rnd=0.12, taper=0.3, tall={"cy": 0.2}, ratio={"r": 0.1}),
+    _row(SECOND, (0, 1.86, 0), rnd=0.17, tall={"cy": 0.2}, ratio={"rnd": 0.04, "cy": 0.02}),
+    _row(SECOND, (0, 1.0, 1.12), rx=0.72, r=0.24, h=0.42, rnd=0.06, taper=0.5,
+         wide={"cz": 0.14}, tall={"cy": 0.12}, ratio={"r": 0.05, "h": 0.1, "cz": 0.05}),
+    _row(SECOND, (0, 0.95, -1.0), sy=1.15, ring=0.42, rnd=0.13,
+         wide={"cz": -0.12}, tall={"cy": 0.1, "sy": 0.1}, ratio={"ring": 0.07}),
+    _row(SECOND, (0, 0.13, 0), r=0.55, h=0.07, rnd=0.06, wide={"r": 0.1}),
+    *_hat(1.98, size=0.95, tall=0.2, ratio=0.05),
+  ]  # fmt: skip
+
+
+def _snowman():
+  return [
+    _row(MAIN, (0, 0.72, 0), rnd=0.86, sy=0.86, wide={"sx": 0.12, "sz": 0.12}, ratio={"rnd": 0.05}),
+    _row(MAIN, (0, 1.5, 0), rnd=0.64, wide={"sx": 0.1, "sz": 0.1}, tall={"cy": 0.12}),
+    _row(MAIN, (0, 2.22, 0), rnd=0.54, tall={"cy": 0.24}, ratio={"rnd": -0.06}),
+    _row(SECOND, (0, 1.87, 0), rz=np.pi / 2, ring=0.42, rnd=0.17, bz=0.05,
+         tall={"cy": 0.2}, ratio={"rnd": 0.03}),  # scarf
+    _row(SECOND, (0.26, 1.5, 0.6), rx=-0.12, bx=0.1, h=0.24, rnd=0.07, tall={"cy": 0.16}),  # its end
+    _row(SECOND, (0.86, 1.55, 0), rz=1.0, h=0.3, rnd=0.14, mirror=1,
+         wide={"cx": 0.08}, tall={"cy": 0.12}),  # arms
+    _row(ORANGE, (0, 2.2, 0.72), rx=np.pi / 2, r=0.13, h=0.26, rnd=0.03, taper=0.9, tall={"cy": 0.24}),
+    _row(INK, (0.2, 2.38, 0.45), rnd=0.1, mirror=1, tall={"cy": 0.24}),
+    _row(INK, (0, 0.86, 0.86), rnd=0.1, wide={"cz": 0.1}),
+    *_hat(2.68, tall=0.24, ratio=-0.05),
+  ]  # fmt: skip
+
+
+def _mushroom():
+  return [
+    _row(MAIN, (0, 1.42, 0), rnd=0.34, r=0.86, h=0.22, taper=0.55,
+         wide={"r": 0.16}, tall={"cy": 0.14}, ratio={"h": 0.1, "cy": 0.05}),  # cap
+    _row(MAIN, (0, 1.62, 0), sx=1.0, sy=0.66, sz=1.0, rnd=0.86,
+         wide={"rnd": 0.1}, tall={"cy": 0.14}, ratio={"sy": 0.14}),
+    _row(SECOND, (0, 1.02, 0), r=0.8, h=0.02, rnd=0.05, wide={"r": 0.14}, tall={"cy": 0.14},
+         ratio={"cy": -0.04}),  # gills
+    _row(SECOND, (0, 0.5, 0), r=0.5, h=0.46, rnd=0.08, taper=0.3,
+         tall={"h": 0.08, "cy": 0.08}, ratio={"r": 0.08}),  # stem
+    _row(SECOND, (0, 0.52, 0), rz=np.pi / 2, ring=0.48, rnd=0.09, ratio={"ring": 0.08}),
+    *_hat(2.2, tall=0.14, ratio=0.1, size=1.1),
+  ]  # fmt: skip
+
+
+def _robot():
+  return [
+    _row(MAIN, (0, 0.98, 0), bx=0.58, bz=0.4, h=0.48, rnd=0.08,
+         wide={"bx": 0.12, "bz": 0.06}, tall={"h": 0.1, "cy": 0.1}),  # trunk
+    _row(SECOND, (0, 1.88, 0), bx=0.44, bz=0.36, h=0.3, rnd=0.08,
+         tall={"cy": 0.2}, ratio={"bx": 0.09, "h": 0.06, "cy": 0.05}),  # head
+    _row(LAMP, (0.2, 1.95, 0.44), rnd=0.14, mirror=1, tall={"cy": 0.2}, ratio={"cx": 0.04, "cy": 0.05}),
+    _row(DARK, (0, 1.66, 0.44), bx=0.24, bz=0.02, h=0.03, rnd=0.04, tall={"cy": 0.2}, ratio={"cy": 0.03}),
+    _row(SECOND, (0.9, 0.98, 0), h=0.38, rnd=0.19, mirror=1, wide={"cx": 0.12}, tall={"cy": 0.12, "h": 0.05}),
+    _row(DARK, (0.9, 0.42, 0), rnd=0.2, mirror=1, wide={"cx": 0.12}, tall={"cy": 0.06}),  # hands
+    _row(SECOND, (0.33, 0.2, 0.06), bx=0.16, bz=0.3, h=0.14, rnd=0.08, mirror=1, wide={"cx": 0.05}),
+    _row(GLASS, (0, 1.12, 0.49), bx=0.2, bz=0.02, h=0.14, rnd=0.04,
+         wide={"cz": 0.06}, tall={"cy": 0.14}),  # chest screen
+    _row(DARK, (0, 1.1, -0.6), bx=0.3, bz=0.14, h=0.32, rnd=0.08, wide={"cz": -0.06}, tall={"cy": 0.12}),
+    _row(TAIL_LAMP, (0.18, 1.1, -0.82), rnd=0.13, mirror=1, wide={"cz": -0.06}, tall={"cy": 0.12}),
+    _row(TAIL_LAMP, (0.54, 1.95, 0), rnd=0.13, mirror=1, tall={"cy": 0.2}, ratio={"cx": 0.09, "cy": 0.05}),
+    *_hat(2.28, tall=0.2, ratio=0.14, size=0.95),
+  ]  # fmt: skip
+
+
+def _rocket():
+  return [
+    _row(MAIN, (0, 1.2, 0), r=0.4, h=0.5, rnd=0.22, wide={"r": 0.1}, tall={"h": 0.12, "cy": 0.12}),
+    _row(SECOND, (0, 2.2, 0), r=0.58, h=0.34, rnd=0.06, taper=0.92, wide={"r": 0.1},
+         tall={"cy": 0.24}, ratio={"h": 0.1, "cy": 0.1}),  # nose
+    _row(SECOND, (0.72, 0.5, 0), rz=-0.4, bx=0.2, bz=0.04, h=0.36, rnd=0.06, taper=0.6, mirror=1,
+         wide={"cx": 0.1}, ratio={"h": 0.06, "bx": 0.06}),  # fins left and right
+    _row(SECOND, (0, 0.5, -0.72), rx=0.4, bx=0.04, bz=0.2, h=0.36, rnd=0.06, taper=0.6,
+         wide={"cz": -0.1}, ratio={"h": 0.06, "bz": 0.06}),  # and at the back
+    _row(DARK, (0, 0.3, 0), r=0.5, h=0.2, rnd=0.05, taper=0.4),  # nozzle
+    _row(GLASS, (0, 1.42, 0.52), rnd=0.25, wide={"cz": 0.1}, tall={"cy": 0.14}),  # window
+    _row(WHITE, (0, 1.42, 0.56), rx=np.pi / 2, r=0.33, h=0.02, rnd=0.06, wide={"cz": 0.1}, tall={"cy": 0.14}),
+    _row(TAIL_LAMP, (0, 1.5, -0.55), bx=0.08, bz=0.06, h=0.3, rnd=0.05, wide={"cz": -0.1}, tall={"cy": 0.14}),
+    *_hat(2.42, tall=0.24, ratio=0.18, size=0.9),
+  ]  # fmt: skip
+
+
+def _tree():
+  return [
+    _row(MAIN, (0, 0.92, 0), r=1.02, h=0.34, rnd=0.05, taper=0.62, wide={"r": 0.16}, ratio={"r": 0.08}),
+    _row(MAIN, (0, 1.48, 0), r=0.8, h=0.34, rnd=0.05, taper=0.66, wide={"r": 0.12}, tall={"cy": 0.1}),
+    _row(MAIN, (0, 2.06, 0), r=0.58, h=0.4, rnd=0.05, taper=0.92, wide={"r": 0.08},
+         tall={"cy": 0.2}, ratio={"r": -0.05}),
+    _row(SECOND, (0, 0.26, 0), r=0.5, h=0.24, rnd=0.05, taper=-0.4,
+         wide={"r": 0.05}, ratio={"r": 0.06}),  # pot
+    _row(SECOND, (0, 0.48, 0), r=0.66, h=0.05, rnd=0.05, ratio={"r": 0.06}),
+    *_hat(2.3, tall=0.2, size=0.9),
+  ]  # fmt: skip
+
+
+def _duck():
+  return [
+    _row(MAIN, (0, 0.72, -0.05), sx=0.8, sy=0.66, sz=1.0, rnd=1,
+         wide={"sx": 0.12}, tall={"sy": 0.06, "cy": 0.06}),
+    _row(MAIN, (0, 1.62, 0.46), rnd=0.58, tall={"cy": 0.18}, ratio={"rnd": 0.08}),
+    _row(MAIN, (0, 1.15, 0.4), r=0.3, h=0.2, rnd=0.08, tall={"cy": 0.1, "h": 0.08}),  # neck
+    _row(ORANGE, (0, 1.5, 1.08), rx=np.pi / 2, r=0.24, h=0.2, rnd=0.06, sy=1.0, sz=0.62, taper=0.4,
+         tall={"cy": 0.18}, ratio={"cz": 0.05}),  # beak
+    _row(INK, (0.3, 1.78, 0.86), rnd=0.12, mirror=1, tall={"cy": 0.18}, ratio={"cz": 0.05, "cx": 0.03}),
+    _row(SECOND, (0.74, 0.82, -0.22), rz=0.3, rx=-0.3, sx=0.22, sy=0.44, sz=0.68, rnd=1, mirror=1,
+         wide={"cx": 0.12}, tall={"cy": 0.06}, ratio={"sz": -0.05}),  # wings
+    _row(SECOND, (0, 1.02, -0.98), rx=-0.7, r=0.34, h=0.24, rnd=0.07, taper=0.75,
+         tall={"cy": 0.08}),  # tail
+    _row(ORANGE, (0.34, 0.06, 0.2), bx=0.1, bz=0.24, h=0.01, rnd=0.07, mirror=1),
+    *_hat(2.12, z=0.46, tall=0.18, ratio=0.08),
+  ]  # fmt: skip
+
+
+def _house():
+  return [
+    _row(MAIN, (0, 0.68, 0), bx=0.86, bz=0.74, h=0.64, rnd=0.04,
+         wide={"bx": 0.12, "bz": 0.08}, tall={"h": 0.1, "cy": 0.1}),
+    _row(SECOND, (0, 1.72, 0), bx=1.06, bz=0.94, h=0.38, rnd=0.05, taper=0.86,
+         wide={"bx": 0.12, "bz": 0.08}, tall={"cy": 0.2}, ratio={"h": 0.12, "cy": 0.12}),
+    _row(DARK, (0, 0.45, 0.76), bx=0.18, bz=0.04, h=0.4, rnd=0.04, wide={"cz": 0.08}),  # door
+    _row(LAMP, (0.1, 0.45, 0.86), rnd=0.07, wide={"cz": 0.08}),  # its knob
+    _row(GLASS, (0.54, 0.8, 0.76), bx=0.13, bz=0.03, h=0.16, rnd=0.05, mirror=1,
+         wide={"cx": 0.06, "cz": 0.08}, tall={"cy": 0.1}),  # front windows
+    _row(GLASS, (0, 0.8, -0.78), bx=0.34, bz=0.03, h=0.12, rnd=0.05,
+         wide={"cz": -0.08}, tall={"cy": 0.1}),  # wide back window
+    _row(DARK, (0.5, 1.9, -0.34), bx=0.12, bz=0.12, h=0.42, rnd=0.05, tall={"cy": 0.2}, ratio={"cy": 0.1}),
+    *_hat(2.14, tall=0.2, ratio=0.22, size=0.95),
+  ]  # fmt: skip
+
+
+def _car():
+  return [
+    _row(MAIN, (0, 0.66, 0), bx=0.56, bz=1.06, h=0.2, rnd=0.18,
+         wide={"bx": 0.1}, tall={"cy": 0.03, "h": 0.03}, ratio={"bz": 0.08}),
+    _row(SECOND, (0, 1.32, -0.14), bx=0.56, bz=0.68, h=0.26, rnd=0.1, taper=0.32,
+         wide={"bx": 0.1}, tall={"cy": 0.12, "h": 0.08}, ratio={"bz": -0.08}),
+    _row(GLASS, (0, 1.26, -0.14), bx=0.62, bz=0.34, h=0.14, rnd=0.04, taper=0.2,
+         wide={"bx": 0.1}, tall={"cy": 0.12, "h": 0.04}),  # side windows
+    _row(GLASS, (0, 1.26, -0.14), bx=0.36, bz=0.76, h=0.14, rnd=0.04, taper=0.2,
+         wide={"bx": 0.1}, tall={"cy": 0.12, "h": 0.04}, ratio={"bz": -0.08}),  # front and back ones
+    _row(DARK, (0.66, 0.34, 0.72), rz=np.pi / 2, r=0.26, h=0.1, rnd=0.07, mirror=2,
+         wide={"cx": 0.1}, ratio={"cz": 0.06}),
+    _row(WHITE, (0.8, 0.34, 0.72), rz=np.pi / 2, r=0.1, h=0.03, rnd=0.04, mirror=2,
+         wide={"cx": 0.1}, ratio={"cz": 0.06}),
+    _row(LAMP, (0.44, 0.76, 1.22), rnd=0.16, mirror=1, wide={"cx": 0.08}, tall={"cy": 0.03}, ratio={"cz": 0.08}),
+    _row(DARK, (0, 0.6, 1.22), bx=0.2, bz=0.02, h=0.08, rnd=0.05, ratio={"cz": 0.08}),  # grille
+    _row(TAIL_LAMP, (0.48, 0.74, -1.22), bx=0.08, bz=0.02, h=0.06, rnd=0.07, mirror=1,
+         wide={"cx": 0.08}, ratio={"cz": -0.08}),
+    *_hat(1.7, z=-0.14, tall=0.2, size=1.05),
+  ]  # fmt: skip
+
+
+def _teddy():
+  return [
+    _row(MAIN, (0, 0.7, 0), sx=0.72, sy=0.74, sz=0.64, rnd=1,
+         wide={"sx": 0.1, "sz": 0.08}, tall={"sy": 0.06, "cy": 0.06}),
+    _row(MAIN, (0, 1.76, 0.06), rnd=0.66, sx=1.08, tall={"cy": 0.12}, ratio={"rnd": 0.06}),
+    _row(SECOND, (0.54, 2.22, 0), sz=0.6, rnd=0.27, mirror=1,
+         tall={"cy": 0.12}, ratio={"rnd": 0.04, "cx": 0.04}),  # ears
+    _row(SECOND, (0, 1.6, 0.56), sz=0.8, sy=0.8, rnd=0.32, tall={"cy": 0.12}, ratio={"cz": 0.05}),  # snout
+    _row(INK, (0, 1.72, 0.84), rnd=0.12, tall={"cy": 0.12}, ratio={"cz": 0.05}),
+    _row(INK, (0.26, 1.96, 0.6), rnd=0.1, mirror=1, tall={"cy": 0.12}, ratio={"cz": 0.05}),
+    _row(MAIN, (0.8, 1.0, 0.14), rz=0.75, rx=0.3, h=0.24, rnd=0.22, mirror=1, wide={"cx": 0.08}),
+    _row(SECOND, (1.02, 1.22, 0.26), rnd=0.25, mirror=1, wide={"cx": 0.08}),  # paws
+    _row(SECOND, (0.48, 0.26, 0.62), rnd=0.3, sz=1.1, mirror=1, wide={"cx": 0.05}),  # feet
+    _row(SECOND, (0, 0.72, 0.4), sx=0.46, sy=0.5, sz=0.34, rnd=1, wide={"cz": 0.08}),  # belly
+    _row(SECOND, (0, 0.42, -0.68), rnd=0.22, wide={"cz": -0.08}),  # tail
+    *_hat(2.34, z=0.04, tall=0.12, ratio=0.06),
+  ]  # fmt: skip
+
+
+_MAKERS = (_teapot, _snowman, _mushroom, _robot, _rocket, _tree, _duck, _house, _car, _teddy)
+# Per class, rows x 17 x 4.
+TABLES = tuple(np.stack(maker()) for maker in _MAKERS)
+# The pattern's map per class: (flat faces?, phase of y, cells per unit of height, cells around / per unit).
+_ROUND, _FLAT = 0.0, 1.0
+PATTERN_MAP = np.array([
+  (_ROUND, 0.02, 1.5, 8), (_ROUND, 0.0, 1.5, 8), (_ROUND, 0.1, 1.6, 8), (_FLAT, 0.1, 1.7, 1.7), (_ROUND, 0.1, 1.7, 6),
+  (_ROUND, 0.1, 1.7, 8), (_ROUND, 0.0, 1.6, 8), (_FLAT, 0.0, 1.6, 1.6), (_FLAT, 0.25, 1.8, 1.8), (_ROUND, 0.0, 1.6, 8),
+], np.float32)  # fmt: skip
+# Share of the fitted size that a class gets, so that none is cut and the areas are alike; set by measuring.
+FIT = np.array([1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0], np.float32)
+
+
+def extents(class_id: np.ndarray, wide: np.ndarray, tall: np.ndarray, ratio: np.ndarray) -> np.ndarray:
+  """[n, 4]: half width (x), half depth (z), bottom and top (y) of each individual without hat, object units.
+
+  Bounds of the rotated boxes around the solids: a little too large for round ones, but always alike.
+  """
+  out = np.zeros((len(class_id), 4), np.float32)
+  for c in np.unique(class_id):
+    pick = class_id == c
+    weight = np.stack([np.ones(pick.sum()), wide[pick], tall[pick], ratio[pick]])
+    table = TABLES[c][TABLES[c][:, -1, 0] != HAT]
+    f = dict(zip(FIELDS, np.moveaxis(np.einsum("pfk,kn->npf", table, weight), -1, 0), strict=True))
+    ex = (np.where(f["ring"] > 0, f["bz"], np.maximum(f["r"], f["bx"])) + f["rnd"]) * f["sx"]
+    ey = (np.where(f["ring"] > 0, f["ring"] + f["bx"], f["h"]) + f["rnd"]) * f["sy"]
+    ez = (np.where(f["ring"] > 0, f["ring"] + f["bx"], np.maximum(f["r"], f["bz"])) + f["rnd"]) * f["sz"]
+    ex, ey = np.abs(np.cos(f["rz"])) * ex + np.abs(np.sin(f["rz"])) * ey, np.abs(np.sin(f["rz"])) * ex + np.abs(
+      np.cos(f["rz"])
+    ) * ey
+    ey, ez = np.abs(np.cos(f["rx"])) * ey + np.abs(np.sin(f["rx"])) * ez, np.abs(np.sin(f["rx"])) * ey + np.abs(
+      np.cos(f["rx"])
+    ) * ez
+    out[pick] = np.stack(
+      [
+        (np.abs(f["cx"]) + ex).max(1),
+        (np.abs(f["cz"]) + ez).max(1),
+        (f["cy"] - ey).min(1),
+        (f["cy"] + ey).max(1),
+      ],
+      axis=-1,
+    )
+  return out
+
+
+def placing(subjects: factors.Subjects | factors.Factors) -> np.ndarray:
+  """[n, 3]: canvas widths per object unit at size 1, height of the centre, bounding radius (hat included)."""
+  e = extents(subjects.class_id, subjects.wide, subjects.tall, subjects.ratio)
+  half_height = (e[:, 3] - e[:, 2]) / 2
+  half_width = np.hypot(e[:, 0], e[:, 1]) * 0.8
+  # Seen from about 0.35 rad above.
+  reach = np.maximum(half_width, half_height * np.cos(0.35) + np.minimum(e[:, 0], e[:, 1]) * np.sin(0.35) * 0.6)
+  scale = 0.27 * FIT[subjects.class_id] / reach
+  bound = np.sqrt(e[:, 0] ** 2 + e[:, 1] ** 2 + (half_height + 0.5) ** 2)
+  return np.stack([scale, (e[:, 3] + e[:, 2]) / 2, bound], -1).astype(np.float32)
