@@ -1,17 +1,32 @@
-"""Labelled grids of pictures: what training, evaluation and the README show to people."""
+"""Pictures in and out: references as users have them, labelled grids as people look at them."""
 
 from __future__ import annotations
 
 import functools
+import json
 import math
-from collections.abc import Sequence
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from jaxtyping import UInt8
+from PIL import (
+  Image,
+  ImageDraw,
+  ImageFont,
+  ImageOps,
+  PngImagePlugin,
+  UnidentifiedImageError,
+)  # fmt: skip
 
 from cc_jax.errors import UserError
+from data_pipeline.errors import DataError
+from data_pipeline.triples import segment_reference, split_alpha
 
+METADATA = "cc_jax"  # the PNG text entry with a picture's settings, as JSON
 FONT_SIZE = 12
 _GAP = 6
 _PAPER, _INK = "white", "black"
@@ -116,14 +131,72 @@ def grid(
   return sheet
 
 
-def save(image: Image.Image, path: Any) -> None:
-  """Writes an image by its suffix. Raises UserError if it cannot be written."""
+def save(image: Image.Image, path: Any, settings: Mapping[str, Any] | None = None) -> None:
+  """Writes a PNG. It carries its settings: `json.loads(Image.open(path).text['cc_jax'])`.
+
+  Raises:
+    UserError: it cannot be written.
+  """
+  text = PngImagePlugin.PngInfo()
+  if settings is not None:
+    text.add_text(METADATA, json.dumps(settings))
   try:
-    image.save(path)
-  except (OSError, ValueError) as error:
+    image.save(path, format="PNG", pnginfo=text)
+  except OSError as error:
+    raise UserError(f"cannot write the picture {path}: {error}; choose another path") from error
+
+
+def read_reference(
+  reference: Any, mask: Any = None, *, share: float = 0.8, size: int = 64
+) -> UInt8[np.ndarray, "s s 3"]:
+  """A reference as training shows it: cut out, on white, centred, its longer side `share` of it.
+
+  Warns, with what would help, if neither a mask nor an alpha channel says where the subject is.
+
+  Raises:
+    UserError: a file is missing, empty or no picture; nothing of the subject is opaque; the
+      mask has another size.
+  """
+  name = _name(reference, "the reference")
+  image = _open(reference, name)
+  has_alpha = image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info
+  pixels = np.asarray(image.convert("RGBA" if has_alpha else "RGB"))
+  if mask is not None:
+    mask = np.asarray(_open(mask, _name(mask, "the mask")).convert("L"))
+  elif split_alpha(pixels)[1] is None:
+    warnings.warn(
+      f"{name} is used whole, background included, which the drawing may copy: a PNG with a "
+      "transparent background, or a --mask that is white on the subject, would help",
+      stacklevel=2,
+    )
+  try:
+    return segment_reference(pixels, mask, share=share, size=size)
+  except DataError as error:
+    raise UserError(f"{name}: {error}") from error
+
+
+def _open(picture: Any, name: str) -> Image.Image:
+  """A path, PIL image or uint8 array as a PIL image, turned as its camera says."""
+  if isinstance(picture, Image.Image):
+    return picture
+  if isinstance(picture, np.ndarray):
+    return Image.fromarray(picture)
+  path = Path(picture)
+  if not path.is_file():
+    raise UserError(f"{name} is missing; check the path")
+  if path.stat().st_size == 0:
+    raise UserError(f"{name} is an empty file; save the picture again")
+  try:
+    with Image.open(path) as image:
+      return ImageOps.exif_transpose(image)
+  except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
     raise UserError(
-      f"cannot write the picture {path}: {error}; choose a writable path that ends in .png"
+      f"{name} is no picture that can be read ({error}); give a PNG or JPEG file"
     ) from error
+
+
+def _name(picture: Any, default: str) -> str:
+  return str(picture) if isinstance(picture, str | os.PathLike) else default
 
 
 @functools.cache

@@ -1,0 +1,221 @@
+"""The host part of generation: any number of pictures, drawn in batches of one compiled shape."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jaxtyping import Bool, Float, Int, UInt8
+from tqdm import tqdm
+
+from cc_jax import sharding
+from cc_jax.customcontrast.model import CustomContrast
+from cc_jax.diffusion.samplers import step_table
+from cc_jax.diffusion.schedule import NoiseSchedule
+from cc_jax.drawing import EMPTY, FULL, TEXT, Plan, Prompts, Request, bundle, draw
+from cc_jax.errors import UserError
+from cc_jax.pictures import to_uint8
+from data_pipeline.tokens import encode_prompt
+
+__all__ = ["Drawer", "Prompts", "bundle", "check_guidance", "encode_prompts"]
+
+
+class Drawer:
+  """Draws any number of pictures with one model, in batches of one size."""
+
+  def __init__(
+    self,
+    model: nnx.Module,
+    schedule: NoiseSchedule,
+    *,
+    merge: Callable[[Any], nnx.Module] | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+  ):
+    """Takes the model apart; later changes of it are not seen.
+
+    Args:
+      model: a `CustomContrast`, or `bundle(base)`.
+      schedule: the base's.
+      merge: for callers with parameters in a form of their own (training): parameters -> model.
+        `model` may then be abstract, and every call must give `params`.
+      mesh: pictures are spread over its axis `data`; parameters lie whole on every device.
+    """
+    definition, self.params = nnx.split(model)
+    self.merge = merge or (lambda params: nnx.merge(definition, params))
+    if merge is not None:
+      self.params = None
+    elif mesh is not None:
+      self.params = sharding.put_replicated(self.params, mesh)
+    self.schedule, self.mesh = schedule, mesh
+    self.is_subject_model = isinstance(model, CustomContrast)
+    self.layers = len(model.group_of_layer) if self.is_subject_model else 1
+    side = model.unet.config.sample_size
+    self.latent_size = (side, side) if isinstance(side, int) else tuple(side)
+    self.latent_channels = model.vae.config.latent_channels
+    # Bound here, so that what one Drawer has compiled is never looked up for another.
+    self._draw = jax.jit(
+      lambda params, request, plan, tick: draw(self.merge, params, request, plan, tick),
+      static_argnames=("plan", "tick"),
+    )
+
+  def noise(self, seeds: Sequence[int]) -> Float[np.ndarray, "b h w c"]:
+    """Unit normal noise: a picture's depends on its own seed alone."""
+    return np.stack([
+      np.asarray(jax.random.normal(jax.random.key(seed), (*self.latent_size, self.latent_channels)))
+      for seed in seeds
+    ])
+
+  def __call__(
+    self,
+    prompts: Prompts,
+    negative: Prompts,
+    *,
+    noise: Float[np.ndarray, "n h w c"],
+    references: UInt8[np.ndarray, "n r h w 3"] | None = None,
+    use_image: Bool[np.ndarray, " n"] | None = None,
+    scale: float | Sequence | np.ndarray = 1.0,
+    s_plus: bool = True,
+    guidance: float = 3.0,
+    image_guidance: float | None = None,
+    steps: int = 20,
+    sampler: str = "default",
+    maps: bool = False,
+    batch_size: int | None = None,
+    params: Any = None,
+    progress: bool = False,
+    tick: Callable[[], None] | None = None,
+  ) -> tuple[UInt8[np.ndarray, "n h w 3"], tuple[Float[np.ndarray, "steps n s 1"], ...]]:
+    """Pictures, and location maps per layer if `maps` (else an empty tuple).
+
+    Args:
+      prompts: N prompts.
+      negative: what to be led away from, one for all; usually the empty prompt.
+      noise: see `noise`; equal noise makes pictures comparable.
+      references: R references of each subject, as training shows them; None draws with the base.
+      use_image: per picture; False draws that one with the base.
+      scale: of the visual path: a number, [L] per layer, or [steps, L] (either may be 1). 0
+        everywhere, like no reference, draws with the base: without S+.
+      s_plus: False leaves S+ out of every prompt.
+      guidance: classifier-free; 1 = none (one branch less).
+      image_guidance: the image's own guidance; None = `guidance` is for both.
+      batch_size: pictures at once; the last batch is filled up with copies. Default N.
+      params: in place of the model's own.
+      progress: show a bar over the batches.
+      tick: see `draw`.
+
+    Raises:
+      UserError: steps, sampler, guidance or scale make no sense.
+    """
+    count = len(noise)
+    scale = self._scale(scale, steps)
+    check_guidance(guidance, image_guidance)
+    step_table(self.schedule, steps=steps, sampler=sampler)  # raises before anything is compiled
+    if not self.is_subject_model or not scale.any():
+      references = None
+    if references is None:
+      use_image = np.zeros(count, bool)
+      scale = np.zeros_like(scale)
+    elif use_image is None:
+      use_image = np.ones(count, bool)
+    branches = (FULL,)
+    if references is not None and image_guidance is not None:
+      branches = (EMPTY, TEXT, FULL)
+    elif guidance != 1.0:
+      branches = (EMPTY, FULL)
+    if maps and not self.is_subject_model:
+      raise UserError("a plain base has no location maps; give an adapter")
+    plan = Plan(self.schedule, steps, sampler, branches, s_plus, maps)
+
+    rows = (prompts, references, np.asarray(use_image, bool), np.asarray(noise, np.float32))
+    size = batch_size or count
+    images, recorded = [], []
+    for start in tqdm(
+      range(0, count, size), desc="drawing", unit="batch", disable=not progress
+    ):
+      here = min(size, count - start)
+      batch = jax.tree.map(lambda x: _padded(x[start : start + here], size), rows)  # noqa: B023
+      if self.mesh is not None:
+        batch = jax.device_put(batch, sharding.over_data(self.mesh))
+      request = Request(
+        batch[0],
+        tuple(i[:1] for i in negative.ids),
+        *batch[1:],
+        scale,
+        np.float32(guidance),
+        np.float32(0.0 if image_guidance is None else image_guidance),
+      )
+      drawing = self._draw(self.params if params is None else params, request, plan=plan, tick=tick)
+      pixels = np.asarray(drawing.images)[:here]
+      if not np.isfinite(pixels).all():
+        raise UserError("the picture is not finite; draw in float32 (--dtype=float32)")
+      images.append(to_uint8(pixels))
+      recorded.append([np.asarray(m)[:, :here] for m in drawing.maps])
+    return np.concatenate(images), tuple(np.concatenate(m, axis=1) for m in zip(*recorded))
+
+  def _scale(self, scale, steps: int) -> Float[np.ndarray, "steps l"]:
+    try:
+      scale = np.asarray(scale, np.float32)
+      if steps >= 1:
+        scale = np.broadcast_to(scale, (steps, self.layers)).copy()
+    except (TypeError, ValueError):
+      raise UserError(
+        f"scale {scale!r} is no number, nor {self.layers} numbers (one per layer), nor "
+        f"[{steps}, {self.layers}] (per step and layer)"
+      ) from None
+    if not (np.isfinite(scale) & (scale >= 0)).all():
+      raise UserError(
+        f"scale {scale.min():g} makes no sense; use 0 (the base) to about 2, usually 1"
+      )
+    return scale
+
+
+def check_guidance(guidance: float, image_guidance: float | None) -> None:
+  """Raises UserError for a guidance that is negative or no number."""
+  for name, value in (("guidance", guidance), ("image_guidance", image_guidance)):
+    if value is not None and not (np.isfinite(value) and value >= 0):
+      raise UserError(f"{name} {value} makes no sense; use 1 (none) to about 10, usually 3")
+
+
+def encode_prompts(
+  tokenizers: Sequence[Any], prompts: Sequence[str], nouns: Sequence[str] | None = None,
+  *, s_words: int = 0,
+) -> Prompts:
+  """Token ids of prompts and, with `nouns`, where S+ goes (else at the end: no S+ may be used).
+
+  Raises:
+    UserError, DataError: a prompt is too long (with S+'s `s_words` tokens) or lacks its noun.
+  """
+  first = tokenizers[0]
+  if nouns is None:
+    ids = np.stack([_plain_ids(first, prompt) for prompt in prompts])
+    slot = np.zeros(len(ids), np.int32)
+    span = np.zeros((len(ids), 2), np.int32)
+  else:
+    ids, slot, span = (
+      np.stack(column)
+      for column in zip(*(encode_prompt(first, p, n, s_words) for p, n in zip(prompts, nouns)))
+    )
+  others = [np.stack([_plain_ids(t, p) for p in prompts]) for t in tokenizers[1:]]
+  return Prompts((ids, *others), slot.astype(np.int32), span)
+
+
+def _plain_ids(tokenizer: Any, prompt: str) -> Int[np.ndarray, " t"]:
+  limit = tokenizer.model_max_length
+  found = tokenizer(prompt)["input_ids"]
+  if len(found) > limit:
+    raise UserError(
+      f"the prompt {prompt!r} has {len(found)} tokens and the tokenizer's limit is {limit}; "
+      f"shorten it by {len(found) - limit} tokens"
+    )
+  padded = np.full(limit, tokenizer.pad_token_id, np.int32)
+  padded[: len(found)] = found
+  return padded
+
+
+def _padded(rows: np.ndarray, size: int) -> np.ndarray:
+  """`size` rows: the last one repeated."""
+  rows = np.asarray(rows)
+  return np.concatenate([rows, np.repeat(rows[-1:], size - len(rows), axis=0)])

@@ -1,0 +1,238 @@
+"""The device part of generation: prompts, references and noise in, pictures and maps out.
+
+`draw` is one pure function, for one batch; `cc_jax.drawer` compiles it and feeds it. With a
+`CustomContrast` model it draws subjects, with a plain base it is Stable Diffusion.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int, UInt8
+
+from cc_jax.customcontrast.model import Conditioning, CustomContrast
+from cc_jax.diffusion.guidance import classifier_free
+from cc_jax.diffusion.samplers import sample, step_table
+from cc_jax.diffusion.schedule import NoiseSchedule
+
+# What one denoising step asks the UNet, stacked along the batch in this order.
+EMPTY, TEXT, FULL = "empty prompt, no image", "prompt, no image", "prompt and image"
+
+
+class Prompts(NamedTuple):
+  """Tokenized prompts; one id array per text encoder (SDXL has two)."""
+
+  ids: tuple[Int[np.ndarray, "b t"], ...]
+  slot: Int[np.ndarray, " b"]  # where S+ goes
+  noun_span: Int[np.ndarray, "b 2"]  # the class noun's tokens
+
+
+class Request(NamedTuple):
+  """One batch for `draw`: B pictures, each of R references."""
+
+  prompts: Prompts
+  negative: tuple[Int[Array, "1 t"], ...]  # the prompt to be led away from, one for all
+  references: UInt8[Array, "b r h w 3"] | None
+  use_image: Bool[Array, " b"]
+  noise: Float[Array, "b h w c"]  # unit normal
+  scale: Float[Array, "steps l"]  # of the visual path, per step and layer
+  guidance: Float[Array, ""]
+  image_guidance: Float[Array, ""]
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """What is fixed when `draw` is compiled."""
+
+  schedule: NoiseSchedule
+  steps: int
+  sampler: str
+  branches: tuple[str, ...]
+  s_plus: bool = True  # S+ stands in the prompts of pictures that have a reference
+  maps: bool = False
+
+
+class Drawing(NamedTuple):
+  """`images` in [0, 1]; `maps`: per layer, the location map m at every step (may be empty)."""
+
+  images: Float[Array, "b h w 3"]
+  maps: tuple[Float[Array, "steps b s 1"], ...] = ()
+
+
+def draw(
+  merge: Callable[[Any], Any],
+  params: Any,
+  request: Request,
+  plan: Plan,
+  tick: Callable[[], None] | None = None,
+) -> Drawing:
+  """Noise -> pictures; pure.
+
+  The visual Q-Former and the image encoder run once. The textual Q-Former, and with S+ the text
+  encoder on L sequences per prompt, run at every step, because S+ depends on t.
+
+  Args:
+    merge: params -> model: a `CustomContrast`, or what `bundle` makes of a base.
+    params: pytree of arrays.
+    request: the batch.
+    plan: static.
+    tick: called on the host at every step, for a progress bar.
+  """
+  model = merge(params)
+  conditions = (_subject if isinstance(model, CustomContrast) else _plain)(model, request, plan)
+  table = step_table(plan.schedule, steps=plan.steps, sampler=plan.sampler)
+  count = len(plan.branches)
+
+  def denoise(latents, t):
+    if tick is not None:
+      jax.debug.callback(tick)
+    index = jnp.argmax(jnp.asarray(table.timestep) == t)
+    x = jnp.concatenate([latents] * count)
+    prediction = _predict(model, x, t, conditions(plan.branches, t, index))
+    parts = dict(zip(plan.branches, jnp.split(prediction, count)))
+    if count == 1:
+      return parts[FULL]
+    apart = {}
+    if TEXT in parts:
+      apart = dict(text_only=parts[TEXT], image_guidance=request.image_guidance)
+    return classifier_free(parts[EMPTY], parts[FULL], request.guidance, **apart)
+
+  latents, states = sample(
+    denoise,
+    request.noise,
+    plan.schedule,
+    steps=plan.steps,
+    sampler=plan.sampler,
+    return_trajectory=True,
+  )
+  images = decode(model.vae, latents)
+  if not plan.maps:
+    return Drawing(images)
+
+  # A second look at the states that were passed through, with the prompt and the image alone.
+  def look(row):
+    index, t, latents = row
+    return _predict(model, latents, t, conditions((FULL,), t, index), maps=True)[1]
+
+  before = jnp.concatenate([request.noise[None], states[:-1]])
+  rows = (jnp.arange(plan.steps), jnp.asarray(table.timestep), before)
+  return Drawing(images, jax.lax.map(look, rows))
+
+
+def decode(vae: nnx.Module, latents: Float[Array, "b h w c"]) -> Float[Array, "b h w 3"]:
+  """Latents in the UNet's units -> pixels in [0, 1], clipped, float32."""
+  z = latents / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
+  return jnp.clip(vae.decode(z).astype(jnp.float32) / 2 + 0.5, 0.0, 1.0)
+
+
+def bundle(base: Any) -> nnx.Module:
+  """The networks of a `hub.Base` that plain Stable Diffusion needs, as one module."""
+  return nnx.Dict(unet=base.unet, vae=base.vae, text_encoders=nnx.List(base.text_encoders))
+
+
+def _subject(model: CustomContrast, request: Request, plan: Plan):
+  """`conditions(branches, t, step's index)` -> Conditioning, for a CustomContrast model."""
+  prompts, use_image, size = request.prompts, request.use_image, request.noise.shape[0]
+  time_ids = _time_ids(model, request.noise)
+  no_image = model.visual(None, batch=1)
+  features = visual = None
+  if request.references is not None:
+    rows, count = request.references.shape[:2]
+    pixels = request.references.reshape(rows * count, *request.references.shape[2:])
+    features, _ = model.image_features(pixels.astype(jnp.float32) / 255)
+    # Several references of one subject: their tokens side by side, so that one attention, which
+    # knows no order among tokens, picks from all of them. [R]; averaging would blur two views.
+    features = features.reshape(rows, -1, features.shape[-1])
+    visual = model.visual(features, use_image)
+
+  def without_image(ids, t) -> Conditioning:
+    rows = ids[0].shape[0]
+    return model.condition(
+      None,
+      [jnp.asarray(i) for i in ids],
+      None,
+      None,
+      jnp.full(rows, t),
+      visual=jax.tree.map(lambda x: jnp.repeat(x, rows, axis=0), no_image),
+      time_ids=time_ids[:rows],
+    )
+
+  def branch(name: str, t) -> Conditioning:
+    if name == EMPTY:  # the same for all pictures: made once
+      return _repeat(without_image(request.negative, t), size)
+    if name == TEXT or features is None:
+      return without_image(prompts.ids, t)
+    return model.condition(
+      features,
+      [jnp.asarray(i) for i in prompts.ids],
+      jnp.asarray(prompts.slot),
+      jnp.asarray(prompts.noun_span),
+      jnp.full(size, t),
+      use_image=use_image,
+      use_s_plus=plan.s_plus,
+      visual=visual,
+      time_ids=time_ids,
+    )
+
+  def conditions(branches, t, index) -> Conditioning:
+    # A branch without image sees the image of all zeros at the same scale, as in training; a
+    # picture without image is the base's.
+    scale = request.scale[index][:, None] * use_image
+    parts = [_with_scale(branch(name, t), scale) for name in branches]
+    return Conditioning.concatenate(parts)
+
+  if features is None:  # then nothing depends on t: the scale is 0
+    once = {names: conditions(names, 0, 0) for names in {plan.branches, (FULL,)}}
+    return lambda branches, t, index: once[branches]
+  return conditions
+
+
+def _plain(model: nnx.Module, request: Request, plan: Plan):
+  """`conditions(branches, t, step's index)` -> arguments of the UNet, for a plain base."""
+  size = request.noise.shape[0]
+  rows = []
+  for name in plan.branches:
+    ids = request.negative if name == EMPTY else request.prompts.ids
+    rows.append([jnp.broadcast_to(jnp.asarray(i), (size, i.shape[-1])) for i in ids])
+  ids = [jnp.concatenate(column) for column in zip(*rows)]
+  outputs = [tower(i) for tower, i in zip(model.text_encoders, ids, strict=True)]
+  # SDXL: penultimate hidden states of both encoders, and the last one's pooled vector.
+  several = len(outputs) > 1
+  states = [o.hidden_states[-2] if several else o.last_hidden_state for o in outputs]
+  arguments = dict(context=jnp.concatenate(states, axis=-1))
+  if model.unet.config.addition_embed_type == "text_time":
+    time_ids = jnp.concatenate([_time_ids(model, request.noise)] * len(rows))
+    arguments |= dict(text_embeds=outputs[-1].pooled, time_ids=time_ids)
+  return lambda branches, t, index: arguments
+
+
+def _predict(model, latents, t, condition, *, maps: bool = False):
+  t = jnp.full(len(latents), t)
+  if isinstance(model, CustomContrast):
+    return model.predict(latents, t, condition, maps=maps)
+  return model.unet(latents, t, **condition)
+
+
+def _time_ids(model, noise) -> Float[Array, "b 6"]:
+  """SDXL's (height, width, crop top, left, target height, width); others read nothing of it."""
+  height, width = (side * model.vae.config.factor for side in noise.shape[1:3])
+  row = jnp.array([height, width, 0, 0, height, width], jnp.float32)
+  return jnp.broadcast_to(row, (noise.shape[0], 6))
+
+
+def _repeat(condition: Conditioning, count: int) -> Conditioning:
+  """One row -> `count` equal rows."""
+  tokens = jnp.repeat(condition.textual_tokens, count, axis=1)  # its batch is axis 1
+  rest = condition.replace(textual_tokens=None)
+  return jax.tree.map(lambda x: jnp.repeat(x, count, axis=0), rest).replace(textual_tokens=tokens)
+
+
+def _with_scale(condition: Conditioning, scale: Float[Array, "l b"]) -> Conditioning:
+  context = tuple(c.replace(scale=s) for c, s in zip(condition.context, scale, strict=True))
+  return condition.replace(context=context)

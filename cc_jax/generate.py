@@ -1,0 +1,320 @@
+"""Draws a subject, given by reference pictures, as a sentence asks; or just draws a sentence.
+
+  python -m cc_jax.generate --reference=a.png --class_noun=teapot \
+    --prompt="a teapot on the beach" --out=out.png
+
+and in Python:
+
+  pipe = cc_jax.generate.load()
+  images = pipe("a teapot on the beach", class_noun="teapot", references=["a.png"])
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+from flax import nnx
+from jaxtyping import Float, UInt8
+from PIL import Image
+from tqdm import tqdm
+
+from cc_jax import errors, hub
+from cc_jax.customcontrast.adapter_file import Adapter, apply_adapter, load_adapter
+from cc_jax.customcontrast.model import CustomContrast
+from cc_jax.diffusion.samplers import SAMPLERS
+from cc_jax.diffusion.schedule import NoiseSchedule
+from cc_jax.drawer import Drawer, Prompts, bundle, check_guidance, encode_prompts
+from cc_jax.errors import UserError
+from cc_jax.pictures import METADATA, read_reference, save
+
+__all__ = [
+  "METADATA", "Drawer", "Pipeline", "Prompts", "bundle", "encode_prompts", "load", "read_reference"
+]  # fmt: skip
+
+BASE = "subjects3d-base"
+ADAPTER = Path(__file__).parent / "assets" / "subjects3d-adapter.safetensors"
+_DTYPES = ("float32", "bfloat16")
+
+
+def load(
+  checkpoint: str | os.PathLike | None = None,
+  base: str | os.PathLike | None = None,
+  *,
+  dtype: Any = jnp.float32,
+) -> Pipeline:
+  """A pipeline ready to draw.
+
+  Args:
+    checkpoint: an adapter's .safetensors file, or the workdir of a training that finished. None:
+      the adapter that ships, or no adapter when `base` is another one than the shipped.
+    base: a folder in the diffusers layout, or 'subjects3d-base', the one that ships. None: the base
+      that the adapter names.
+    dtype: what networks are kept and computed in.
+
+  Raises:
+    UserError: a missing, truncated or foreign file, or an adapter of another base.
+  """
+  adapter, file = None, None
+  if checkpoint is not None or base is None or str(base) == BASE:
+    file = _adapter_file(checkpoint)
+    adapter = load_adapter(file)  # before the base, which takes longer
+  loaded = hub.load_base(
+    base or adapter.base_name,
+    dtype=dtype,
+    param_dtype=dtype,
+    image_encoder=(adapter.encoder.image_encoder or None) if adapter else None,
+  )
+  if adapter is not None:
+    adapter = load_adapter(file, base_hash=loaded.hash)
+  return Pipeline(loaded, adapter, source=str(file or ""), dtype=dtype)
+
+
+def _adapter_file(checkpoint: str | os.PathLike | None) -> Path:
+  if checkpoint is None:
+    if not ADAPTER.is_file():
+      raise UserError(f"{ADAPTER} is missing; give --checkpoint, or install cc_jax again")
+    return ADAPTER
+  path = Path(checkpoint)
+  if path.is_dir():
+    path = path / "adapter.safetensors"
+    if not path.is_file():
+      raise UserError(
+        f"{path} is missing: the training in {checkpoint} has not finished; run its command again "
+        "to go on with it"
+      )
+  if not path.is_file():
+    raise UserError(
+      f"checkpoint {path} is missing; give an adapter's .safetensors file or a training's workdir, "
+      "or leave --checkpoint out for the adapter that ships"
+    )
+  return path
+
+
+class Pipeline:
+  """A base, perhaps an adapter, and everything between them and a user's words and pictures."""
+
+  def __init__(
+    self, base: Any, adapter: Adapter | None = None, *, source: str = "", dtype: Any = jnp.float32
+  ):
+    """`base` is a `hub.Base`, whose UNet the adapter changes in place."""
+    self.base, self.adapter, self.source = base, adapter, source
+    self.schedule = NoiseSchedule.from_config(base.scheduler_config)
+    self.s_words = 0
+    if adapter is None:
+      model = bundle(base)
+    else:
+      model = CustomContrast(
+        base, adapter.encoder, adapter.injection, dtype=dtype, param_dtype=dtype, rngs=nnx.Rngs(0)
+      )
+      apply_adapter(model, adapter.tensors, source=source or "the adapter")
+      self.s_words = adapter.encoder.s_words
+      self.layer_paths = model.layer_paths
+    self.drawer = Drawer(model, self.schedule)
+    height, width = (side * base.vae.config.factor for side in self.drawer.latent_size)
+    self.size = (width, height)
+    self._bar = tqdm(disable=True)
+
+  def __call__(
+    self,
+    prompt: str,
+    class_noun: str | None = None,
+    references: Sequence[Any] = (),
+    masks: Sequence[Any] | None = None,
+    *,
+    scale: float | Sequence | np.ndarray = 1.0,
+    guidance: float = 3.0,
+    image_guidance: float | None = None,
+    steps: int = 20,
+    seed: int = 0,
+    sampler: str | None = None,
+    negative_prompt: str = "",
+    num_images: int = 1,
+    s_plus: bool = True,
+    return_maps: bool = False,
+    progress: bool = False,
+  ) -> list[Image.Image] | tuple[list[Image.Image], dict[str, Float[np.ndarray, "steps n h w"]]]:
+    """Draws `num_images` pictures; picture k has the seed `seed + k`, whatever their number.
+
+    Args:
+      prompt: a sentence; with references it must contain the class noun, after which S+ goes.
+      class_noun: what the subject is, in one or several words.
+      references: pictures of one subject (paths, PIL images or uint8 arrays), used together, their
+        order without meaning. A mask, or an alpha channel, cuts the subject out. None: the base
+        draws alone.
+      masks: one per reference (path, PIL image, array; None where there is none).
+      scale: how much of the subject: 0 draws with the base, 1 is what training saw; or [L] numbers
+        per cross-attention layer, or [steps, L].
+      guidance: classifier-free, 1 = none; of prompt and image together, or of the prompt alone when
+        `image_guidance` is given.
+      steps, sampler: the sampler is the base's own if None.
+      s_plus: False leaves the pseudo-words out of the prompt.
+      return_maps: also return the location maps m by layer, [steps, n, h, w] in (0, 1).
+      progress: show a bar over the steps.
+
+    Raises:
+      UserError, DataError: one line that says what is wrong and what to do.
+    """
+    self._check(prompt, class_noun, references, masks, seed, num_images)
+    check_guidance(guidance, image_guidance)
+    pictures = self._references(references, masks)
+    tokenizers = self.base.tokenizers
+    encoded = encode_prompts(
+      tokenizers,
+      [prompt] * num_images,
+      [class_noun] * num_images if class_noun else None,
+      s_words=self.s_words if pictures is not None and s_plus else 0,
+    )
+    self._bar = tqdm(total=steps, desc="drawing", unit="step", disable=not progress)
+    with self._bar:
+      images, maps = self.drawer(
+        encoded,
+        encode_prompts(tokenizers, [negative_prompt]),
+        noise=self.drawer.noise(range(seed, seed + num_images)),
+        references=None if pictures is None else np.stack([pictures] * num_images),
+        scale=scale,
+        s_plus=s_plus,
+        guidance=guidance,
+        image_guidance=image_guidance,
+        steps=steps,
+        sampler=sampler or "default",
+        maps=return_maps,
+        tick=self._tick if progress else None,
+      )
+      jax.effects_barrier()  # the last ticks
+    images = [Image.fromarray(image) for image in images]
+    return (images, self._by_layer(maps)) if return_maps else images
+
+  def _check(self, prompt, class_noun, references, masks, seed, num_images) -> None:
+    if not prompt or not prompt.strip():
+      raise UserError("there is no prompt; say what to draw with --prompt")
+    if references and self.adapter is None:
+      raise UserError(
+        f"the base {self.base.name} has no adapter to read references with; give --checkpoint"
+      )
+    if references and not class_noun:
+      raise UserError(
+        "a reference needs --class_noun, the word in the prompt that says what the subject is"
+      )
+    if masks and len(masks) != len(references):
+      raise UserError(f"{len(masks)} masks for {len(references)} references; give one for each")
+    if num_images < 1:
+      raise UserError(f"num_images is {num_images}; draw at least one")
+    if not 0 <= seed <= 2**31 - num_images:
+      raise UserError(f"seed {seed} is out of range; use 0 to {2**31 - num_images}")
+
+  def _references(self, references, masks) -> UInt8[np.ndarray, "r s s 3"] | None:
+    if not references:
+      return None
+    share = float(self.adapter.notes.get("reference_share", 0.8))
+    # As large as in training; the model itself goes on to the image encoder's size.
+    size, masks = min(self.size), masks or [None] * len(references)
+    return np.stack([
+      read_reference(reference, mask, share=share, size=size)
+      for reference, mask in zip(references, masks)
+    ])
+
+  def _by_layer(self, maps) -> dict[str, np.ndarray]:
+    if len(maps) != len(self.layer_paths):
+      raise UserError("this adapter has no location maps (config.injection.location=False)")
+    return {
+      path: m.reshape(*m.shape[:2], *_sides(self.drawer.latent_size, m.shape[2]))
+      for path, m in zip(self.layer_paths, maps)
+    }
+
+  def _tick(self) -> None:
+    self._bar.update()
+
+
+def _sides(latent_size: tuple[int, int], pixels: int) -> tuple[int, int]:
+  """Height and width of the layer that has so many pixels: halved, rounded up, until they agree."""
+  height, width = latent_size
+  while height * width > pixels:
+    height, width = -(-height // 2), -(-width // 2)
+  return height, width
+
+
+def _check_out(out: str) -> Path:
+  path = Path(out)
+  if path.suffix.lower() != ".png":
+    raise UserError(f"--out={out} is no .png file; pictures are written as PNG only")
+  if not path.parent.is_dir():
+    raise UserError(f"--out={out}: the folder {path.parent} does not exist; make it first")
+  if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+    raise UserError(f"--out={out} cannot be written; choose another path")
+  return path
+
+
+def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
+  """The command's flags."""
+
+  def text(name: str, default: str | None, meaning: str) -> None:
+    flags.DEFINE_string(name, default, meaning, flag_values=values)
+
+  def files(name: str, meaning: str) -> None:
+    flags.DEFINE_list(name, [], meaning, flag_values=values)
+
+  def number(name: str, default: float | None, meaning: str) -> None:
+    whole = isinstance(default, int)
+    define = flags.DEFINE_integer if whole else flags.DEFINE_float
+    define(name, default, meaning, flag_values=values)
+
+  text("prompt", "", "What to draw, for example 'a teapot on the beach'.")
+  files("reference", "Pictures of one subject, a.png[,b.png]; none draws with the base alone.")
+  files("mask", "A picture per reference, white on the subject.")
+  text("class_noun", None, "What the subject is: a word of the prompt.")
+  text("checkpoint", None, "An adapter, or a training's workdir; the shipped adapter by default.")
+  text("base", None, "A folder in the diffusers layout; the adapter's base by default.")
+  number("scale", 1.0, "How much of the subject; 0 draws with the base alone.")
+  number("guidance", 3.0, "Classifier-free guidance; 1 = none.")
+  number("image_guidance", None, "The image's own guidance, apart from the prompt's.")
+  number("steps", 20, "Denoising steps.")
+  text("sampler", None, f"{' or '.join(SAMPLERS)}; the base's own by default.")
+  number("seed", 0, "The first picture's; the next ones' follow.")
+  number("num_images", 1, "Number of pictures; several are written as out-SEED.png.")
+  text("negative_prompt", "", "What to be led away from.")
+  text("dtype", "float32", " or ".join(_DTYPES))
+  text("out", "out.png", "The picture.")
+
+
+_CALL = (
+  "prompt", "class_noun", "scale", "guidance", "image_guidance", "steps", "seed", "sampler",
+  "negative_prompt", "num_images",
+)  # fmt: skip
+
+
+def main(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> None:
+  """The command."""
+  del argv
+  out = _check_out(values.out)
+  if values.dtype not in _DTYPES:
+    raise UserError(f"--dtype={values.dtype} is unknown; use {' or '.join(_DTYPES)}")
+  if values.steps < 1:
+    raise UserError(f"--steps={values.steps}: a sampler takes at least 1 step, usually 20")
+  check_guidance(values.guidance, values.image_guidance)
+  pipe = load(values.checkpoint, values.base, dtype=jnp.dtype(values.dtype))
+  call = {name: getattr(values, name) for name in _CALL}
+  with warnings.catch_warnings():
+    warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
+    images = pipe(references=values.reference, masks=values.mask, progress=True, **call)
+  for seed, image in enumerate(images, values.seed):
+    path = out if len(images) == 1 else out.with_name(f"{out.stem}-{seed}.png")
+    settings = call | dict(
+      seed=seed, num_images=1, reference=values.reference, mask=values.mask, dtype=values.dtype,
+      checkpoint=pipe.source, base=pipe.base.name, base_hash=pipe.base.hash,
+    )  # fmt: skip
+    save(image, path, settings)
+    print(path)
+
+
+if __name__ == "__main__":
+  define_flags()
+  errors.run(main)
