@@ -114,28 +114,23 @@ def tokens():
 def test_macl_is_the_naive_loop(scaling, tokens):
   """Value in every pooling, direction and mask; gradient where all of these are on."""
   z, z_plus, s = tokens
-  variants = list(itertools.product(POOLINGS, (False, True), (None, IDS)))
+  arrays = [jnp.asarray(a, jnp.float32) for a in tokens]
+  ids_2xN = jnp.stack([jnp.full(N, -1), jnp.asarray(IDS)])  # nobody known, which masks nothing
 
-  def ours(z, z_plus, s):
-    return jnp.stack(
-      [
-        macl(
-          z,
-          z_plus,
-          s,
-          temperature=0.2,
-          scaling=scaling,
-          soft_temperature=0.15,
-          symmetric=symmetric,
-          pooling=pooling,
-          subject_ids=None if ids is None else jnp.asarray(ids),
-        )[0]
-        for pooling, symmetric, ids in variants
-      ]
-    )
+  def ours(z, z_plus, s, ids, pooling, symmetric):
+    return macl(
+      z,
+      z_plus,
+      s,
+      temperature=0.2,
+      scaling=scaling,
+      soft_temperature=0.15,
+      symmetric=symmetric,
+      pooling=pooling,
+      subject_ids=ids,
+    )[0]
 
-  def naive(z, z_plus, variant):
-    pooling, symmetric, ids = variant
+  def naive(z, z_plus, ids, pooling, symmetric):
     return naive_macl(
       z,
       z_plus,
@@ -148,17 +143,20 @@ def test_macl_is_the_naive_loop(scaling, tokens):
       ids=ids,
     )
 
-  @jax.jit
-  def value_and_last_gradients(*arrays):
-    values, pull = jax.vjp(ours, *arrays)
-    return values, pull(jnp.zeros(len(variants)).at[-1].set(1.0))
+  variants = list(itertools.product(POOLINGS, (False, True)))
+  values = jax.jit(
+    jax.vmap(lambda ids: jnp.stack([ours(*arrays, ids, *variant) for variant in variants]))
+  )(ids_2xN)
+  expected = [[naive(z, z_plus, ids, *variant) for variant in variants] for ids in (None, IDS)]
+  np.testing.assert_allclose(values, expected, rtol=1e-5)
+  assert len(set(np.round(np.ravel(values), 4))) == 8  # each choice matters
 
-  arrays = [jnp.asarray(a, jnp.float32) for a in tokens]
-  values, (dz, dz_plus, ds) = value_and_last_gradients(*arrays)
-  np.testing.assert_allclose(values, [naive(z, z_plus, v) for v in variants], rtol=1e-5)
-  assert len(set(np.round(np.asarray(values), 4))) == len(variants)  # each choice matters
-  assert relative(dz, finite_difference(lambda x: naive(x, z_plus, variants[-1]), z)) < 1e-5
-  assert relative(dz_plus, finite_difference(lambda x: naive(z, x, variants[-1]), z_plus)) < 1e-5
+  last = ("per_token", True)
+  dz, dz_plus, ds = jax.jit(jax.grad(ours, (0, 1, 2)), static_argnums=(4, 5))(
+    *arrays, ids_2xN[1], *last
+  )
+  assert relative(dz, finite_difference(lambda x: naive(x, z_plus, IDS, *last), z)) < 1e-5
+  assert relative(dz_plus, finite_difference(lambda x: naive(z, x, IDS, *last), z_plus)) < 1e-5
   np.testing.assert_array_equal(ds, 0.0)  # S is a measurement, not something to learn
 
 
