@@ -98,6 +98,12 @@ class Telemetry:
     for key, value in values.items():
       self._tensorboard.add_scalar(key, value, step)
 
+  def restart_clock(self) -> None:
+    """Rates count from now on: what came before (compiling) is no part of a step."""
+    self._since = time.perf_counter()
+    if self._writes:
+      self._bar.unpause()
+
   def say(self, text: str) -> None:
     """Prints a line above the progress bar."""
     if self._writes:

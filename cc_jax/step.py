@@ -1,0 +1,295 @@
+"""One training step of CustomContrast as a pure function, and the state that it turns over.
+
+Modules end here: `split` cuts the model once into its definition and two flat dictionaries
+`dotted path -> array`, the adapter's and the frozen base's, and what follows is plain jax.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Float, Int
+
+from cc_jax import optimizer, sharding
+from cc_jax.customcontrast.model import CustomContrast, is_trainable
+from cc_jax.diffusion.schedule import NoiseSchedule
+from cc_jax.errors import UserError
+from cc_jax.objectives.cscl import cscl
+from cc_jax.objectives.diffusion import diffusion_loss, min_snr_weights
+from cc_jax.objectives.macl import cosine_similarity_matrix, macl
+
+Params = dict[str, Array]
+Batch = Mapping[str, Array]
+Metrics = dict[str, Float[Array, ""]]
+CSCL_FRAMES = ("same_frame", "cross_frame")
+
+
+class TrainState(NamedTuple):
+  """What a checkpoint holds. All of it lies whole on every device."""
+
+  trainable: Params
+  opt_state: Any
+  ema: Params
+  step: Int[Array, ""]  # finished steps = position in the data
+  bad_steps: Int[Array, ""]  # skipped updates in a row, up to now
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+  """What a step knows besides arrays."""
+
+  definition: nnx.GraphDef
+  schedule: NoiseSchedule
+  config: ml_collections.ConfigDict
+  empty_prompt: tuple[int, ...]  # [T] token ids of ""
+
+  def __post_init__(self):
+    objective = self.config.objective
+    if objective.cscl_frame not in CSCL_FRAMES:
+      raise UserError(
+        f"unknown cscl_frame {objective.cscl_frame!r}; we have {', '.join(CSCL_FRAMES)}"
+      )
+    drops = [objective.drop_text, objective.drop_image, objective.drop_both]
+    if min(drops) < 0 or sum(drops) > 1:
+      raise UserError(f"drop_text, drop_image, drop_both are {drops}: shares that sum to at most 1")
+
+  def model(self, *parts: Params) -> CustomContrast:
+    """The CustomContrast module with these weights (adapter's and base's)."""
+    return join(self.definition, *parts)
+
+
+def split(model: CustomContrast) -> tuple[nnx.GraphDef, Params, Params]:
+  """(definition, trainable, frozen); the parts flat: dotted path -> array or abstract array."""
+  definition, *states = nnx.split(model, is_trainable, ...)
+  return definition, *(
+    {".".join(map(str, path)): leaf.get_value() for path, leaf in nnx.to_flat_state(state)}
+    for state in states
+  )
+
+
+def join(definition: nnx.GraphDef, *parts: Params) -> CustomContrast:
+  """The inverse of `split`."""
+  tree: dict[Any, Any] = {}
+  for part in parts:
+    for name, leaf in part.items():
+      *folders, last = (int(k) if k.isdigit() else k for k in name.split("."))
+      node = tree
+      for folder in folders:
+        node = node.setdefault(folder, {})
+      node[last] = leaf
+  return nnx.merge(definition, tree)
+
+
+def init_state(trainable: Params, config: ml_collections.ConfigDict) -> TrainState:
+  """The state before the first step; the average starts as a copy of the weights."""
+  return TrainState(
+    trainable=trainable,
+    opt_state=optimizer.make_optimizer(config.train).init(trainable),
+    ema=jax.tree.map(jnp.copy, trainable),
+    step=jnp.zeros((), jnp.int32),
+    bad_steps=jnp.zeros((), jnp.int32),
+  )
+
+
+def to_latents(vae: nnx.Module, images: Array, key: Array) -> Float[Array, "b h w c"]:
+  """uint8 images [B, H, W, 3] -> a sample of the VAE's posterior in the UNet's units, float32."""
+  mean, logvar = vae.encode(images.astype(jnp.float32) / 127.5 - 1)
+  mean, logvar = mean.astype(jnp.float32), logvar.astype(jnp.float32)
+  # The bounds of diffusers' DiagonalGaussianDistribution.
+  deviation = jnp.exp(0.5 * jnp.clip(logvar, -30.0, 20.0))
+  z = mean + deviation * jax.random.normal(key, mean.shape)
+  return (z - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
+
+
+def keep_conditions(
+  key: Array, size: int, objective: ml_collections.ConfigDict
+) -> tuple[Bool[Array, " b"], Bool[Array, " b"]]:
+  """(keep text, keep image) per sample: disjoint shares lose the text, the image, or both.
+
+  IP-Adapter's published values are 5 % each.
+  """
+  u = jax.random.uniform(key, (size,))
+  text, image, both = objective.drop_text, objective.drop_image, objective.drop_both
+  drops_text, drops_image = u < text, (u >= text) & (u < text + image)
+  drops_both = (u >= text + image) & (u < text + image + both)
+  return ~(drops_text | drops_both), ~(drops_image | drops_both)
+
+
+def denoise(
+  method: Method,
+  model: CustomContrast,
+  batch: Batch,
+  features: Float[Array, "b p c"],
+  key: Array,
+  t: Int[Array, " b"],
+  keep: tuple[Bool[Array, " b"], Bool[Array, " b"]],
+) -> tuple[Float[Array, "b h w c"], Float[Array, "b h w c"]]:
+  """(prediction, what it should be) for the target frame noised to t; `keep` = (text, image)."""
+  of_posterior, of_noise = jax.random.split(key)
+  latents = to_latents(model.vae, batch["target"], of_posterior)
+  noise = jax.random.normal(of_noise, latents.shape)
+  keep_text, keep_image = keep
+  empty = jnp.asarray(method.empty_prompt, jnp.int32)
+  conditioning = model.condition(
+    features,
+    jnp.where(keep_text[:, None], batch["input_ids"], empty),
+    batch["slot"],
+    batch["noun_span"],
+    t,
+    use_image=keep_image,
+    # An empty prompt has no noun for S+ to stand after. [R]
+    use_s_plus=keep_image & keep_text,
+    time_ids=_whole_picture(model.unet, batch["target"]),
+  )
+  schedule = method.schedule
+  prediction = model.predict(schedule.add_noise(latents, noise, t), t, conditioning)
+  return prediction, schedule.target(latents, noise, t)
+
+
+def loss(
+  method: Method, trainable: Params, frozen: Params, batch: Batch, key: Array
+) -> tuple[Float[Array, ""], Metrics]:
+  """L = L_diffusion + λ_cscl L_CSCL + λ_macl L_MACL [P: the form; R: λ] over the global batch.
+
+  `batch` is the loader's (data_pipeline.make_loader), arrays of the whole global batch. Contrast
+  sees every image: condition dropout concerns the diffusion loss alone, since the tokens of dropped
+  images would all be the same.
+  """
+  objective, schedule = method.config.objective, method.schedule
+  model = method.model(trainable, frozen)
+  of_t, of_dropout, of_noise = jax.random.split(key, 3)
+  size = batch["target"].shape[0]
+  t = jax.random.randint(of_t, (size,), 0, schedule.num_train_timesteps)
+
+  features, embed = model.image_features(unit(batch["reference"]))
+  keep = keep_conditions(of_dropout, size, objective)
+  prediction, target = denoise(method, model, batch, features, of_noise, t, keep)
+  weights = min_snr_weights(schedule.snr(t), objective.min_snr_gamma, schedule.prediction_type)
+  total, parts = diffusion_loss(prediction, target, weights)
+  metrics = {"loss/diffusion": total, **_named("diffusion", parts)}
+
+  contrast, parts = contrastive(model, objective, batch, features, embed, t)
+  total = total + contrast
+  return total, {"loss": total, **metrics, **parts}
+
+
+def contrastive(
+  model: CustomContrast,
+  objective: ml_collections.ConfigDict,
+  batch: Batch,
+  features: Float[Array, "b p c"],
+  embed: Float[Array, "b e"],
+  t: Int[Array, " b"],
+) -> tuple[Float[Array, ""], Metrics]:
+  """λ_cscl L_CSCL + λ_macl L_MACL; `features` and `embed` are the references'.
+
+  Reference and positive of a sample get the same t. CSCL: `same_frame` is the figure's reading;
+  `cross_frame` [R] holds V of the reference against T of the positive, which no pose they share can
+  solve. S of MACL comes from the references, which are re-centred, so that S speaks of the
+  subjects and not of where they stand.
+  """
+  total, metrics = jnp.zeros(()), {}
+  if not (objective.lambda_cscl or objective.lambda_macl):
+    return total, metrics
+  reference = model.encode(features, t)
+  positive = None
+  if objective.lambda_macl or objective.cscl_frame == "cross_frame":
+    positive = model.encode(model.image_features(unit(batch["positive"]))[0], t)
+  if objective.lambda_cscl:
+    textual = reference if objective.cscl_frame == "same_frame" else positive
+    value, parts = cscl(
+      reference.visual_cls,
+      textual.textual_cls,
+      temperature=objective.cscl_temperature,
+      subject_ids=batch["subject_id"],
+    )
+    total = total + objective.lambda_cscl * value
+    metrics |= {"loss/cscl": value, **_named("cscl", parts)}
+  if objective.lambda_macl:
+    value, parts = macl(
+      reference.textual_tokens,
+      positive.textual_tokens,
+      cosine_similarity_matrix(embed),
+      temperature=objective.macl_temperature,
+      scaling=objective.macl_scaling,
+      soft_temperature=objective.macl_soft_temperature,
+      symmetric=objective.macl_symmetric,
+      pooling=objective.macl_pooling,
+      subject_ids=batch["subject_id"],
+    )
+    total = total + objective.lambda_macl * value
+    metrics |= {"loss/macl": value, **_named("macl", parts)}
+  return total, metrics
+
+
+def train_step(
+  method: Method, state: TrainState, frozen: Params, batch: Batch
+) -> tuple[TrainState, Metrics]:
+  """One update. All randomness is fold_in(seed, step): a step is a function of its arguments.
+
+  A loss or gradient that is not finite changes nothing but the counters; the decision is made on
+  the device, so that the loop need not wait for it.
+  """
+  train = method.config.train
+  key = jax.random.fold_in(jax.random.key(method.config.seed), state.step)
+  (_, metrics), gradients = jax.value_and_grad(loss, argnums=1, has_aux=True)(
+    method, state.trainable, frozen, batch, key
+  )
+  rate = optimizer.learning_rate(train, state.step)
+  gradient_norm = optax.global_norm(gradients)
+  directions, opt_state = optimizer.make_optimizer(train).update(
+    gradients, state.opt_state, state.trainable
+  )
+  trainable, change = optimizer.apply(state.trainable, directions, rate)
+  ema = optimizer.ema(state.ema, trainable, train.ema, state.step)
+
+  good = jnp.isfinite(metrics["loss"]) & jnp.isfinite(gradient_norm)
+  kept = jax.tree.map(
+    lambda new, old: jnp.where(good, new, old),
+    (trainable, opt_state, ema),
+    (state.trainable, state.opt_state, state.ema),
+  )
+  bad_steps = jnp.where(good, 0, state.bad_steps + 1)
+  metrics |= {
+    "norm/gradient": gradient_norm,
+    "norm/update": jnp.where(good, optax.global_norm(change), 0.0),
+    "learning_rate": rate,
+    "bad_steps": bad_steps,
+  }
+  return TrainState(*kept, state.step + 1, bad_steps), metrics
+
+
+def make_train_step(method: Method, mesh: Mesh) -> Callable[..., tuple[TrainState, Metrics]]:
+  """`train_step` jitted: step(state, frozen, batch), the state donated, the batch over `data`."""
+  whole, cut = sharding.replicated(mesh), sharding.over_data(mesh)
+  return jax.jit(
+    lambda state, frozen, batch: train_step(method, state, frozen, batch),
+    in_shardings=(whole, whole, cut),
+    out_shardings=(whole, whole),
+    donate_argnums=0,
+  )
+
+
+def unit(images: Array) -> Float[Array, "b h w 3"]:
+  """uint8 -> [0, 1], what image encoders take."""
+  return images.astype(jnp.float32) / 255
+
+
+def _whole_picture(unet: nnx.Module, images: Array) -> Float[Array, "b 6"] | None:
+  """SDXL's time_ids of an uncropped picture: original size, crop corner, target size."""
+  if unet.config.addition_embed_type != "text_time":
+    return None
+  size, height, width = images.shape[:3]
+  return jnp.tile(jnp.asarray([height, width, 0, 0, height, width], jnp.float32), (size, 1))
+
+
+def _named(prefix: str, values: Mapping[str, Array]) -> Metrics:
+  return {f"{prefix}/{key}": value for key, value in values.items()}

@@ -1,0 +1,318 @@
+"""Trains a CustomContrast adapter on a frozen base.
+
+    python -m cc_jax.train --config=configs/subjects3d.py --workdir=runs/first
+    python -m cc_jax.train --config=... --workdir=... --config.train.steps=3000
+    python -m cc_jax.train --config=configs/sd15.py --abstract
+
+The same command again goes on where the run stopped. `--abstract` needs no weights: it prints the
+parameter table and ends. Read from the top down: `train` is the whole story.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+from absl import flags
+from etils import epath
+from flax import nnx
+from ml_collections import config_flags
+
+import data_pipeline
+from cc_jax import errors, gaps, hub, sharding
+from cc_jax.checkpoint import Checkpoints, config_changes, jsonable
+from cc_jax.customcontrast.adapter_file import save_adapter
+from cc_jax.customcontrast.injection import InjectionConfig
+from cc_jax.customcontrast.mfi_encoder import MFIEncoderConfig
+from cc_jax.customcontrast.model import CustomContrast
+from cc_jax.diffusion.schedule import NoiseSchedule
+from cc_jax.errors import UserError
+from cc_jax.step import Method, Params, TrainState, init_state, make_train_step, split
+from cc_jax.telemetry import Telemetry
+from data_pipeline.subjects3d.factors import SCENES
+from data_pipeline.tokens import empty_prompt
+
+DTYPES = ("float32", "bfloat16")
+
+
+class Views(NamedTuple):
+  """What looks at the model while it trains, and after; None looks away. cc_jax.evaluate has both.
+
+  Each gets (config, base, the model with averaged weights, the file or folder to write).
+  """
+
+  draw: Callable[[ml_collections.ConfigDict, hub.Base, CustomContrast, epath.Path], None] | None
+  finish: Callable[[ml_collections.ConfigDict, hub.Base, CustomContrast, epath.Path], None] | None
+
+
+BLIND = Views(None, None)
+
+
+def train(
+  config: ml_collections.ConfigDict, workdir: epath.PathLike, views: Views = BLIND
+) -> TrainState:
+  """Trains until config.train.steps, from the latest checkpoint in `workdir` if there is one.
+
+  Raises:
+    UserError: a mistake in the config, the base or the checkpoint; a workdir that cannot be
+      written; max_bad_steps losses in a row that are not finite.
+  """
+  check(config)
+  workdir, settings = epath.Path(workdir), config.train
+  sharding.set_cpu_devices(config.mesh, settings.batch_size)
+  checkpoints = Checkpoints(workdir / "checkpoints", keep=settings.keep)
+  mesh = sharding.make_mesh(config.mesh, settings.batch_size)
+  leader = jax.process_index() == 0
+
+  # The base and the adapter; from here on, plain pytrees on the mesh.
+  base = hub.load_base(
+    config.base,
+    dtype=jnp.dtype(settings.dtype),
+    param_dtype=jnp.dtype(settings.base_dtype),
+    image_encoder=config.encoder.image_encoder or None,
+  )
+  definition, trainable, frozen = split(build(config, base))
+  method = make_method(config, definition, base)
+  frozen = sharding.put_replicated(frozen, mesh)
+  state = sharding.put_replicated(init_state(trainable, config), mesh)
+
+  # Where the last run stopped.
+  start, sums = 0, None
+  if checkpoints.latest_step() is not None:
+    state, record = checkpoints.restore(state, base_hash=base.hash, config=config)
+    start, sums = record["step"], record["telemetry"]
+    for key, (before, now) in config_changes(record["config"], config).items():
+      print(f"config change since step {start}: {key} was {before!r}, is {now!r}")
+  log = Telemetry(
+    workdir,
+    start=start,
+    steps=settings.steps,
+    every=settings.log_every,
+    batch_size=settings.batch_size,
+    sums=sums,
+    writes=leader,
+  )
+  log.say(f"{_count(trainable)} trained, {_count(frozen)} frozen parameters; {mesh.size} devices")
+
+  def model() -> CustomContrast:
+    return method.model(state.ema, frozen)
+
+  def save(step: int) -> None:
+    record = {"base_hash": base.hash, "config": jsonable(config), "telemetry": log.state()}
+    checkpoints.save(step, state, record)
+
+  def collect(step: int, metrics: Any) -> None:
+    """Fetches one step's numbers, which waits for that step, and stops a run that went wrong."""
+    metrics = jax.device_get(metrics)
+    log.step(step, metrics)
+    if metrics["bad_steps"] >= settings.max_bad_steps:
+      raise UserError(
+        f"loss or gradient is not finite, {int(metrics['bad_steps'])} steps in a row up to step "
+        f"{step}; {_left(checkpoints)}; lower train.learning_rate, look at the data, or raise "
+        "train.max_bad_steps to skip such steps"
+      )
+
+  try:
+    if start < settings.steps:
+      batches = make_batches(config, base, config.seed, start)
+      batch = sharding.put_batch(next(batches), mesh)
+      log.say("compiling the training step ...")
+      began = time.perf_counter()
+      step_fn = make_train_step(method, mesh).lower(state, frozen, batch).compile()
+      log.say(f"compiled in {time.perf_counter() - began:.0f} s")
+      measure_gaps = make_gaps(config, base, method, mesh) if settings.gaps_every else None
+      log.restart_clock()
+
+    pending = None  # the metrics of the step before, fetched while this one runs
+    for step in range(start + 1, settings.steps + 1):
+      state, metrics = step_fn(state, frozen, batch)
+      if pending:
+        collect(*pending)
+      pending = step, metrics
+      if step < settings.steps:
+        began = time.perf_counter()
+        batch = sharding.put_batch(next(batches), mesh)
+        if metrics["loss"].is_ready():  # the devices had nothing to do while we waited for data
+          log.waited(time.perf_counter() - began)
+
+      # The log of this step is complete before its checkpoint is: a restart cuts it back to that.
+      if due(step, settings.save_every, settings.gaps_every, settings.sample_every, settings.steps):
+        collect(*pending)
+        pending = None
+        with log.pause():
+          if due(step, settings.gaps_every):
+            log.write(step, measure_gaps(state.ema, frozen))
+          if due(step, settings.sample_every) and views.draw:
+            views.draw(config, base, model(), workdir / "samples" / f"{step:07d}.png")
+          if due(step, settings.save_every, settings.steps):
+            save(step)
+    checkpoints.wait()
+  finally:
+    log.close()
+    checkpoints.close()
+
+  if leader:
+    save_adapter(
+      workdir / "adapter.safetensors",
+      state.ema,
+      encoder=MFIEncoderConfig.from_config(config.encoder),
+      injection=InjectionConfig.from_config(config.injection),
+      base_name=base.name,
+      base_hash=base.hash,
+      notes={"steps": str(int(state.step)), "data": f"{config.data.source} {config.data.name}"},
+    )
+    if views.finish:
+      views.finish(config, base, model(), workdir)
+  return state
+
+
+def build(config: ml_collections.ConfigDict, base: hub.Base) -> CustomContrast:
+  """The adapter, new, around the base. Raises UserError for a wrong encoder or injection value."""
+  return CustomContrast(
+    base,
+    MFIEncoderConfig.from_config(config.encoder),
+    InjectionConfig.from_config(config.injection),
+    dtype=jnp.dtype(config.train.dtype),
+    param_dtype=jnp.float32,
+    rngs=nnx.Rngs(config.seed),
+  )
+
+
+def make_method(
+  config: ml_collections.ConfigDict, definition: nnx.GraphDef, base: hub.Base
+) -> Method:
+  """What the step knows besides arrays."""
+  empty = tuple(int(i) for i in empty_prompt(base.tokenizers[0]))
+  schedule = NoiseSchedule.from_config(base.scheduler_config)
+  return Method(definition, schedule, ml_collections.FrozenConfigDict(config), empty)
+
+
+def make_batches(
+  config: ml_collections.ConfigDict, base: hub.Base, seed: int, start: int
+) -> Iterator[dict[str, np.ndarray]]:
+  """This process's share of every batch from step `start` on."""
+  return data_pipeline.make_loader(
+    config.data,
+    base.tokenizers[0],
+    batch_size=config.train.batch_size,
+    seed=seed,
+    start_step=start,
+    process_index=jax.process_index(),
+    process_count=jax.process_count(),
+    s_words=config.encoder.s_words,
+  )
+
+
+def make_gaps(
+  config: ml_collections.ConfigDict, base: hub.Base, method: Method, mesh: jax.sharding.Mesh
+) -> Callable[[Params, Params], dict[str, float]]:
+  """Wrong-word gaps on one batch that training does not see: class noun, and scene if there is."""
+  batch = next(make_batches(config, base, config.seed + 1, 0))
+  tokenizer, words = base.tokenizers[0], config.encoder.s_words
+  wrong = {
+    "class": gaps.wrong_nouns(batch, tokenizer, words),
+    "scene": gaps.wrong_phrases(batch, SCENES, tokenizer, words),
+  }
+  return gaps.make_gaps(method, mesh, batch, wrong)
+
+
+def check(config: ml_collections.ConfigDict) -> None:
+  """Raises UserError for values of config.train that make no sense; others check their own."""
+  settings = config.train
+  for key in ("steps", "batch_size", "log_every", "max_bad_steps", "keep"):
+    if settings[key] < 1:
+      raise UserError(f"train.{key} is {settings[key]}; it must be at least 1")
+  for key in ("warmup_steps", "save_every", "sample_every", "gaps_every", "weight_decay"):
+    if settings[key] < 0:
+      raise UserError(f"train.{key} is {settings[key]}; it must not be negative")
+  for key in ("ema", "beta1", "beta2"):
+    if not 0 <= settings[key] < 1:
+      raise UserError(f"train.{key} is {settings[key]}; it must lie in [0, 1)")
+  for key in ("dtype", "base_dtype"):
+    if settings[key] not in DTYPES:
+      raise UserError(f"train.{key} is {settings[key]!r}; use one of {', '.join(DTYPES)}")
+
+
+def due(step: int, *every: int) -> bool:
+  """Whether `step` is a multiple of one of `every`; 0 stands for never."""
+  return any(n and step % n == 0 for n in every)
+
+
+def table(config: ml_collections.ConfigDict) -> str:
+  """The parameter table of a config whose base may have no weights: `--abstract`."""
+  check(config)
+
+  def new() -> CustomContrast:
+    base = hub.random_base(
+      config.base,
+      param_dtype=jnp.dtype(config.train.base_dtype),
+      image_encoder=config.encoder.image_encoder or None,
+    )
+    return build(config, base)
+
+  definition, trainable, frozen = split(nnx.eval_shape(new))
+  state = jax.eval_shape(lambda t: init_state(t, config), trainable)
+  rows = [("part", "", "tensors", "parameters", "MiB")]
+  for kind, params in (("trained", trainable), ("frozen", frozen)):
+    parts: dict[str, list] = {}
+    for path, value in params.items():
+      names = path.split(".")
+      parts.setdefault(".".join(names[:2] if names[0] == "mfi_encoder" else names[:1]), []).append(
+        value
+      )
+    rows += [(part, kind, *_sizes(values)) for part, values in parts.items()]
+    rows.append(("all", kind, *_sizes(params.values())))
+  rows.append(("optimizer", "state", *_sizes(jax.tree.leaves(state.opt_state))))
+  rows.append(("average", "state", *_sizes(jax.tree.leaves(state.ema))))
+  widths = [max(len(row[i]) for row in rows) for i in range(5)]
+  return "\n".join(
+    "  ".join(
+      cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))
+    )
+    for row in rows
+  )
+
+
+def _sizes(arrays) -> tuple[str, str, str]:
+  arrays = list(arrays)
+  total = sum(int(np.prod(x.shape)) * x.dtype.itemsize for x in arrays)
+  return (
+    str(len(arrays)),
+    f"{sum(int(np.prod(x.shape)) for x in arrays):,}",
+    f"{total / 2**20:,.1f}",
+  )
+
+
+def _count(params: Params) -> str:
+  return f"{sum(x.size for x in params.values()):,}"
+
+
+def _left(checkpoints: Checkpoints) -> str:
+  step = checkpoints.latest_step()
+  return "no checkpoint yet" if step is None else f"the checkpoint of step {step} is intact"
+
+
+def main(argv: Sequence[str]) -> None:
+  """The command line."""
+  del argv
+  config, workdir = flags.FLAGS.config, flags.FLAGS.workdir
+  if flags.FLAGS.abstract:
+    print(table(config))
+    return
+  if not workdir:
+    raise UserError("no --workdir given; name a folder for checkpoints and logs")
+  from cc_jax import evaluate
+
+  train(config, workdir, Views(evaluate.draw, evaluate.finish))
+
+
+if __name__ == "__main__":
+  config_flags.DEFINE_config_file("config", "configs/subjects3d.py")
+  flags.DEFINE_string("workdir", "", "Folder of checkpoints, logs and the adapter.")
+  flags.DEFINE_bool("abstract", False, "Print the parameter table and end; needs no weights.")
+  errors.run(main)
