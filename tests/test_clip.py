@@ -13,7 +13,7 @@ from cc_jax.errors import UserError
 from cc_jax.models.clip_text import CLIPTextConfig, CLIPTextModel
 from cc_jax.models.clip_vision import CLIPVisionConfig, CLIPVisionModel
 from cc_jax.models.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
-from cc_jax.models.weights import load_module
+from cc_jax.models.weights import load_weights
 
 SMALL = dict(
   hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
@@ -39,7 +39,7 @@ def test_text_parity(extra, projection, pooled_at, tmp_path):
   theirs.save_pretrained(tmp_path)
   config = CLIPTextConfig.from_dict(theirs.config.to_dict())
   assert config.with_projection == projection
-  ours = load_module(abstract(CLIPTextModel, config), tmp_path)
+  ours = load_weights(abstract(CLIPTextModel, config), tmp_path)
   assert list(ours.pool_position(IDS)) == pooled_at
 
   def run_theirs():
@@ -86,7 +86,7 @@ def test_vision_parity(extra, projection, tmp_path):
   theirs.save_pretrained(tmp_path)
   config = CLIPVisionConfig.from_dict(theirs.config.to_dict())
   assert config.with_projection == projection
-  ours = load_module(abstract(CLIPVisionModel, config), tmp_path)
+  ours = load_weights(abstract(CLIPVisionModel, config), tmp_path)
   size = extra["image_size"]
   pixels = np.random.default_rng(0).standard_normal((2, size, size, 3)).astype(np.float32)
 
@@ -157,7 +157,7 @@ def test_text_key_layouts(prefix, tmp_path):
   state = {prefix + name: tensor for name, tensor in theirs.state_dict().items()}
   state[f"{prefix}embeddings.position_ids"] = torch.arange(12)[None]
   safetensors.torch.save_file(state, tmp_path / "model.safetensors")
-  ours = load_module(abstract(CLIPTextModel, config), tmp_path)
+  ours = load_weights(abstract(CLIPTextModel, config), tmp_path)
   wanted = theirs.embeddings.token_embedding.weight.detach().numpy()
   assert np.array_equal(ours.token_embedding.embedding[...], wanted)
 

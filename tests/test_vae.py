@@ -13,7 +13,7 @@ from torch_parity import abstract, assert_same, assert_same_names, randomise
 
 from cc_jax.errors import UserError
 from cc_jax.models.vae import AutoencoderKL, AutoencoderKLConfig
-from cc_jax.models.weights import load_module
+from cc_jax.models.weights import load_weights
 
 MINI = dict(
   block_out_channels=[16, 32, 32],
@@ -62,7 +62,7 @@ SD15_VAE = dict(
 def test_parity(settings, image, latents, tmp_path):
   theirs = randomise(diffusers.AutoencoderKL(**settings))
   theirs.save_pretrained(tmp_path)
-  ours = load_module(abstract(AutoencoderKL, AutoencoderKLConfig.from_dict(settings)), tmp_path)
+  ours = load_weights(abstract(AutoencoderKL, AutoencoderKLConfig.from_dict(settings)), tmp_path)
   rng = np.random.default_rng(0)
   x, z = (rng.standard_normal(shape).astype(np.float32) for shape in (image, latents))
 
@@ -97,7 +97,7 @@ def test_old_attention_names(tmp_path):
   assert sum("proj_attn" in name for name in renamed) == 4
   safetensors.torch.save_file(renamed, tmp_path / "model.safetensors")
   config = AutoencoderKLConfig.from_dict(BARE | {"mid_block_add_attention": True})
-  ours = load_module(abstract(AutoencoderKL, config), tmp_path)
+  ours = load_weights(abstract(AutoencoderKL, config), tmp_path)
   for new_name in ("to_q", "to_k", "to_v"):
     kernel = getattr(ours.decoder.mid_block.attentions[0], new_name).kernel[...]
     wanted = state[f"decoder.mid_block.attentions.0.{new_name}.weight"].numpy().T

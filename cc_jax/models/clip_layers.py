@@ -42,7 +42,7 @@ def config_from_dict(
   """
   names = values.get("architectures") or [next(iter(architectures))]
   if len(names) != 1 or names[0] not in architectures:
-    raise UserError(f"config.json: architectures is {names}; we implement {list(architectures)}")
+    raise UserError(f"CLIP config: architectures is {names}; we implement {list(architectures)}")
   taken: dict[str, Any] = {"with_projection": architectures[names[0]]}
   for field in dataclasses.fields(cls):
     if field.name not in values or values[field.name] is None:
@@ -52,19 +52,27 @@ def config_from_dict(
     good = isinstance(value, str) if isinstance(default, str) else number
     if not good or isinstance(value, bool):
       kind = type(default).__name__
-      raise UserError(f"config.json: {field.name} is {value!r}, but must be of type {kind}")
+      raise UserError(f"CLIP config: {field.name} is {value!r}, but must be of type {kind}")
     taken[field.name] = value
   config = cls(**taken)
   if config.hidden_act not in ACTIVATIONS:
     raise UserError(
-      f"config.json: hidden_act {config.hidden_act!r} is unknown; we have {list(ACTIVATIONS)}"
+      f"CLIP config: hidden_act {config.hidden_act!r} is unknown; we have {list(ACTIVATIONS)}"
     )
   if config.hidden_size % config.num_attention_heads:
     raise UserError(
-      f"config.json: hidden_size {config.hidden_size} is no multiple of num_attention_heads "
+      f"CLIP config: hidden_size {config.hidden_size} is no multiple of num_attention_heads "
       f"{config.num_attention_heads}"
     )
   return config
+
+
+def config_to_dict(config: Any, *, model_type: str, architectures: Mapping[str, bool]) -> dict:
+  """The inverse of `config_from_dict`: what transformers would write."""
+  values = dataclasses.asdict(config)
+  projection = values.pop("with_projection")
+  name = next(name for name, has in architectures.items() if has == projection)
+  return {"architectures": [name], "model_type": model_type, **values}
 
 
 class CLIPAttention(nnx.Module):

@@ -13,10 +13,14 @@ from jaxtyping import Array, Float, Int
 from cc_jax.models.clip_layers import (
   CLIPEncoder,
   config_from_dict,
+  config_to_dict,
   embedding,
   layer_norm,
   tower_name,
 )
+
+# Class names in config.json, and whether they have a projection.
+_ARCHITECTURES = {"CLIPTextModel": False, "CLIPTextModelWithProjection": True}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +36,7 @@ class CLIPTextConfig:
   max_position_embeddings: int = 77
   hidden_act: str = "quick_gelu"
   layer_norm_eps: float = 1e-5
+  pad_token_id: int = 1
   bos_token_id: int = 49406
   eos_token_id: int = 49407
   with_projection: bool = False
@@ -39,9 +44,11 @@ class CLIPTextConfig:
   @classmethod
   def from_dict(cls, values: Mapping[str, Any]) -> CLIPTextConfig:
     """Reads a `config.json`; raises UserError for a value that we do not implement."""
-    return config_from_dict(
-      cls, values, architectures={"CLIPTextModel": False, "CLIPTextModelWithProjection": True}
-    )
+    return config_from_dict(cls, values, architectures=_ARCHITECTURES)
+
+  def to_dict(self) -> dict[str, Any]:
+    """The fields as transformers writes them into `config.json`."""
+    return config_to_dict(self, model_type="clip_text_model", architectures=_ARCHITECTURES)
 
 
 class CLIPTextOutput(NamedTuple):

@@ -14,10 +14,14 @@ from jaxtyping import Array, Float
 from cc_jax.models.clip_layers import (
   CLIPEncoder,
   config_from_dict,
+  config_to_dict,
   embedding,
   layer_norm,
   tower_name,
 )
+
+# Class names in config.json, and whether they have a projection.
+_ARCHITECTURES = {"CLIPVisionModel": False, "CLIPVisionModelWithProjection": True}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,9 +43,11 @@ class CLIPVisionConfig:
   @classmethod
   def from_dict(cls, values: Mapping[str, Any]) -> CLIPVisionConfig:
     """Reads a `config.json`; raises UserError for a value that we do not implement."""
-    return config_from_dict(
-      cls, values, architectures={"CLIPVisionModel": False, "CLIPVisionModelWithProjection": True}
-    )
+    return config_from_dict(cls, values, architectures=_ARCHITECTURES)
+
+  def to_dict(self) -> dict[str, Any]:
+    """The fields as transformers writes them into `config.json`."""
+    return config_to_dict(self, model_type="clip_vision_model", architectures=_ARCHITECTURES)
 
 
 class CLIPVisionOutput(NamedTuple):
@@ -88,7 +94,7 @@ class CLIPVisionTransformer(nnx.Module):
 
 
 class CLIPVisionModel(nnx.Module):
-  """The image encoder; see `cc_jax.hub.clip_pixels` for its preprocessing."""
+  """The image encoder; see `cc_jax.models.clip_pixels` for its preprocessing."""
 
   def __init__(
     self, config: CLIPVisionConfig, *, dtype=jnp.float32, param_dtype=jnp.float32, rngs: nnx.Rngs

@@ -70,17 +70,27 @@ class AutoencoderKLConfig:
       value = values.pop(key, allowed[0])
       value = list(value) if isinstance(value, tuple) else value
       if value not in allowed:
-        raise UserError(f"config.json of the VAE: {key} is {value!r}; we implement {allowed[0]!r}")
+        raise UserError(f"VAE config: {key} is {value!r}; we implement {allowed[0]!r}")
     unknown = sorted(set(values) - {field.name for field in dataclasses.fields(cls)})
     if unknown:
-      raise UserError(f"config.json of the VAE: we do not implement {unknown[0]!r}")
+      raise UserError(f"VAE config: we do not implement {unknown[0]!r}")
     config = cls(**{**values, "block_out_channels": channels})
     if any(width % config.norm_num_groups for width in channels):
       raise UserError(
-        f"config.json of the VAE: norm_num_groups {config.norm_num_groups} does not divide all of "
+        f"VAE config: norm_num_groups {config.norm_num_groups} does not divide all of "
         f"block_out_channels {list(channels)}"
       )
     return config
+
+  def to_dict(self) -> dict[str, Any]:
+    """The fields in the words of diffusers' `config.json`."""
+    blocks = len(self.block_out_channels)
+    return {
+      **dataclasses.asdict(self),
+      "act_fn": "silu",
+      "down_block_types": ["DownEncoderBlock2D"] * blocks,
+      "up_block_types": ["UpDecoderBlock2D"] * blocks,
+    }
 
   @property
   def factor(self) -> int:

@@ -30,7 +30,7 @@ _STEMS = ("diffusion_pytorch_model", "model")  # diffusers' and transformers' na
 _PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".msgpack")
 
 
-def load_module(
+def load_weights(
   module: Module, path: str | Path, *, digests: dict[str, str] | None = None
 ) -> Module:
   """Returns `module` with the parameters that are stored at `path`.
@@ -57,7 +57,7 @@ def load_module(
   return nnx.merge(graph, params, rest)
 
 
-def save_module(module: nnx.Module, path: str | Path, *, dtype: Any = None) -> None:
+def save_weights(module: nnx.Module, path: str | Path, *, dtype: Any = None) -> None:
   """Writes a module's parameters under PyTorch's names; the file appears whole or not at all.
 
   Args:
@@ -92,7 +92,8 @@ def replacing(path: Path) -> Iterator[Path]:
     temporary.chmod(mode)  # safetensors makes files that only their owner can read
     os.replace(temporary, path)
   except OSError as error:
-    raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
+    reason = error.strerror or error
+    raise UserError(f"{path} cannot be written: {reason}; choose another") from error
   finally:
     with contextlib.suppress(OSError):
       temporary.unlink(missing_ok=True)
