@@ -1,0 +1,389 @@
+"""Generation: equal to a plain loop over diffusers' scheduler, and every mistake is one line."""
+
+import dataclasses
+import json
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from absl import flags
+from diffusers import DDIMScheduler
+from flax import nnx
+from PIL import Image
+
+from cc_jax import generate, hub, pictures
+from cc_jax.customcontrast.adapter_file import adapter_tensors, load_adapter, save_adapter
+from cc_jax.customcontrast.injection import InjectionConfig
+from cc_jax.customcontrast.mfi_encoder import MFIEncoderConfig
+from cc_jax.customcontrast.model import CustomContrast
+from cc_jax.drawer import Drawer, bundle, encode_prompts
+from cc_jax.errors import UserError
+from cc_jax.models.tokenizer import train_tokenizer
+from data_pipeline.errors import DataError
+
+STEPS = 3
+PROMPT, NOUN = "a teddy bear in the snow", "teddy bear"
+
+
+def write_base(folder):
+  tokenizer = train_tokenizer(
+    [caption.format(noun) for caption in tiny.CAPTIONS for noun in tiny.NOUNS],
+    folder / "tokenizer", 600, tiny.TOKENS,
+  )  # fmt: skip
+  ends = dict(bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
+  text = dict(tiny.TEXT, vocab_size=len(tokenizer), **ends)
+  parts = dict(unet=tiny.UNET, vae=tiny.VAE, text_encoder=text, image_encoder=tiny.VISION)
+  for name, values in parts.items():
+    (folder / name).mkdir()
+    (folder / name / "config.json").write_text(json.dumps(values))
+  hub.finish_base(folder, tiny.SCHEDULER)
+  hub.save_base(hub.random_base(folder), folder)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  """A random base, an adapter that has something to say, and a few pictures."""
+  folder = tmp_path_factory.mktemp("generate")
+  write_base(folder / "base")
+  base = hub.load_base(folder / "base")
+  config = tiny.tiny_config(folder / "base")
+  encoder = MFIEncoderConfig.from_config(config.encoder)
+  injection = InjectionConfig.from_config(config.injection)
+  model = CustomContrast(base, encoder, injection, rngs=nnx.Rngs(1))
+  rng = np.random.default_rng(2)
+  tensors = {
+    # At the start the gates are 0 and the maps are flat: move everything.
+    name: np.asarray(value) + 0.5 * rng.standard_normal(value.shape).astype(np.float32)
+    for name, value in adapter_tensors(model).items()
+  }
+  said = dict(encoder=encoder, injection=injection, base_name=str(folder / "base"))
+  save_adapter(folder / "run" / "adapter.safetensors", tensors, base_hash=base.hash, **said)
+  save_adapter(folder / "foreign.safetensors", tensors, base_hash="0" * 64, **said)
+
+  pixels = rng.integers(0, 256, (24, 20, 3), dtype=np.uint8)
+  alpha = np.zeros((24, 20), np.uint8)
+  alpha[4:18, 5:15] = 255
+  alpha[4, 5:15] = 130
+  Image.fromarray(pixels).save(folder / "whole.png")
+  Image.fromarray(alpha).save(folder / "mask.png")
+  Image.fromarray(np.dstack([pixels, alpha])).save(folder / "cut.png")
+  Image.fromarray(np.dstack([pixels[::-1], alpha])).save(folder / "other.png")
+  Image.fromarray(np.dstack([pixels, 0 * alpha])).save(folder / "transparent.png")
+  Image.fromarray(alpha[1:]).save(folder / "small_mask.png")
+  (folder / "words.png").write_text("no picture")
+  (folder / "nothing.png").write_bytes(b"")
+  (folder / "half.png").write_bytes((folder / "cut.png").read_bytes()[:900])
+  whole = (folder / "run" / "adapter.safetensors").read_bytes()
+  (folder / "truncated.safetensors").write_bytes(whole[: len(whole) // 2])
+  (folder / "empty_run").mkdir()
+  return folder
+
+
+@pytest.fixture(scope="module")
+def pipe(folder):
+  return generate.load(folder / "run")
+
+
+@pytest.fixture(scope="module")
+def references(folder):
+  return [folder / "cut.png", folder / "other.png"]
+
+
+@pytest.fixture(scope="module")
+def rows(pipe, references):
+  """Arguments of the drawer for one prompt, `n` times; all use the same compiled function."""
+
+  def make(n, **changes):
+    pair = np.stack([pictures.read_reference(r, size=tiny.IMAGE) for r in references])
+    return dict(
+      prompts=encode_prompts(pipe.base.tokenizers, [PROMPT] * n, [NOUN] * n, s_words=2),
+      negative=encode_prompts(pipe.base.tokenizers, [""]),
+      noise=pipe.drawer.noise(range(n)),
+      references=np.stack([pair] * n),
+      steps=STEPS,
+      batch_size=2,
+    ) | changes
+
+  return make
+
+
+def far(a, b):
+  """The largest difference of two pictures, in 255ths."""
+  return int(np.max(np.abs(np.asarray(a, int) - np.asarray(b, int))))
+
+
+# ---- what is drawn
+
+
+def test_a_picture_is_a_function_of_its_own_seed(pipe, references):
+  said = dict(class_noun=NOUN, references=references, steps=STEPS, num_images=2)
+  first = pipe(PROMPT, seed=0, **said)
+  again = pipe(PROMPT, seed=0, **said)
+  second = pipe(PROMPT, seed=1, **said)
+  assert far(first[0], again[0]) == 0 and far(first[1], again[1]) == 0
+  assert far(first[1], second[0]) <= 1  # another row of the batch
+  assert far(first[0], second[0]) > 20
+  assert first[0].size == (tiny.IMAGE, tiny.IMAGE)
+
+
+def test_order_of_references_does_not_matter_but_they_do(pipe, rows):
+  noise = np.repeat(pipe.drawer.noise([5]), 2, axis=0)
+  given = rows(2, noise=noise)
+  pair = given["references"][0]
+  images, _ = pipe.drawer(**given | dict(references=np.stack([pair, pair[::-1]])))
+  assert far(*images) <= 1
+  images, _ = pipe.drawer(**given | dict(references=np.stack([pair, pair[[0, 0]]])))
+  assert far(*images) > 5
+
+
+def test_padding_of_the_last_batch_changes_nothing(pipe, rows):
+  three = rows(3)
+  images, _ = pipe.drawer(**three)
+  assert images.shape == (3, tiny.IMAGE, tiny.IMAGE, 3) and images.dtype == np.uint8
+  last, _ = pipe.drawer(**rows(2, noise=three["noise"][1:]))
+  assert far(images[1:], last) <= 1
+  assert far(images[1], images[2]) > 20
+
+
+def test_a_picture_without_image_is_the_bases_also_within_a_batch(pipe, rows):
+  mixed, _ = pipe.drawer(**rows(2, use_image=np.array([False, True])))
+  base, _ = pipe.drawer(**rows(2, references=None))
+  zero, _ = pipe.drawer(**rows(2, scale=0.0))
+  assert far(mixed[0], base[0]) <= 1
+  assert far(mixed[1], base[1]) > 5
+  assert far(zero, base) == 0
+
+
+def test_scale_is_per_step_and_layer(pipe, rows):
+  base, _ = pipe.drawer(**rows(2, references=None))
+  full, _ = pipe.drawer(**rows(2))
+  layers = pipe.drawer.layers
+  ones, _ = pipe.drawer(**rows(2, scale=np.ones((STEPS, layers))))
+  assert far(full, ones) == 0
+  late, _ = pipe.drawer(**rows(2, scale=[[0.0]] * (STEPS - 1) + [[1.0]]))
+  assert 1 < far(late, full) and 1 < far(late, base)
+  with pytest.raises(UserError, match="per layer"):
+    pipe.drawer(**rows(2, scale=np.ones(layers + 1)))
+
+
+@pytest.mark.parametrize("with_adapter", [False, True])
+def test_without_references_it_is_a_naive_stable_diffusion(folder, pipe, with_adapter):
+  base = hub.load_base(folder / "base")
+  tokenizer = base.tokenizers[0]
+  noise = pipe.drawer.noise([3, 4])
+
+  def ids(text):
+    return jnp.asarray(tokenizer(text, padding="max_length")["input_ids"])[None]
+
+  texts = jnp.concatenate(
+    [base.text_encoders[0](ids(t)).last_hidden_state for t in ("", "", PROMPT, PROMPT)]
+  )
+  scheduler = DDIMScheduler.from_config(base.scheduler_config)
+  scheduler.set_timesteps(STEPS)
+  unet = nnx.jit(base.unet.__class__.__call__)
+  import torch
+
+  x = torch.from_numpy(np.array(noise))
+  for t in scheduler.timesteps:
+    both = jnp.asarray(torch.cat([x, x]).numpy())
+    away, towards = np.split(np.asarray(unet(base.unet, both, jnp.full(4, int(t)), texts)), 2)
+    guided = torch.from_numpy(away + 3.0 * (towards - away))
+    x = scheduler.step(guided, t, x).prev_sample
+  decoded = base.vae.decode(jnp.asarray(x.numpy()) / base.vae.config.scaling_factor)
+  expected = np.clip(np.asarray(decoded) / 2 + 0.5, 0, 1)
+
+  drawer = pipe.drawer if with_adapter else Drawer(bundle(base), pipe.schedule)
+  drawn = []
+  draw = drawer._draw
+  drawer._draw = lambda *args, **kwargs: drawn.append(draw(*args, **kwargs)) or drawn[-1]
+  drawer(
+    encode_prompts([tokenizer], [PROMPT] * 2), encode_prompts([tokenizer], [""]), noise=noise,
+    steps=STEPS,
+  )  # fmt: skip
+  drawer._draw = draw
+  np.testing.assert_allclose(drawn[0].images, expected, atol=1e-4)
+  assert np.std(expected) > 0.05  # not all clipped away
+
+
+def test_equal_guidances_apart_are_the_joint_one(pipe, rows):
+  joint, _ = pipe.drawer(**rows(2, guidance=2.5))
+  apart, _ = pipe.drawer(**rows(2, guidance=2.5, image_guidance=2.5))
+  less, _ = pipe.drawer(**rows(2, guidance=2.5, image_guidance=0.5))
+  assert far(joint, apart) <= 1
+  assert far(joint, less) > 3
+
+
+def test_maps_are_the_models_at_the_states_passed_through(pipe, references):
+  """Without S+ at a vanishing scale the picture is the base's; its maps are still made."""
+  given = dict(steps=STEPS, seed=3, num_images=2, guidance=1.0)
+  images, maps = pipe(
+    PROMPT, NOUN, references, scale=1e-6, s_plus=False, return_maps=True, **given
+  )
+  assert far(images[0], pipe(PROMPT, **given)[0]) <= 1
+
+  model = pipe.drawer.merge(pipe.drawer.params)
+  assert tuple(maps) == model.layer_paths
+  noise = pipe.drawer.noise([3, 4])
+  prompts = encode_prompts(pipe.base.tokenizers, [PROMPT] * 2, [NOUN] * 2)
+  cut = np.stack([pictures.read_reference(r, size=tiny.IMAGE) for r in references])
+
+  @jax.jit
+  def first(params):
+    model = pipe.drawer.merge(params)
+    features, _ = model.image_features(jnp.asarray(cut, jnp.float32) / 255)
+    features = jnp.concatenate([features.reshape(1, -1, features.shape[-1])] * 2)
+    t = jnp.full(2, DDIM_START)
+    condition = model.condition(
+      features, jnp.asarray(prompts.ids[0]), prompts.slot, prompts.noun_span, t,
+      use_s_plus=False, scale=1e-6,
+    )  # fmt: skip
+    return model.predict(noise, t, condition, maps=True)[1]
+
+  for found, expected in zip(maps.values(), first(pipe.drawer.params)):
+    assert found.shape[:2] == (STEPS, 2) and found.shape[2] == found.shape[3]
+    np.testing.assert_allclose(found[0].reshape(2, -1, 1), expected, atol=1e-5)
+    assert np.abs(found[-1] - found[0]).max() > 1e-3  # depends on the step
+
+
+DDIM_START = 999  # trailing spacing starts at the last timestep
+
+
+def test_mask_file_equals_alpha_channel_and_whole_pictures_warn(folder):
+  with warnings.catch_warnings():
+    warnings.simplefilter("error")
+    cut = pictures.read_reference(folder / "cut.png", size=32)
+    masked = pictures.read_reference(str(folder / "whole.png"), folder / "mask.png", size=32)
+  np.testing.assert_array_equal(cut, masked)
+  assert (cut[0] == 255).all() and (cut[16] < 250).any()  # white around, the subject inside
+  with pytest.warns(UserWarning, match="transparent background"):
+    whole = pictures.read_reference(Image.open(folder / "whole.png"), size=32)
+  assert far(whole, cut) > 20
+
+
+# ---- mistakes
+
+
+def call(folder, **changes):
+  """Runs the command in this process, with flags that work unless changed."""
+  values = flags.FlagValues()
+  generate.define_flags(values)
+  given = dict(
+    checkpoint=folder / "run", reference=f"{folder}/cut.png,{folder}/other.png", class_noun=NOUN,
+    prompt=PROMPT, steps=STEPS, out=folder / "out.png",
+  ) | changes  # fmt: skip
+  values(["generate", *(f"--{k}={v}" for k, v in given.items() if v is not None)])
+  generate.main([], values)
+
+
+MISTAKES = {
+  "checkpoint missing": (dict(checkpoint="{}/none.safetensors"), "leave --checkpoint out"),
+  "training unfinished": (dict(checkpoint="{}/empty_run"), "has not finished"),
+  "checkpoint truncated": (dict(checkpoint="{}/truncated.safetensors"), "truncated"),
+  "checkpoint of another base": (dict(checkpoint="{}/foreign.safetensors"), "trained on the base"),
+  "base missing": (dict(base="{}/none"), "is no folder"),
+  "base without adapter": (dict(base="{}/base", checkpoint=None), "give --checkpoint"),
+  "reference missing": (dict(reference="{}/none.png"), "none.png is missing"),
+  "reference no picture": (dict(reference="{}/words.png"), "no picture"),
+  "reference cut off": (dict(reference="{}/half.png"), "no picture"),
+  "reference empty": (dict(reference="{}/nothing.png"), "empty file"),
+  "reference transparent": (dict(reference="{}/transparent.png"), "transparent.png: .*empty"),
+  "mask of another size": (
+    dict(reference="{}/whole.png", mask="{}/small_mask.png"), r"\[23, 20\].*\[24, 20\]"
+  ),
+  "masks too few": (dict(mask="{}/mask.png"), "1 masks for 2 references"),
+  "noun not in prompt": (dict(class_noun="rocket"), "does not contain the class noun 'rocket'"),
+  "noun not given": (dict(class_noun=None), "--class_noun"),
+  "no prompt": (dict(prompt=None), "--prompt"),
+  "prompt too long": (dict(prompt=PROMPT + " in the snow" * 9), "shorten"),
+  "prompt too long without reference": (
+    dict(reference=None, class_noun=None, prompt="at night " * 20), "shorten"
+  ),
+  "no steps": (dict(steps=0), "at least 1 step"),
+  "too many steps": (dict(steps=1001), "between 1 and 1000"),
+  "guidance negative": (dict(guidance=-1), "guidance -1.0"),
+  "image guidance no number": (dict(image_guidance="nan"), "image_guidance nan"),
+  "scale negative": (dict(scale=-0.5), "scale -0.5"),
+  "scale infinite": (dict(scale="inf"), "scale inf"),
+  "seed negative": (dict(seed=-1), "seed -1"),
+  "no pictures": (dict(num_images=0), "at least one"),
+  "sampler unknown": (dict(sampler="euler"), "ddim, dpmsolver"),
+  "dtype unknown": (dict(dtype="float8"), "float32 or bfloat16"),
+  "out in no folder": (dict(out="{}/none/out.png"), "does not exist"),
+  "out is a folder": (dict(out="{}/folder.png"), "cannot be written"),
+  "out no PNG": (dict(out="{}/out.jpg"), "PNG"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_are_one_line_with_a_remedy(folder, mistake):
+  changes, message = MISTAKES[mistake]
+  (folder / "folder.png").mkdir(exist_ok=True)
+  changes = {k: v.format(folder) if isinstance(v, str) else v for k, v in changes.items()}
+  with pytest.raises((UserError, DataError), match=message) as caught:
+    call(folder, **changes)
+  assert "\n" not in str(caught.value)
+  assert not (folder / "out.png").exists()
+
+
+# ---- the command
+
+
+def test_the_command_writes_pictures_that_carry_their_settings(folder, pipe, references, capsys):
+  call(folder, num_images=2, seed=7, out=folder / "drawn.png")
+  assert capsys.readouterr().out.split() == [f"{folder}/drawn-7.png", f"{folder}/drawn-8.png"]
+  said = dict(class_noun=NOUN, references=references, steps=STEPS, num_images=2)
+  expected = pipe(PROMPT, seed=7, **said)
+  for seed, image in zip((7, 8), expected):
+    found = Image.open(folder / f"drawn-{seed}.png")
+    assert far(found, image) <= 1
+    settings = json.loads(found.text[generate.METADATA])
+    assert settings["prompt"] == PROMPT and settings["seed"] == seed
+    assert settings["base_hash"] == pipe.base.hash
+    assert settings["checkpoint"] == str(folder / "run" / "adapter.safetensors")
+    assert settings["steps"] == STEPS and settings["scale"] == 1.0
+
+
+def test_adapter_tells_how_large_its_references_were(folder, pipe):
+  adapter = load_adapter(folder / "run" / "adapter.safetensors")
+  assert "reference_share" not in adapter.notes  # else this test says nothing
+  small = dataclasses.replace(pipe.adapter, notes={"reference_share": "0.4"})
+  whole = pipe._references([folder / "cut.png"], None)
+  pipe.adapter, before = small, pipe.adapter
+  half = pipe._references([folder / "cut.png"], None)
+  pipe.adapter = before
+  # Twice as small: a quarter of the canvas is not white.
+  assert 2.5 < (whole < 250).any(-1).sum() / (half < 250).any(-1).sum() < 6
+
+
+# ---- grids
+
+
+def test_a_grid_puts_each_picture_where_it_belongs():
+  colours = [(255, 0, 0), (0, 255, 0), (0, 0, 255)]
+  images = [np.full((8, 8, 3), c, np.uint8) for c in colours]
+  sheet = pictures.grid([*images, None], ["a", "b", "c c c c c c", ""], columns=2, scale=2)
+  pixels = np.asarray(sheet)
+  where = [np.argwhere((pixels == c).all(-1)) for c in colours]
+  for found in where:
+    assert len(found) == 16 * 16
+  corners = [tuple(found.min(0)) for found in where]
+  assert corners[0][0] == corners[1][0] < corners[2][0]  # rows
+  assert corners[0][1] == corners[2][1] < corners[1][1]  # columns
+  below = pixels[corners[2][0] + 16 :, :, 0]
+  assert (below < 100).any()  # the caption
+  assert (pixels[corners[0][0] : corners[0][0] + 16, : corners[0][1]] == 255).all()
+  headed = pictures.grid(images, columns=3, row_headings=["row"], column_headings=["x", "y", "z"])
+  assert headed.width > pictures.grid(images, columns=3).width
+  with pytest.raises(ValueError, match="2 captions for 3"):
+    pictures.grid(images, ["a", "b"])
+
+
+def test_pictures_are_clipped_rounded_and_laid_on_white():
+  assert pictures.to_uint8([-1.0, 0.5, 2.0, 0.1]).tolist() == [0, 128, 255, 26]
+  clear = np.zeros((2, 2, 4), np.uint8)
+  clear[0, 0] = (10, 20, 30, 255)
+  image = np.asarray(pictures.to_image(clear))
+  assert image[0, 0].tolist() == [10, 20, 30] and image[1, 1].tolist() == [255, 255, 255]
