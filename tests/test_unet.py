@@ -7,9 +7,12 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from flax import nnx
+from torch_parity import assert_same, randomise
 
 from cc_jax.errors import UserError
-from cc_jax.models.torch_names import from_torch, to_torch, torch_name, torch_shapes
+from cc_jax.models.abstract import abstract
+from cc_jax.models.attention import Attention
+from cc_jax.models.torch_names import from_torch, torch_name, torch_shapes
 from cc_jax.models.unet import UNet2DCondition, UNetConfig, cross_attention_layers
 
 torch.set_num_threads(2)
@@ -17,10 +20,10 @@ torch.set_num_threads(2)
 # Small networks of each family. Groups hold more than one channel, widths differ wherever two could
 # be confused, and the blocks with and without attention lie as in the real ones.
 SD15 = dict(
-  block_out_channels=[16, 32, 32],
-  down_block_types=["CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
-  up_block_types=["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"],
-  layers_per_block=1,
+  block_out_channels=[16, 32],
+  down_block_types=["CrossAttnDownBlock2D", "DownBlock2D"],
+  up_block_types=["UpBlock2D", "CrossAttnUpBlock2D"],
+  layers_per_block=2,
   norm_num_groups=8,
   cross_attention_dim=24,
   attention_head_dim=4,
@@ -30,7 +33,7 @@ SD2 = dict(
   block_out_channels=[16, 32],
   down_block_types=["CrossAttnDownBlock2D", "DownBlock2D"],
   up_block_types=["UpBlock2D", "CrossAttnUpBlock2D"],
-  layers_per_block=2,
+  layers_per_block=1,
   norm_num_groups=4,
   cross_attention_dim=20,
   attention_head_dim=[2, 4],
@@ -68,159 +71,131 @@ MINI = dict(
 )
 
 
-class Spy(nnx.Module):
+class Spy(Attention):
   """Stands where the injection will stand: unpacks its own kind of context, notes what it got."""
 
   def __init__(self, inner):
-    self.inner = inner
+    self.heads, self.implementation = inner.heads, inner.implementation
+    self.to_q, self.to_k, self.to_v, self.to_out = inner.to_q, inner.to_k, inner.to_v, inner.to_out
 
   def __call__(self, hidden, context, temb=None, hw=None):
     context["seen"].append((context["layer"], hw, temb))
-    return self.inner(hidden, context["text"], temb, hw=hw)
+    return super().__call__(hidden, context["text"])
 
 
-def torch_unet(config):
+@pytest.fixture(autouse=True, scope="module")
+def compile_quickly():
+  """Halves the compilation, which is most of this file's time."""
+  jax.config.update("jax_disable_most_optimizations", True)
+  yield
+  jax.config.update("jax_disable_most_optimizations", False)
+
+
+def pair(config):
+  """PyTorch's network, and ours with its weights."""
   torch.manual_seed(0)
-  unet = UNet2DConditionModel(**config)
-  with torch.no_grad():
-    for parameter in unet.parameters():  # norms start at 1 and 0, which would hide a mistake
-      parameter += 0.1 * torch.randn(parameter.shape)
-  return unet
+  original = randomise(UNet2DConditionModel(**config))
+  graphdef, state = nnx.split(abstract_unet(config))
+  tensors = {name: tensor.numpy() for name, tensor in original.state_dict().items()}
+  return original, nnx.merge(graphdef, from_torch(tensors, state))
 
 
-def jax_unet(config, tensors):
+def abstract_unet(config, **dtypes):
   config = UNetConfig.from_dict(config)
-  abstract = nnx.eval_shape(lambda: UNet2DCondition(config, rngs=nnx.Rngs(0)))
-  graphdef, state = nnx.split(abstract)
-  return nnx.merge(graphdef, from_torch(tensors, state))
+  return abstract(lambda rngs: UNet2DCondition(config, **dtypes, rngs=rngs))
 
 
-def inputs(config, *, batch, height, width, tokens):
+def latents_and_text(config, *, batch, height, width):
   rng = np.random.default_rng(0)
-  normal = lambda *shape: rng.normal(size=shape).astype(np.float32)  # noqa: E731
-  arrays = dict(
-    sample=normal(batch, height, width, config.get("in_channels", 4)),
-    timesteps=np.array([999, 3, 421][:batch]),
-    context=normal(batch, tokens, config["cross_attention_dim"]),
-    probe=normal(batch, height, width, config.get("out_channels", 4)),
-  )
-  if config.get("addition_embed_type") == "text_time":
-    added = dict(
-      text_embeds=normal(batch, 10), time_ids=rng.integers(0, 1024, (batch, 6)).astype(np.float32)
-    )
-  else:
-    added = {}
-  return arrays, added
+  latents = rng.normal(size=(batch, height, width, config.get("in_channels", 4)))
+  text = rng.normal(size=(batch, 7, config["cross_attention_dim"]))
+  return [latents.astype(np.float32), text.astype(np.float32)]
 
 
-def torch_results(unet, arrays, added):
-  """The prediction, the time embedding, and the gradients of <prediction, probe>."""
-  tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
-  sample = tensors["sample"].permute(0, 3, 1, 2).requires_grad_()
-  context = tensors["context"].requires_grad_()
-  seen = []
-  unet.down_blocks[0].resnets[0].register_forward_pre_hook(lambda _, args: seen.append(args[1]))
-  prediction = unet(
-    sample,
-    tensors["timesteps"],
-    context,
-    added_cond_kwargs={name: torch.from_numpy(array) for name, array in added.items()},
-  ).sample.permute(0, 2, 3, 1)
-  (prediction * tensors["probe"]).sum().backward()
-  return dict(
-    prediction=prediction.detach().numpy(),
-    temb=seen[0].detach().numpy(),
-    sample=sample.grad.permute(0, 2, 3, 1).numpy(),
-    context=context.grad.numpy(),
-    **{name: parameter.grad.numpy() for name, parameter in unet.named_parameters()},
-  )
+def nchw(tensor):
+  return tensor.permute(0, 3, 1, 2)
 
 
-def jax_results(unet, conditioning, arrays, added):
-  """The same from ours, by one compilation. `conditioning(context)` -> (context, text) to pass."""
-  graphdef, parameters = nnx.split(unet)
-
-  def loss(parameters, sample, context):
-    per_layer, text, seen = conditioning(context)
-    model = nnx.merge(graphdef, parameters)
-    prediction = model(sample, arrays["timesteps"], per_layer, text=text, **added)
-    temb = [temb for _, _, temb in seen]
-    return (prediction * arrays["probe"]).sum(), (prediction, temb)
-
-  with jax.default_matmul_precision("highest"):
-    gradients, (prediction, temb) = jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))(
-      parameters, arrays["sample"], arrays["context"]
-    )
-  named = {name.replace("attn2.inner", "attn2"): g for name, g in to_torch(gradients[0]).items()}
-  return dict(prediction=prediction, sample=gradients[1], context=gradients[2], **named), temb
-
-
-def assert_close(ours, theirs):
-  assert ours.keys() == theirs.keys()
-  error = {name: float(np.linalg.norm(ours[name] - theirs[name])) for name in theirs}
-  size = {name: float(np.linalg.norm(theirs[name])) for name in theirs}
-  # A key's bias adds the same to every score of a query: its gradient is zero, and noise here.
-  noise = {"add_embedding.pool.k_proj.bias"}
-  assert all(size[name] > 1e-3 for name in size.keys() - noise), "a gradient that proves nothing"
-  wrong = {n: error[n] / size[n] for n in size.keys() - noise if not error[n] < 1e-4 * size[n]}
-  assert not wrong
-  assert all(error[name] < 1e-3 for name in noise & size.keys())
-
-
-def shared(context):
-  return context, None, []
-
-
-def check_against_pytorch(config, *, conditioning=shared, batch, height, width):
-  original = torch_unet(config)
-  arrays, added = inputs(config, batch=batch, height=height, width=width, tokens=7)
-  theirs = torch_results(original, arrays, added)
-  unet = jax_unet(config, {name: p.numpy() for name, p in original.state_dict().items()})
-  del theirs["temb"]
-  ours, _ = jax_results(unet, conditioning, arrays, added)
-  assert_close(ours, theirs)
+def nhwc(tensor):
+  return tensor.permute(0, 2, 3, 1)
 
 
 def test_sd15_kind_of_odd_size_and_with_a_context_for_each_layer():
-  layers = 2 + 1 + 4
-  per_layer = lambda context: ((context,) * layers, None, [])  # noqa: E731
-  check_against_pytorch(SD15, conditioning=per_layer, batch=3, height=9, width=13)
+  original, unet = pair(SD15)
+  timesteps = np.array([999, 3, 421])
+  layers = len(cross_attention_layers(unet))
+  assert_same(
+    lambda unet, x, text: [unet(x, timesteps, (text,) * layers)],
+    unet,
+    latents_and_text(SD15, batch=3, height=9, width=13),
+    lambda x, text: [nhwc(original(nchw(x), torch.from_numpy(timesteps), text).sample)],
+    original,
+  )
 
 
 def test_sd2_kind():
-  check_against_pytorch(SD2, batch=2, height=8, width=6)
+  original, unet = pair(SD2)
+  timesteps = np.array([999, 3])
+  assert_same(
+    lambda unet, x, text: [unet(x, timesteps, text)],
+    unet,
+    latents_and_text(SD2, batch=2, height=8, width=6),
+    lambda x, text: [nhwc(original(nchw(x), torch.from_numpy(timesteps), text).sample)],
+    original,
+  )
 
 
 def test_sdxl_kind():
-  check_against_pytorch(SDXL, batch=3, height=5, width=8)
+  original, unet = pair(SDXL)
+  timesteps = np.array([999, 3])
+  rng = np.random.default_rng(1)
+  time_ids = rng.integers(0, 1024, (2, 6)).astype(np.float32)
+  pooled = rng.normal(size=(2, 10)).astype(np.float32)
+
+  def theirs(x, text, pooled):
+    added = dict(text_embeds=pooled, time_ids=torch.from_numpy(time_ids))
+    t = torch.from_numpy(timesteps)
+    return [nhwc(original(nchw(x), t, text, added_cond_kwargs=added).sample)]
+
+  assert_same(
+    lambda unet, x, text, pooled: [unet(x, timesteps, text, text_embeds=pooled, time_ids=time_ids)],
+    unet,
+    [*latents_and_text(SDXL, batch=2, height=5, width=8), pooled],
+    theirs,
+    original,
+  )
 
 
 def test_mini_kind_with_every_cross_attention_replaced():
-  original = torch_unet(MINI)
-  arrays, added = inputs(MINI, batch=2, height=8, width=8, tokens=7)
-  theirs = torch_results(original, arrays, added)
-  unet = jax_unet(MINI, {name: p.numpy() for name, p in original.state_dict().items()})
+  """Each replacement gets its own object, the picture's size and the whole time embedding."""
+  original, unet = pair(MINI)
+  timesteps = np.array([999, 3])
   layers = cross_attention_layers(unet)
   for _, block in layers:
     block.attn2 = Spy(block.attn2)
-  seen = []
 
-  def conditioning(context):
-    own = tuple(dict(layer=i, text=context, seen=seen) for i in range(len(layers)))
-    return own, context, seen
+  def ours(unet, x, text):
+    seen = []
+    contexts = [dict(layer=i, text=text, seen=seen) for i in range(len(layers))]
+    prediction = unet(x, timesteps, contexts, text=text)
+    assert [layer for layer, _, _ in seen] == list(range(len(layers)))
+    assert [hw for _, hw, _ in seen] == [(4, 3)] * len(layers)
+    return [prediction, *(temb for _, _, temb in seen)]
 
-  ours, tembs = jax_results(unet, conditioning, arrays, added)
-  temb = theirs.pop("temb")
-  assert_close(ours, theirs)
-  assert [layer for layer, _, _ in seen] == list(range(len(layers)))
-  assert {hw for _, hw, _ in seen} == {(4, 4)}
-  assert len(tembs) == len(layers)
-  for ours_temb in tembs:
-    np.testing.assert_allclose(ours_temb, temb, rtol=1e-4, atol=1e-5)
+  def theirs(x, text):
+    seen = []
+    resnet = original.mid_block.resnets[0]
+    hook = resnet.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[1]))
+    prediction = original(nchw(x), torch.from_numpy(timesteps), text).sample
+    hook.remove()
+    return [nhwc(prediction), *seen * len(layers)]
+
+  inputs = latents_and_text(MINI, batch=2, height=8, width=6)
+  assert_same(ours, unet, inputs, theirs, original)
 
 
 def test_layers_are_listed_in_execution_order():
-  unet = nnx.eval_shape(lambda: UNet2DCondition(UNetConfig.from_dict(SDXL), rngs=nnx.Rngs(0)))
+  unet = abstract_unet(SDXL)
   assert [path for path, _ in cross_attention_layers(unet)] == [
     f"{place}.transformer_blocks.{i}"
     for place in (
@@ -268,19 +243,18 @@ REAL = {
 def test_real_sizes_have_pytorchs_names_and_shapes(name, layers):
   with torch.device("meta"):
     theirs = UNet2DConditionModel(**REAL[name]).state_dict()
-  unet = nnx.eval_shape(lambda: UNet2DCondition(UNetConfig.from_dict(REAL[name]), rngs=nnx.Rngs(0)))
+  unet = abstract_unet(REAL[name])
   assert torch_shapes(nnx.state(unet)) == {n: tuple(t.shape) for n, t in theirs.items()}
   assert len(cross_attention_layers(unet)) == layers
 
 
 def test_half_precision_computes_and_stores_in_the_dtypes_asked_for():
-  config = UNetConfig.from_dict(SD2)
-  unet = nnx.eval_shape(
-    lambda: UNet2DCondition(config, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
-  )
+  unet = abstract_unet(SD2, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
   assert {v.dtype for _, v in nnx.to_flat_state(nnx.state(unet))} == {jnp.dtype(jnp.bfloat16)}
+  graphdef, state = nnx.split(unet)
   out = jax.eval_shape(
-    unet,
+    lambda state, *inputs: nnx.merge(graphdef, state)(*inputs),
+    state,
     jax.ShapeDtypeStruct((1, 8, 8, 4), jnp.float32),
     jax.ShapeDtypeStruct((1,), jnp.int32),
     jax.ShapeDtypeStruct((1, 7, 20), jnp.float32),
@@ -289,7 +263,7 @@ def test_half_precision_computes_and_stores_in_the_dtypes_asked_for():
 
 
 def test_weights_of_another_architecture_are_refused_by_name():
-  unet = nnx.eval_shape(lambda: UNet2DCondition(UNetConfig.from_dict(SD2), rngs=nnx.Rngs(0)))
+  unet = abstract_unet(SD2)
   state = nnx.state(unet)
   tensors = {name: np.zeros(shape, np.float32) for name, shape in torch_shapes(state).items()}
   assert torch_name(("to_out", 0, "kernel")) == "to_out.0.weight"
