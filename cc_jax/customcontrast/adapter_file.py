@@ -64,10 +64,11 @@ def save_adapter(
   arrays = {}
   for name, value in tensors.items():
     array = np.asarray(value)
-    stored = array if _DTYPES[dtype] is None else array.astype(_DTYPES[dtype])
+    with np.errstate(over="ignore"):
+      stored = array if _DTYPES[dtype] is None else array.astype(_DTYPES[dtype])
     if not np.isfinite(stored.astype(np.float32)).all():
       raise UserError(f"{name} is not finite in {stored.dtype}; store the adapter in float32")
-    arrays[name] = np.ascontiguousarray(stored)
+    arrays[name] = np.array(stored, order="C")  # ascontiguousarray would give the gates a dimension
   metadata = {
     "format": FORMAT,
     "format_version": str(FORMAT_VERSION),

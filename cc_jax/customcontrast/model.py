@@ -192,9 +192,11 @@ class CustomContrast(nnx.Module):
     """
     ids = list(input_ids) if isinstance(input_ids, list | tuple) else [input_ids]
     ids = ids * len(self.text_encoders) if len(ids) == 1 else ids
-    encoded = self.encode(features, t, use_image, visual)
     if features is None:
       use_s_plus = False
+    if use_s_plus is not False:
+      self._check_room(ids)
+    encoded = self.encode(features, t, use_image, visual)
     words = None if use_s_plus is False else encoded.words
     use = jnp.broadcast_to(jnp.asarray(use_s_plus), t.shape)
     use = use if use_image is None else use & use_image
@@ -250,6 +252,14 @@ class CustomContrast(nnx.Module):
     }
     return prediction, tuple(by_path[path] for path in self.layer_paths if path in by_path)
 
+  def _check_room(self, ids) -> None:
+    """Raises UserError where S+ would push EOS out; under jit nobody can look: no check there."""
+    for tower, ids_BxT in zip(self.text_encoders, ids):
+      if not isinstance(ids_BxT, jax.core.Tracer):
+        eos = tower.pool_position(ids_BxT)
+        if not isinstance(eos, jax.core.Tracer):
+          s_plus.check_room(ids_BxT, eos, self.mfi_encoder.config.s_words)
+
   def _encode_text(self, ids, words, slot, noun_span, use):
     """(texts [S, B, T, D], plain text or None, pooled or None); S = G, or 1 without S+ / shared."""
     addition = self.unet.config.addition_embed_type
@@ -264,8 +274,6 @@ class CustomContrast(nnx.Module):
       if words is not None:
         eos = tower.pool_position(ids_BxT)
         w = words[index]
-        if not isinstance(eos, jax.core.Tracer):
-          s_plus.check_room(ids_BxT, eos, w.shape[2])
         if config.s_plus_norm == "class_noun":
           w = s_plus.set_norm(w, s_plus.noun_norm(embeddings, noun_span))
         sequences = s_plus.insert_words(embeddings, w, slot, eos, use)
@@ -302,7 +310,7 @@ def _normalise(x: Float[Array, "b p c"]) -> Float[Array, "b p c"]:
 
 def _per_layer(scale: Any, layers: int, batch: int) -> Float[Array, "l b"]:
   """The user's scale as [L, B]; see `CustomContrast.condition` for what is allowed."""
-  scale = jnp.asarray(scale, jnp.float32)
+  given = scale = jnp.asarray(scale, jnp.float32)
   if scale.ndim == 1 and scale.shape[0] > 1:
     if layers == batch == scale.shape[0]:
       raise UserError(
@@ -313,5 +321,5 @@ def _per_layer(scale: Any, layers: int, batch: int) -> Float[Array, "l b"]:
     return jnp.broadcast_to(scale, np.broadcast_shapes(scale.shape, (layers, batch)))
   except ValueError:
     raise UserError(
-      f"scale has shape {scale.shape}; use one number, {layers} (layers) or {batch} (samples)"
+      f"scale has shape {given.shape}; use one number, {layers} (layers) or {batch} (samples)"
     ) from None
