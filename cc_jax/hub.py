@@ -33,6 +33,7 @@ from cc_jax.models.clip_pixels import (
 )
 from cc_jax.models.clip_text import CLIPTextConfig, CLIPTextModel
 from cc_jax.models.clip_vision import CLIPVisionConfig, CLIPVisionModel
+from cc_jax.models.keys import Keys
 from cc_jax.models.tokenizer import load_tokenizer, save_tokenizer
 from cc_jax.models.unet import UNet2DCondition
 from cc_jax.models.unet_config import UNetConfig
@@ -150,7 +151,7 @@ def random_base(
   def create(folder: Path, cls: type[nnx.Module], label: str) -> nnx.Module:
     del label
     config = _read_config(folder, cls)
-    return cls(config, dtype=dtype, param_dtype=param_dtype, rngs=nnx.Rngs(seed))
+    return cls(config, dtype=dtype, param_dtype=param_dtype, rngs=Keys(seed))
 
   return _assemble(name_or_folder, create, image_encoder)
 
@@ -313,9 +314,7 @@ def _assemble(
 
 
 def _abstract(cls: type[nnx.Module], config: Any, dtype: Any, param_dtype: Any) -> nnx.Module:
-  return nnx.eval_shape(
-    lambda: cls(config, dtype=dtype, param_dtype=param_dtype, rngs=nnx.Rngs(0))
-  )
+  return nnx.eval_shape(lambda: cls(config, dtype=dtype, param_dtype=param_dtype, rngs=Keys(0)))
 
 
 def _read_config(folder: Path, cls: type[nnx.Module]) -> Any:

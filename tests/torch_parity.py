@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from flax import nnx
 
+from cc_jax.models.keys import Keys
 from cc_jax.models.torch_names import to_torch, torch_shapes
 
 TOLERANCE = 1e-4
@@ -29,7 +30,7 @@ def to_nhwc(tensor: torch.Tensor) -> np.ndarray:
 
 
 def abstract(cls, config) -> nnx.Module:
-  return nnx.eval_shape(lambda: cls(config, rngs=nnx.Rngs(0)))
+  return nnx.eval_shape(lambda: cls(config, rngs=Keys(0)))
 
 
 def relative_error(ours, theirs, floor: float = 0.0) -> float:

@@ -1,0 +1,21 @@
+"""Random keys for initialising modules, without the state of nnx.Rngs."""
+
+from __future__ import annotations
+
+import jax
+
+
+class Keys:
+  """Takes the place of `nnx.Rngs(seed)` in constructors: each `keys.params()` is a new key.
+
+  The count of nnx.Rngs is an nnx variable, and under `nnx.eval_shape` flax 0.12 looks through the
+  whole trace whenever it grows: SDXL's UNet takes 44 s. With a Python number for a count, 2.4 s.
+  """
+
+  def __init__(self, seed: int):
+    self._key = jax.random.key(seed)
+    self._count = 0
+
+  def params(self) -> jax.Array:
+    self._count += 1
+    return jax.random.fold_in(self._key, self._count)
