@@ -43,6 +43,7 @@ SPLITS = ("train", "validation", "test")
 MEMBERS = 4  # individuals of a family
 
 _FAMILIES_PER_CLASS = len(COLORS) * (len(COLORS) - 1)
+_HALF_EXTENT = 0.295  # of nearly all silhouettes at size 1, in canvas widths: see shapes.FIT
 _TEST_EXTRA, _VALIDATION = 2, 9  # of 110 families a class: 13 test, 9 validation, 88 train
 
 
@@ -207,6 +208,10 @@ def sample_factors(
   drawn = dict(zip(Subjects._fields, subjects, strict=True))
   drawn |= {name: uniform(getattr(r, name)) for name in ("azimuth", "elevation", "roll", "x", "y")}
   drawn["size"] = np.sqrt(uniform((r.size[0] ** 2, r.size[1] ** 2)))
+  # A large subject is framed closer to the middle, or the border would cut it.
+  room = np.clip(0.5 - _HALF_EXTENT * drawn["size"], 0.02, None)
+  for name, (low, high) in (("x", r.x), ("y", r.y)):
+    drawn[name] = drawn[name] * np.minimum(1.0, room / max(abs(low), abs(high), 1e-6)).astype(np.float32)
   drawn["light_azimuth"] = uniform(r.light_azimuth)
   drawn["light_elevation"] = uniform(r.light_elevation)
   drawn["background_seed"] = rng.integers(2**32, size=n, dtype=np.uint32)

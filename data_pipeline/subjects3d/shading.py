@@ -48,7 +48,7 @@ def subject(f, place, rows, pattern_map, *, resolution: int, steps: int):
   """Renders one individual over nothing.
 
   Args:
-    f: `factors.Factors` of scalars. place: [3] of `shapes.placing`. rows: the table, see `sdf`.
+    f: `factors.Factors` of scalars. place: [4] of `shapes.placing`. rows: the table, see `sdf`.
     pattern_map: [4] of `shapes.PATTERN_MAP`.
 
   Returns:
@@ -59,7 +59,7 @@ def subject(f, place, rows, pattern_map, *, resolution: int, steps: int):
   pixel = 1.0 / (resolution * scale)  # object units at the subject's depth
   axis = (jnp.arange(resolution, dtype=jnp.float32) + 0.5) / resolution - 0.5
   a = (jnp.tile(axis, resolution) - f.x) / scale
-  b = (f.y - jnp.repeat(axis, resolution)) / scale
+  b = (f.y - place[3] * f.size - jnp.repeat(axis, resolution)) / scale
   cos, sin = jnp.cos(f.roll), jnp.sin(f.roll)
   a, b, a_level, b_level = a * cos - b * sin, a * sin + b * cos, a, b
 
@@ -100,7 +100,7 @@ def subject(f, place, rows, pattern_map, *, resolution: int, steps: int):
   night = (f.scene == _NIGHT) * 1.0
   light = 0.56 + 0.12 * normal[1] + 0.44 * lambert + 0.05 * facing
   light = light * (0.82 + 0.18 * jnp.clip(y / 0.6, 0.0, 1.0))  # less sky reaches the foot
-  rim = (1.0 - facing) ** 3 * (0.10 + 0.45 * night)
+  rim = (1.0 - facing) ** 3 * (0.08 + 0.30 * night)
   gloss = jnp.maximum(lambert * facing - 0.55, 0.0) ** 2 * 0.6
 
   channels = []
@@ -170,17 +170,23 @@ def _sketch(image):
 
 def _watercolour(image):
   """Soft washes: lightness in a few steps (steps in each channel would lose the subject), darker edges, paper."""
-  soft = _blur(_blur(image))
+  soft = _blur(image)
   gray = soft @ jnp.array([0.3, 0.59, 0.11])
   level = gray * 5.0
   base = jnp.floor(level)
   stepped = (base + jnp.clip((level - base - 0.5) * 3.0 + 0.5, 0.0, 1.0)) / 5.0
-  washed = soft * ((stepped + 0.08) / (gray + 0.08))[..., None]
-  edge = jnp.abs(_shift(soft, 1, 0) - _shift(soft, -1, 0)).max(-1) + jnp.abs(
-    _shift(soft, 0, 1) - _shift(soft, 0, -1)
-  ).max(-1)
-  washed = washed * (1 - 0.35 * jnp.clip(edge * 1.4 - 0.1, 0, 1))[..., None]
-  return 1.0 - (1.0 - jnp.clip(washed, 0, 1)) * 0.72
+  washed = soft * ((stepped + 0.1) / (gray + 0.1))[..., None]
+  # What the blur took away marks the contours, as pigment gathers at the edge of a wash.
+  edge = jnp.abs(image - _blur(soft)).max(-1)
+  washed = washed * (1 - jnp.clip(2.2 * edge, 0.0, 0.6))[..., None]
+  # The paper shines through, so the pigments have to be stronger.
+  tone = washed @ jnp.array([0.3, 0.59, 0.11])
+  washed = tone[..., None] + 1.3 * (washed - tone[..., None])
+  h, w = tone.shape
+  y, x = jnp.abs(jnp.linspace(-1, 1, h))[:, None], jnp.abs(jnp.linspace(-1, 1, w))
+  margin = jnp.clip((1.0 - jnp.maximum(x, y)) * 9.0 - 0.25 + 0.5 * (tone - 0.5), 0.0, 1.0)
+  strength = 0.78 * margin[..., None]  # the wash ends before the sheet does
+  return jnp.array([1.0, 0.99, 0.97]) * (1.0 - (1.0 - jnp.clip(washed, 0.0, 1.0)) * strength)
 
 
 def stylise(style, image):
