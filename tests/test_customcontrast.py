@@ -20,6 +20,7 @@ from cc_jax.customcontrast.injection import InjectionConfig
 from cc_jax.customcontrast.mfi_encoder import MFIEncoderConfig
 from cc_jax.customcontrast.model import Conditioning, CustomContrast, _per_layer, is_trainable
 from cc_jax.errors import UserError
+from cc_jax.models.abstract import abstract
 from cc_jax.models.clip_text import CLIPTextConfig, CLIPTextModel
 from cc_jax.models.clip_vision import CLIPVisionConfig, CLIPVisionModel
 from cc_jax.models.unet import UNet2DCondition, UNetConfig
@@ -46,8 +47,8 @@ VISION = dict(hidden_size=10, intermediate_size=14, num_hidden_layers=2, num_att
 class Parts(nnx.Module):
   """A base's networks."""
 
-  def __init__(self, unet, texts, vision, dtype=jnp.float32):
-    kinds = dict(dtype=dtype, param_dtype=dtype, rngs=nnx.Rngs(0))
+  def __init__(self, unet, texts, vision, dtype=jnp.float32, *, rngs):
+    kinds = dict(dtype=dtype, param_dtype=dtype, rngs=rngs)
     self.unet = UNet2DCondition(UNetConfig.from_dict(unet), **kinds)
     towers = (CLIPTextModel(CLIPTextConfig.from_dict(text), **kinds) for text in texts)
     self.text_encoders = nnx.List(towers)
@@ -67,7 +68,7 @@ class Parts(nnx.Module):
 def default_parts():
   """(graphdef, abstract state) of the base that most tests use: text also pooled, as in the lab."""
   unet = dict(UNET, addition_embed_type="text", addition_embed_type_num_heads=2)
-  return nnx.split(nnx.eval_shape(lambda: Parts(unet, (TEXT,), VISION)))
+  return nnx.split(abstract(lambda rngs: Parts(unet, (TEXT,), VISION, rngs=rngs)))
 
 
 def configs(**changes):
@@ -103,11 +104,14 @@ def split(parts=None, **changes):
   """(graphdef, trainable, frozen), every tensor random, gates and location maps included."""
   definition, state = default_parts() if parts is None else parts
 
-  def build(state):
-    base = nnx.merge(definition, state).base()
-    return CustomContrast(base, *configs(**changes), rngs=nnx.Rngs(0))
-
-  graphdef, *states = nnx.split(nnx.eval_shape(build, state), is_trainable, ...)
+  model = abstract(
+    lambda rngs: CustomContrast(
+      nnx.merge(definition, jax.tree.map(lambda v: jnp.zeros(v.shape, v.dtype), state)).base(),
+      *configs(**changes),
+      rngs=rngs,
+    )
+  )
+  graphdef, *states = nnx.split(model, is_trainable, ...)
   return graphdef, *(filled(state) for state in states)
 
 
@@ -128,6 +132,14 @@ def run(graphdef, trainable, frozen, x):
 
 
 step = jax.jit(jax.value_and_grad(run, argnums=1, has_aux=True), static_argnums=0)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def compile_quickly():
+  """Compilation is most of this file's time."""
+  jax.config.update("jax_disable_most_optimizations", True)
+  yield
+  jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")
@@ -410,7 +422,7 @@ def test_two_text_encoders(x):
   unet = dict(UNET, cross_attention_dim=WIDTH + 8, addition_embed_type="text_time",
               addition_time_embed_dim=4, projection_class_embeddings_input_dim=6 + 24)
   texts = (dict(TEXT, num_hidden_layers=2), second)
-  parts = nnx.split(nnx.eval_shape(lambda: Parts(unet, texts, VISION)))
+  parts = nnx.split(abstract(lambda rngs: Parts(unet, texts, VISION, rngs=rngs)))
   graphdef, trainable, frozen = split(parts)
   ids = (x["ids"], jnp.where(jnp.arange(T) > 7, 0, x["ids"]))  # its tokenizer pads with 0
   time_ids = jnp.asarray([[64.0, 64, 0, 0, 64, 64]] * B)
@@ -453,6 +465,8 @@ def test_users_mistakes(default, x):
     split(image_layers=(1, 3))
   with pytest.raises(UserError, match="layer_groups .* add up to the UNet's 4"):
     split(layer_groups=(2, 3))
+  with pytest.raises(UserError, match="no image_encoder/; set config.encoder.image_encoder"):
+    CustomContrast(types.SimpleNamespace(image_encoder=None), *configs(), rngs=nnx.Rngs(0))
   model = nnx.merge(*default)
   long = x["ids"].at[0, 6:9].set(3)
   features = jnp.zeros((B, 5, 20))
@@ -466,10 +480,10 @@ def test_users_mistakes(default, x):
 
 def test_half_precision_base(x):
   """A bf16 base under an fp32-stored adapter that computes in bf16: dtypes, and a sane value."""
-  model = nnx.eval_shape(
-    lambda: CustomContrast(
-      Parts(UNET, (TEXT,), VISION, jnp.bfloat16).base(), *configs(), dtype=jnp.bfloat16,
-      rngs=nnx.Rngs(0),
+  model = abstract(
+    lambda rngs: CustomContrast(
+      Parts(UNET, (TEXT,), VISION, jnp.bfloat16, rngs=rngs).base(), *configs(),
+      dtype=jnp.bfloat16, rngs=rngs,
     )
   )
   graphdef, trainable, frozen = nnx.split(model, is_trainable, ...)
@@ -494,18 +508,18 @@ def test_size_on_stable_diffusion_15():
     InjectionConfig.from_config(config.injection),
   )
 
-  def build():
+  def build(rngs):
     unet = dict(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
     base = types.SimpleNamespace(
-      unet=UNet2DCondition(UNetConfig.from_dict(unet), rngs=nnx.Rngs(0)),
+      unet=UNet2DCondition(UNetConfig.from_dict(unet), rngs=rngs),
       vae=None,
       text_encoders=(Tower(hidden_size=768),),
       image_encoder=Tower(hidden_size=1280, num_hidden_layers=32, image_size=224, patch_size=14),
       image_processor=dict(mean=[0.5] * 3, std=[0.3] * 3, size=224),
     )
-    return CustomContrast(base, *parts, rngs=nnx.Rngs(0))
+    return CustomContrast(base, *parts, rngs=rngs)
 
-  model = nnx.eval_shape(build)
+  model = abstract(build)
   assert len(model.layer_paths) == 16 and model.image_tokens == 257
   _, trainable, frozen = nnx.split(model, is_trainable, ...)
   count = lambda state: sum(int(np.prod(v.shape)) for v in names(state).values())  # noqa: E731

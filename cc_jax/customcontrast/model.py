@@ -77,8 +77,13 @@ class CustomContrast(nnx.Module):
     """`dtype` computes the adapter, `param_dtype` stores it; the base keeps its own.
 
     Raises:
-      UserError: image_layers or layer_groups do not fit the base.
+      UserError: the base has no image encoder; image_layers or layer_groups do not fit it.
     """
+    if base.image_encoder is None:
+      raise UserError(
+        "this base has no image_encoder/; set config.encoder.image_encoder to the folder of a CLIP "
+        "vision model"
+      )
     kinds = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
     self.dtype = dtype
     self.unet = base.unet
