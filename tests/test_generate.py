@@ -1,6 +1,7 @@
 """Generation: equal to a plain loop over diffusers' scheduler, and every mistake is one line."""
 
 import dataclasses
+import functools
 import json
 import warnings
 
@@ -21,43 +22,29 @@ from cc_jax.customcontrast.mfi_encoder import MFIEncoderConfig
 from cc_jax.customcontrast.model import CustomContrast
 from cc_jax.drawer import Drawer, bundle, encode_prompts
 from cc_jax.errors import UserError
-from cc_jax.models.tokenizer import train_tokenizer
+from cc_jax.models.abstract import abstract
 from data_pipeline.errors import DataError
 
 STEPS = 3
 PROMPT, NOUN = "a teddy bear in the snow", "teddy bear"
 
 
-def write_base(folder):
-  tokenizer = train_tokenizer(
-    [caption.format(noun) for caption in tiny.CAPTIONS for noun in tiny.NOUNS],
-    folder / "tokenizer", 600, tiny.TOKENS,
-  )  # fmt: skip
-  ends = dict(bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
-  text = dict(tiny.TEXT, vocab_size=len(tokenizer), **ends)
-  parts = dict(unet=tiny.UNET, vae=tiny.VAE, text_encoder=text, image_encoder=tiny.VISION)
-  for name, values in parts.items():
-    (folder / name).mkdir()
-    (folder / name / "config.json").write_text(json.dumps(values))
-  hub.finish_base(folder, tiny.SCHEDULER)
-  hub.save_base(hub.random_base(folder), folder)
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
   """A random base, an adapter that has something to say, and a few pictures."""
   folder = tmp_path_factory.mktemp("generate")
-  write_base(folder / "base")
+  tiny.tiny_base(folder / "base")
   base = hub.load_base(folder / "base")
   config = tiny.tiny_config(folder / "base")
   encoder = MFIEncoderConfig.from_config(config.encoder)
   injection = InjectionConfig.from_config(config.injection)
-  model = CustomContrast(base, encoder, injection, rngs=nnx.Rngs(1))
+  model = abstract(
+    lambda rngs: CustomContrast(hub.random_base(folder / "base"), encoder, injection, rngs=rngs)
+  )
   rng = np.random.default_rng(2)
   tensors = {
-    # At the start the gates are 0 and the maps are flat: move everything.
-    name: np.asarray(value) + 0.5 * rng.standard_normal(value.shape).astype(np.float32)
-    for name, value in adapter_tensors(model).items()
+    name: (rng.standard_normal(x.shape) / np.sqrt(x.shape[0] if x.ndim > 1 else 1)).astype("f4")
+    for name, x in adapter_tensors(model).items()
   }
   said = dict(encoder=encoder, injection=injection, base_name=str(folder / "base"))
   save_adapter(folder / "run" / "adapter.safetensors", tensors, base_hash=base.hash, **said)
@@ -178,12 +165,12 @@ def test_without_references_it_is_a_naive_stable_diffusion(folder, pipe, with_ad
   def ids(text):
     return jnp.asarray(tokenizer(text, padding="max_length")["input_ids"])[None]
 
-  texts = jnp.concatenate(
-    [base.text_encoders[0](ids(t)).last_hidden_state for t in ("", "", PROMPT, PROMPT)]
-  )
+  encode = nnx.jit(type(base.text_encoders[0]).__call__)
+  prompts = jnp.concatenate([ids(t) for t in ("", "", PROMPT, PROMPT)])
+  texts = encode(base.text_encoders[0], prompts).last_hidden_state
   scheduler = DDIMScheduler.from_config(base.scheduler_config)
   scheduler.set_timesteps(STEPS)
-  unet = nnx.jit(base.unet.__class__.__call__)
+  unet = nnx.jit(type(base.unet).__call__)
   import torch
 
   x = torch.from_numpy(np.array(noise))
@@ -192,7 +179,8 @@ def test_without_references_it_is_a_naive_stable_diffusion(folder, pipe, with_ad
     away, towards = np.split(np.asarray(unet(base.unet, both, jnp.full(4, int(t)), texts)), 2)
     guided = torch.from_numpy(away + 3.0 * (towards - away))
     x = scheduler.step(guided, t, x).prev_sample
-  decoded = base.vae.decode(jnp.asarray(x.numpy()) / base.vae.config.scaling_factor)
+  decode = nnx.jit(type(base.vae).decode)
+  decoded = decode(base.vae, jnp.asarray(x.numpy()) / base.vae.config.scaling_factor)
   expected = np.clip(np.asarray(decoded) / 2 + 0.5, 0, 1)
 
   drawer = pipe.drawer if with_adapter else Drawer(bundle(base), pipe.schedule)
@@ -218,7 +206,7 @@ def test_equal_guidances_apart_are_the_joint_one(pipe, rows):
 
 def test_maps_are_the_models_at_the_states_passed_through(pipe, references):
   """Without S+ at a vanishing scale the picture is the base's; its maps are still made."""
-  given = dict(steps=STEPS, seed=3, num_images=2, guidance=1.0)
+  given = dict(steps=STEPS, seed=3, num_images=2)
   images, maps = pipe(
     PROMPT, NOUN, references, scale=1e-6, s_plus=False, return_maps=True, **given
   )
@@ -264,6 +252,14 @@ def test_mask_file_equals_alpha_channel_and_whole_pictures_warn(folder):
 
 
 # ---- mistakes
+
+
+@pytest.fixture(autouse=True)
+def loads_once(monkeypatch):
+  monkeypatch.setattr(generate, "load", LOAD)
+
+
+LOAD = functools.cache(generate.load)
 
 
 def call(folder, **changes):
