@@ -23,7 +23,7 @@ SD15 = dict(
   block_out_channels=[16, 32],
   down_block_types=["CrossAttnDownBlock2D", "DownBlock2D"],
   up_block_types=["UpBlock2D", "CrossAttnUpBlock2D"],
-  layers_per_block=2,
+  layers_per_block=1,
   norm_num_groups=8,
   cross_attention_dim=24,
   attention_head_dim=4,
@@ -95,9 +95,24 @@ def pair(config):
   """PyTorch's network, and ours with its weights."""
   torch.manual_seed(0)
   original = randomise(UNet2DConditionModel(**config))
-  graphdef, state = nnx.split(abstract_unet(config))
+  unet = abstract_unet(config)
+  graphdef, state = nnx.split(unet)
+  assert epsilons(unet) == torch_epsilons(original)
   tensors = {name: tensor.numpy() for name, tensor in original.state_dict().items()}
   return original, nnx.merge(graphdef, from_torch(tensors, state))
+
+
+def epsilons(unet):
+  """The epsilon of every norm: a wrong one changes these networks' values by 1e-5 only."""
+  return {
+    ".".join(map(str, path)): module.epsilon
+    for path, module in nnx.iter_modules(unet)
+    if hasattr(module, "epsilon")
+  }
+
+
+def torch_epsilons(unet):
+  return {name: module.eps for name, module in unet.named_modules() if hasattr(module, "eps")}
 
 
 def abstract_unet(config, **dtypes):
@@ -242,9 +257,11 @@ REAL = {
 @pytest.mark.parametrize("name, layers", [("sd15", 16), ("sd21", 16), ("sdxl", 70)])
 def test_real_sizes_have_pytorchs_names_and_shapes(name, layers):
   with torch.device("meta"):
-    theirs = UNet2DConditionModel(**REAL[name]).state_dict()
+    theirs = UNet2DConditionModel(**REAL[name])
   unet = abstract_unet(REAL[name])
-  assert torch_shapes(nnx.state(unet)) == {n: tuple(t.shape) for n, t in theirs.items()}
+  shapes = {name: tuple(tensor.shape) for name, tensor in theirs.state_dict().items()}
+  assert torch_shapes(nnx.state(unet)) == shapes
+  assert epsilons(unet) == torch_epsilons(theirs)
   assert len(cross_attention_layers(unet)) == layers
 
 
