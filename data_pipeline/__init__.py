@@ -1,1 +1,111 @@
-"""Input pipelines and the rendered world; imports nothing of cc_jax."""
+"""Input pipelines and the rendered world; imports nothing of cc_jax.
+
+`make_loader` is the only door of the training to its data. tensorflow is imported by the sources
+'tfds' and 'folder' alone, when a loader of theirs is made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+from data_pipeline.errors import DataError
+
+__all__ = ["DataError", "load_subjects", "make_loader"]
+
+_SOURCES = ("tfds", "render", "folder")
+
+
+def make_loader(
+    data_config,
+    tokenizer: Callable,
+    *,
+    batch_size: int,
+    seed: int,
+    start_step: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+    s_words: int = 2,
+    split: str = "train",
+) -> Iterator[dict[str, np.ndarray]]:
+  """Endless batches of triples (method.md, "Data"): a pure function of (seed, step).
+
+  A loader that starts at step s yields the very batches that one started at 0 yields from its s-th
+  on. The hosts' batches are slices of one global batch, which does not depend on their number.
+
+  Args:
+    data_config: `config.data` of `configs/subjects3d.py`.
+    tokenizer: a CLIPTokenizer, or what behaves like one; T is its `model_max_length`.
+    batch_size: global; a multiple of process_count.
+    seed: of everything random, together with the step.
+    start_step: the first batch's step.
+    process_index, process_count: this host among all.
+    s_words: number of S+ words for which captions leave room.
+    split: of the TFDS data set or the rendered world; a folder has 'train' only.
+
+  Returns:
+    An iterator over dicts of numpy arrays, b = batch_size / process_count, s = image_size:
+      positive     uint8 [b, s, s, 3]  frame i on white, at a random size and place
+      reference    uint8 [b, s, s, 3]  frame j on white, centred, a fixed share of the canvas
+      target       uint8 [b, s, s, 3]  frame k with its background
+      target_mask  uint8 [b, s, s]     its subject, 255 = opaque
+      input_ids    int32 [b, T]        frame k's caption without S+, at most T - s_words tokens
+      slot         int32 [b]           index right after the class noun's tokens, where S+ goes
+      noun_span    int32 [b, 2]        the class noun's tokens [start, end), end == slot
+      subject_id, family_id, class_id  int32 [b], -1 where the data set does not know
+
+  Raises:
+    DataError: a config value or input data that cannot be used, at once or with the batch that
+      meets it.
+  """
+  from data_pipeline.example import Maker
+
+  source = data_config.source
+  if source not in _SOURCES:
+    raise DataError(f"data.source={source!r} is unknown; choose one of {', '.join(_SOURCES)}")
+  if batch_size < 1 or batch_size % process_count:
+    raise DataError(
+        f"batch size {batch_size} cannot be split over {process_count} hosts; use a multiple"
+    )
+  maker = Maker(data_config, tokenizer, batch_size=batch_size, seed=seed, s_words=s_words)
+  share = batch_size // process_count
+  rows = range(process_index * share, (process_index + 1) * share)
+  where = dict(start_step=start_step, rows=rows)
+  if source == "render":
+    from data_pipeline.sources import render
+
+    return render.batches(maker, split=split, **where)
+  if source == "folder":
+    from data_pipeline.sources import folder
+
+    if split != "train":
+      raise DataError(f"a folder has no split {split!r}; use split='train' or another folder")
+    return folder.batches(maker, folder=data_config.name, **where)
+  from data_pipeline.sources import tfds_source
+
+  name, data_dir = data_config.name, data_config.data_dir
+  return tfds_source.batches(maker, name=name, data_dir=data_dir, split=split, **where)
+
+
+def load_subjects(name: str, split: str, data_dir: str = "", *, source: str = "tfds", count=None):
+  """The subjects of a split of subjects3d with all frames and factors, for evaluation.
+
+  Args:
+    name: 'subjects3d/small' (or '/full', '/tiny').
+    split: 'train' | 'validation' | 'test'.
+    data_dir: where TFDS data sets are; '' = the library's default.
+    source: 'tfds' reads the data set (and builds it on first use); 'render' renders the same
+      frames anew, without tensorflow.
+    count: only the first ones.
+
+  Returns:
+    `data_pipeline.subjects3d.multi_view.MultiView`.
+  """
+  from data_pipeline.subjects3d import multi_view
+
+  if source == "render":
+    return multi_view.render_subjects(name, split, count)
+  from data_pipeline.subjects3d import builder
+
+  return builder.read_subjects(name, split, data_dir, count)

@@ -1,0 +1,74 @@
+"""From three frames of a subject and a caption to one row of a batch, the same for all sources."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from data_pipeline import sampling, tokens, triples
+
+# Every key of an example with its type; shapes are in `data_pipeline.make_loader`.
+SIGNATURE = dict(
+    positive=np.uint8, reference=np.uint8, target=np.uint8, target_mask=np.uint8,
+    input_ids=np.int32, slot=np.int32, noun_span=np.int32,
+    subject_id=np.int32, family_id=np.int32, class_id=np.int32,
+)  # fmt: skip
+
+
+class Maker:
+  """Makes rows of the global batch. All that is random in a row comes from (seed, step, row)."""
+
+  def __init__(
+      self, data_config, tokenizer: Callable, *, batch_size: int, seed: int, s_words: int
+  ):
+    self.triple = triples.TripleConfig.from_config(data_config)
+    self._group, self._group_share = data_config.group, data_config.group_share
+    self._batch_size, self._seed = batch_size, seed
+    encode = lambda caption, noun: tokens.encode_prompt(tokenizer, caption, noun, s_words)  # noqa: E731
+    # The captions of a finite data set come again and again; the bound is for the endless ones.
+    self.encode = functools.lru_cache(maxsize=1 << 15)(encode)
+    self._plans: dict[int, np.ndarray] = {}
+
+  def check(self, table: sampling.SubjectTable) -> None:
+    """Raises DataError when the batches that the config asks for cannot be drawn from `table`."""
+    sampling.check_group(table, self._group, self._group_share)
+
+  def rng(self, step: int, row: int) -> np.random.Generator:
+    return sampling.row_rng(self._seed, step, row)
+
+  def subjects(self, table: sampling.SubjectTable, step: int) -> np.ndarray:
+    """Rows of `table`, one for each row of the global batch."""
+    chosen = self._plans.get(step)
+    if chosen is None:
+      chosen = sampling.choose_subjects(
+          self._seed, step, table, self._batch_size,
+          group=self._group, group_share=self._group_share,
+      )  # fmt: skip
+      # Threads ask for the rows of a few neighbouring steps.
+      if len(self._plans) >= 16:
+        self._plans.clear()
+      self._plans[step] = chosen
+    return chosen
+
+  def example(
+      self,
+      rng: np.random.Generator,
+      table: sampling.SubjectTable,
+      subject: int,
+      images: Sequence[np.ndarray],
+      masks: Sequence[np.ndarray],
+      caption: str,
+      noun: str,
+  ) -> dict[str, np.ndarray]:
+    """One row; `images` and `masks` are those of frames (i, j, k), `caption` is frame k's."""
+    row = triples.make_triple(rng, images, masks, self.triple)
+    row["input_ids"], row["slot"], row["noun_span"] = self.encode(caption, noun)
+    row |= {name: column[subject] for name, column in table._asdict().items()}
+    return {key: np.asarray(row[key], dtype) for key, dtype in SIGNATURE.items()}
+
+
+def stack(examples: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+  """Rows to a batch."""
+  return {key: np.stack([example[key] for example in examples]) for key in SIGNATURE}

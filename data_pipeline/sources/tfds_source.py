@@ -1,0 +1,188 @@
+"""Triples from any TFDS data set whose examples are subjects with several frames.
+
+Features of an example: `frames` Sequence(Image), `masks` Sequence(Image), `captions`
+Sequence(Text), `class_noun` Text, `subject_id` (number or text); optional `family_id`, `class_id`
+(without it, subjects with the same noun are a class) and `is_reference` Sequence(bool). Frames stay
+encoded until three of them are chosen. The data set may be in TFRecord or ArrayRecord files.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from data_pipeline import images, sampling, triples
+from data_pipeline.errors import DataError
+from data_pipeline.example import Maker
+from data_pipeline.sources import tf_data
+from data_pipeline.sources.records import Records
+
+_NEEDED = ("frames", "masks", "captions", "class_noun", "subject_id")
+_IDS = ("subject_id", "family_id", "class_id")
+
+
+def batches(
+    maker: Maker, *, name: str, data_dir: str, split: str, start_step: int, rows: range
+) -> Iterator[dict]:
+  """Endless batches of data set `name`, which is built first if it is subjects3d."""
+  subjects = SubjectRecords(open_builder(name, data_dir), split)
+  maker.check(subjects.table)
+
+  def make_row(step: int, row: int) -> dict[str, np.ndarray]:
+    rng = maker.rng(step, row)
+    number = maker.subjects(subjects.table, step)[row]
+    subject = subjects[number]
+    frames = sampling.choose_frames(rng, subject.is_reference())
+    pictures, masks = zip(*(subject.frame(f) for f in frames))
+    caption = subject.texts("captions")[frames[2]]
+    noun = subject.texts("class_noun")[0]
+    return maker.example(rng, subjects.table, number, pictures, masks, caption, noun)
+
+  return tf_data.batches(make_row, start_step=start_step, rows=rows)
+
+
+def open_builder(name: str, data_dir: str = ""):
+  """The TFDS builder of a data set that is on disk; subjects3d is written on first use."""
+  tfds = tf_data.import_tfds()
+  if name.split("/")[0].split(":")[0] == "subjects3d":
+    from data_pipeline.subjects3d.builder import build
+
+    return build(name, data_dir)
+  try:
+    builder = tfds.builder(name, data_dir=os.path.expanduser(data_dir) or None)
+  except (tfds.core.DatasetNotFoundError, ValueError, KeyError) as error:
+    reason = " ".join(str(error).split())[:200]
+    raise DataError(
+        f"TFDS knows no data set {name!r} ({reason}); check data.name and data.data_dir"
+    ) from None
+  if not builder.is_prepared():
+    raise DataError(
+        f"data set {name!r} is not in {builder.data_path}; run `tfds build` for it, "
+        "or set data.data_dir to where it is"
+    )
+  return builder
+
+
+class SubjectRecords:
+  """The subjects of one split: `len`, `records[n]` -> SubjectRecord, and `table` for the plan.
+
+  Raises DataError for a missing split or feature and for a subject with fewer than two frames.
+  """
+
+  def __init__(self, builder, split: str):
+    name = builder.info.full_name
+    if split not in builder.info.splits:
+      known = ", ".join(builder.info.splits)
+      raise DataError(f"data set {name} has no split {split!r}; it has {known}")
+    missing = [key for key in _NEEDED if key not in builder.info.features]
+    if missing:
+      raise DataError(
+          f"data set {name} has no feature {missing[0]!r}; needed are {', '.join(_NEEDED)}"
+      )
+    self._name = f"{name} ({split})"
+    self._parse = tf_data.import_tensorflow().train.Example.FromString
+    files = [Path(file) for file in builder.info.splits[split].filepaths]
+    self._records = Records(files)
+    self.table = self._indexed(_index_file(builder, split, files))
+
+  def __len__(self) -> int:
+    return len(self._records)
+
+  def __getitem__(self, number: int) -> SubjectRecord:
+    example = self._parse(self._records[number])
+    return SubjectRecord(example, f"{self._name}, example {number}")
+
+  def _indexed(self, file: Path) -> sampling.SubjectTable:
+    """The table from the index file; the first use writes it, in one pass over the data."""
+    if file.exists():
+      with np.load(file) as stored:
+        return sampling.SubjectTable(*(stored[key] for key in _IDS))
+    columns: dict[str, list] = {key: [] for key in (*_IDS, "noun")}
+    for number in range(len(self)):
+      subject = self[number]
+      subject.check()
+      columns["noun"].append(subject.texts("class_noun")[0])
+      for key in _IDS:
+        columns[key].extend(subject.values(key)[:1])
+    if not columns["class_id"]:
+      columns["class_id"] = columns["noun"]
+    table = sampling.SubjectTable(*(_numbers(columns[key], len(self), key) for key in _IDS))
+    _write_atomically(file, table)
+    return table
+
+
+class SubjectRecord:
+  """One subject, parsed but not decoded. `name` is for errors."""
+
+  def __init__(self, example, name: str):
+    self._features = example.features.feature
+    self._name = name
+
+  def values(self, key: str) -> list:
+    """The numbers or byte strings of a feature, flat; [] when the example lacks it."""
+    feature = self._features[key] if key in self._features else None
+    kind = feature.WhichOneof("kind") if feature is not None else None
+    return list(getattr(feature, kind).value) if kind else []
+
+  def texts(self, key: str) -> list[str]:
+    return [value.decode() for value in self.values(key)]
+
+  def is_reference(self) -> np.ndarray:
+    """bool [frames]: can frame f serve as a reference? All can where the data set does not say."""
+    flags = self.values("is_reference")
+    return np.array(flags, bool) if flags else np.ones(self.frames, bool)
+
+  @property
+  def frames(self) -> int:
+    return len(self._features["frames"].bytes_list.value)
+
+  def frame(self, f: int) -> tuple[np.ndarray, np.ndarray]:
+    """Picture uint8 [h, w, 3] and mask uint8 [h, w]."""
+    name = f"{self._name}, frame {f}"
+    image = images.read_image(self._features["frames"].bytes_list.value[f], name)[..., :3]
+    mask = images.read_mask(self._features["masks"].bytes_list.value[f], f"{name}, mask")
+    triples.check_frame(image, mask, name)
+    return image, mask
+
+  def check(self) -> None:
+    """Raises DataError unless there are two frames, and a mask and a caption for each."""
+    if self.frames < 2:
+      raise DataError(
+          f"{self._name} has {self.frames} encoded frame(s); a triple needs 2 or more of a subject"
+      )
+    for key in ("masks", "captions", "is_reference"):
+      count = len(self.values(key))
+      if count != self.frames and not (key == "is_reference" and count == 0):
+        raise DataError(f"{self._name} has {self.frames} frames, but {count} {key}; give one each")
+
+
+def _numbers(values: list, subjects: int, key: str) -> np.ndarray:
+  """int32 [subjects]; texts and numbers that are too large are numbered in sorted order."""
+  if not values:
+    return np.full(subjects, -1, np.int32)
+  if len(values) != subjects:
+    raise DataError(f"only {len(values)} of {subjects} examples have {key!r}; give it to all")
+  array = np.asarray(values)
+  if array.dtype.kind in "iu" and np.all(np.abs(array.astype(np.int64)) < 2**31):
+    return array.astype(np.int32)
+  return np.unique(array, return_inverse=True)[1].astype(np.int32)
+
+
+def _index_file(builder, split: str, files: list[Path]) -> Path:
+  # The sizes and times of the files tell an index of data that was since written anew.
+  stats = [file.stat() for file in files]
+  stamp = hash(tuple((s.st_size, s.st_mtime_ns) for s in stats)) % 2**32
+  return Path(builder.data_path) / f"subjects_{split}_{stamp:08x}.npz"
+
+
+def _write_atomically(file: Path, table: sampling.SubjectTable) -> None:
+  temporary = file.with_name(f".{os.getpid()}_{file.name}")
+  try:
+    with temporary.open("wb") as out:
+      np.savez(out, **table._asdict())
+    temporary.replace(file)
+  except OSError:  # a data set that we may only read: the next start takes another pass
+    temporary.unlink(missing_ok=True)

@@ -1,0 +1,235 @@
+"""subjects3d as a TFDS data set, rendered where it is first used.
+
+    python -m data_pipeline.subjects3d --config=small
+    tfds build data_pipeline/subjects3d/builder.py --config small   # where the tfds command works
+
+or nothing at all: `data.source='tfds'` with `data.name='subjects3d/small'` writes it on first use.
+The factors of every split are checksummed in the data set's metadata; `verify` compares.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from absl import logging
+from etils import epath
+from PIL import Image
+
+from data_pipeline.errors import DataError
+from data_pipeline.sources.tf_data import import_tfds
+from data_pipeline.sources.tfds_source import SubjectRecord, SubjectRecords
+from data_pipeline.subjects3d import factors as factors_lib
+from data_pipeline.subjects3d import multi_view
+from data_pipeline.subjects3d.factors import CLASSES, SPLITS, Factors, concatenate
+from data_pipeline.subjects3d.renderer import render_many
+
+tfds = import_tfds()
+
+_OF_SUBJECT = factors_lib.Subjects._fields  # one number for each subject, the rest for each frame
+# tf.Example knows int64 and float32 alone; uint32 travels as int64.
+_TYPES = {"background_seed": np.int64}
+
+
+class Subjects3d(tfds.core.GeneratorBasedBuilder):
+  """Subjects of a rendered world in several views, with masks, captions and all factors."""
+
+  name = "subjects3d"
+  # TFDS 4.9.10 would look it up by importlib_resources, on which it does not depend.
+  code_path = epath.Path(__file__)
+  VERSION = tfds.core.Version("1.0.0")
+  RELEASE_NOTES = {"1.0.0": "First version."}
+  BUILDER_CONFIGS = [
+      tfds.core.BuilderConfig(name=name, description=f"(subjects, frames of each): {sizes}")
+      for name, sizes in multi_view.CONFIGS.items()
+  ]
+
+  def _info(self) -> tfds.core.DatasetInfo:
+    f, size = tfds.features, multi_view.RESOLUTION
+    columns = {}
+    for key, column in _example_factors().items():
+      scalar = f.Scalar(_TYPES.get(key, column.dtype))
+      columns[key] = scalar if key in _OF_SUBJECT else f.Sequence(scalar)
+    return self.dataset_info_from_configs(
+        features=f.FeaturesDict({
+            "frames": f.Sequence(f.Image(shape=(size, size, 3), encoding_format="png")),
+            "masks": f.Sequence(f.Image(shape=(size, size, 1), encoding_format="png")),
+            "captions": f.Sequence(f.Text()),
+            "class_noun": f.Text(),
+            "subject_id": f.Scalar(np.int32),
+            "family_id": f.Scalar(np.int32),
+            "class_id": f.Scalar(np.int32),
+            "is_reference": f.Sequence(f.Scalar(np.bool_)),
+            "factors": f.FeaturesDict(columns),
+        }),
+        metadata=tfds.core.MetadataDict(factors_sha256={}),
+    )
+
+  def _split_generators(self, dl_manager):
+    del dl_manager  # nothing is downloaded
+    plans = {split: multi_view.plan(self.builder_config.name, split) for split in SPLITS}
+    checksums = {split: multi_view.checksum(factors) for split, factors in plans.items()}
+    self.info.metadata["factors_sha256"] = checksums
+    # All in one go, since each process compiles the programs of the classes that it meets.
+    rendered = render_many(
+        concatenate([multi_view.flat(factors) for factors in plans.values()]),
+        resolution=multi_view.RESOLUTION,
+    )
+    splits, start = {}, 0
+    for split, factors in plans.items():
+      rows = slice(start, start + factors.class_id.size)
+      start = rows.stop
+      splits[split] = _examples(split, factors, rendered.image[rows], rendered.mask[rows])
+    return splits
+
+  def _generate_examples(self):
+    raise NotImplementedError("the examples come from _split_generators")
+
+
+def _examples(
+    split: str, factors: Factors, images: np.ndarray, masks: np.ndarray
+) -> Iterator[tuple[int, dict]]:
+  """Examples of the n subjects of a split; `images`, `masks` [n * f, ...] are its frames."""
+  captions = multi_view.write_captions(factors, split)
+  references = multi_view.is_reference(factors)
+  count, frames = factors.class_id.shape
+  with ThreadPoolExecutor() as pool:  # Pillow encodes without the interpreter's lock
+    images, masks = list(pool.map(_png, images)), list(pool.map(_png, masks))
+  for n in range(count):
+    its_frames = slice(n * frames, (n + 1) * frames)
+    subject = factors.take(n)
+    columns = {
+        key: (column[0] if key in _OF_SUBJECT else column).astype(_TYPES.get(key, column.dtype))
+        for key, column in subject._asdict().items()
+    }
+    yield int(columns["subject_id"]), {
+        # TFDS takes file objects as they are; arrays it would encode one by one.
+        "frames": [io.BytesIO(data) for data in images[its_frames]],
+        "masks": [io.BytesIO(data) for data in masks[its_frames]],
+        "captions": captions[n],
+        "class_noun": CLASSES[columns["class_id"]],
+        "is_reference": references[n],
+        **{key: columns[key] for key in ("subject_id", "family_id", "class_id")},
+        "factors": columns,
+    }
+
+
+def build(name: str, data_dir: str = "") -> Subjects3d:
+  """The builder of 'subjects3d/<config>', written first if it is not on disk.
+
+  TFDS writes into a folder of another name and renames it at the end, so that a killed build leaves
+  no half data set; a lock lets only one of several processes write. Raises DataError for an unknown
+  configuration or a folder that cannot be written.
+  """
+  config = name.split("/")[1].split(":")[0] if "/" in name else "small"
+  if config not in multi_view.CONFIGS:
+    known = ", ".join(f"subjects3d/{c}" for c in multi_view.CONFIGS)
+    raise DataError(f"TFDS knows no data set {name!r}; choose one of {known}")
+  root = Path(data_dir or tfds.core.constants.DATA_DIR).expanduser()
+  try:
+    root.mkdir(parents=True, exist_ok=True)
+    builder = Subjects3d(config=config, data_dir=str(root))
+    if not builder.is_prepared():
+      with _lock(root / ".subjects3d.lock"):
+        builder = Subjects3d(config=config, data_dir=str(root))
+        _write(builder)
+        verify(builder)
+  except OSError as error:
+    raise DataError(
+        f"cannot write subjects3d into {root} ({error.strerror or error}); set data.data_dir"
+    ) from None
+  return builder
+
+
+def _write(builder: Subjects3d) -> None:
+  """download_and_prepare, with the renderer's progress bar instead of TFDS's words."""
+  print(f"writing {builder.info.full_name} to {builder.data_path} (once)", file=sys.stderr)
+  tfds.disable_progress_bar()
+  verbosity = logging.get_verbosity()
+  logging.set_verbosity(logging.ERROR)  # it warns that the folder, which it writes, is not there
+  try:
+    with contextlib.redirect_stdout(io.StringIO()):
+      builder.download_and_prepare()
+  finally:
+    logging.set_verbosity(verbosity)
+
+
+def verify(builder: Subjects3d) -> None:
+  """Raises DataError unless the factors on disk have the checksums in the metadata."""
+  for split in SPLITS:
+    stored = builder.info.metadata["factors_sha256"].get(split)
+    records = SubjectRecords(builder, split)
+    factors = _stack_factors([_read_factors(records[n]) for n in range(len(records))])
+    if multi_view.checksum(factors) != stored:
+      raise DataError(
+          f"the factors of {builder.info.full_name} ({split}) do not have the checksum that was "
+          f"written with them; delete {builder.data_path} to build it again"
+      )
+
+
+def read_subjects(
+    name: str, split: str, data_dir: str = "", count: int | None = None
+) -> multi_view.MultiView:
+  """The first `count` subjects of a split, in the order of `multi_view.plan`."""
+  builder = build(name, data_dir)
+  verify(builder)
+  records = SubjectRecords(builder, split)
+  place = {subject: n for n, subject in enumerate(records.table.subject_id)}  # TFDS has shuffled
+  wanted = multi_view.plan(builder.builder_config.name, split).subject_id[:count, 0]
+  chosen = [records[place[subject]] for subject in wanted]
+  frames = [[record.frame(f) for f in range(record.frames)] for record in chosen]
+  return multi_view.MultiView(
+      frames=np.array([[image for image, _ in row] for row in frames]),
+      masks=np.array([[mask for _, mask in row] for row in frames]),
+      captions=tuple(tuple(record.texts("captions")) for record in chosen),
+      class_noun=tuple(record.texts("class_noun")[0] for record in chosen),
+      is_reference=np.array([record.is_reference() for record in chosen]),
+      factors=_stack_factors([_read_factors(record) for record in chosen]),
+  )
+
+
+def _example_factors() -> dict[str, np.ndarray]:
+  """A row of factors, for the columns' types."""
+  one = factors_lib.subjects("test").take(slice(1))
+  return factors_lib.sample_factors(np.random.default_rng(0), one)._asdict()
+
+
+def _read_factors(record: SubjectRecord) -> Factors:
+  """Columns [f] of one subject, in the types that they were drawn in."""
+  columns = {}
+  for key, column in _example_factors().items():
+    values = np.array(record.values(f"factors/{key}")).astype(column.dtype)
+    columns[key] = np.repeat(values, record.frames) if key in _OF_SUBJECT else values
+  return Factors(**columns)
+
+
+def _stack_factors(rows: list[Factors]) -> Factors:
+  return Factors(*(np.stack(columns) for columns in zip(*rows, strict=True)))
+
+
+def _png(image: np.ndarray) -> bytes:
+  out = io.BytesIO()
+  Image.fromarray(image).save(out, "png", compress_level=3)
+  return out.getvalue()
+
+
+@contextlib.contextmanager
+def _lock(file: Path):
+  """Waits until no other process of this machine builds."""
+  try:
+    import fcntl
+  except ImportError:  # Windows: builds at the same time are then the user's care
+    yield
+    return
+  descriptor = os.open(file, os.O_CREAT | os.O_RDWR)
+  try:
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    yield
+  finally:
+    os.close(descriptor)

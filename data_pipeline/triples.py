@@ -1,0 +1,199 @@
+"""The pictures of a triple: segmented positive, segmented reference, target with background.
+
+One implementation, numpy and Pillow, serves every source, the command line and the notebooks.
+Pillow releases the interpreter's lock while it resizes, so threads do fill the cores.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image
+
+from data_pipeline.errors import DataError
+
+OPAQUE = 128  # a pixel belongs to the subject from this alpha on
+
+
+@dataclasses.dataclass(frozen=True)
+class TripleConfig:
+  """Sizes and places, as shares of the canvas (see `configs/subjects3d.py`)."""
+
+  image_size: int = 64
+  reference_share: float = 0.8
+  reference_jitter: float = 0.0
+  positive_share: tuple[float, float] = (0.4, 0.9)
+
+  @classmethod
+  def from_config(cls, data) -> TripleConfig:
+    """From `config.data`; raises DataError naming a value that makes no sense."""
+    config = cls(*(getattr(data, field.name) for field in dataclasses.fields(cls)))
+    low, high = config.positive_share
+    if config.image_size < 8:
+      raise DataError(f"data.image_size={config.image_size} must be at least 8")
+    if not 0 < config.reference_share <= 1:
+      raise DataError(f"data.reference_share={config.reference_share} must lie in (0, 1]")
+    if not 0 <= config.reference_jitter < 1:
+      raise DataError(f"data.reference_jitter={config.reference_jitter} must lie in [0, 1)")
+    if not 0 < low <= high <= 1:
+      raise DataError(f"data.positive_share={(low, high)} must be a range inside (0, 1]")
+    return config
+
+
+def make_triple(
+    rng: np.random.Generator,
+    images: tuple[np.ndarray, np.ndarray, np.ndarray],
+    masks: tuple[np.ndarray, np.ndarray, np.ndarray],
+    config: TripleConfig,
+) -> dict[str, np.ndarray]:
+  """The pictures of frames (i, j, k), each `uint8 [h, w, 3]` with a mask `uint8 [h, w]`.
+
+  Returns `positive`, `reference`, `target` `uint8 [s, s, 3]` and `target_mask` `uint8 [s, s]`,
+  s = config.image_size. Raises DataError for an empty mask or shapes that do not fit.
+  """
+  size = config.image_size
+  # Both are drawn always, so that one option does not change the other's random numbers.
+  positive_u, reference_u = rng.random(3), rng.random(3)
+  low, high = config.positive_share
+  share = low + (high - low) * positive_u[0]
+  positive = _place_at(images[0], masks[0], size, share, positive_u[1:])
+  jitter = config.reference_jitter
+  share = min(1.0, config.reference_share * (1 + jitter * (2 * reference_u[0] - 1)))
+  reference = _place_at(images[1], masks[1], size, share, 0.5 + jitter * (reference_u[1:] - 0.5))
+  target, target_mask = square(images[2], masks[2], size)
+  return dict(positive=positive, reference=reference, target=target, target_mask=target_mask)
+
+
+def segment_reference(
+    image: UInt8[np.ndarray, "h w c"],
+    mask: UInt8[np.ndarray, "h w"] | None = None,
+    share: float = 0.8,
+    size: int = 64,
+) -> UInt8[np.ndarray, "s s 3"]:
+  """A reference as training shows it: on white, centred, longer side = `share` of the canvas.
+
+  `image` is RGB or RGBA; `mask` goes before the alpha channel. Without either (an alpha channel
+  that is opaque everywhere tells nothing) the whole picture is fitted into the canvas. Raises
+  DataError for an empty mask, a fully transparent picture, or shapes that do not fit.
+  """
+  image, alpha = split_alpha(image)
+  mask = alpha if mask is None else mask
+  if mask is None:
+    return place_on_white(image, np.full(image.shape[:2], 255, np.uint8), size, share=1.0)
+  return place_on_white(image, mask, size, share)
+
+
+def split_alpha(
+    image: UInt8[np.ndarray, "h w c"],
+) -> tuple[UInt8[np.ndarray, "h w 3"], UInt8[np.ndarray, "h w"] | None]:
+  """RGB and the alpha channel; None when there is none or it is opaque everywhere."""
+  if image.ndim != 3 or image.shape[-1] not in (3, 4) or image.dtype != np.uint8:
+    raise DataError(
+        f"an image must be uint8 [height, width, 3 or 4], got {image.dtype} {list(image.shape)}"
+    )
+  if image.shape[-1] == 3 or np.all(image[..., 3] == 255):
+    return image[..., :3], None
+  return image[..., :3], image[..., 3]
+
+
+def place_on_white(
+    image: UInt8[np.ndarray, "h w 3"],
+    mask: UInt8[np.ndarray, "h w"],
+    size: int,
+    share: float,
+    centre: tuple[float, float] = (0.5, 0.5),
+) -> UInt8[np.ndarray, "s s 3"]:
+  """Cuts the subject out by its soft alpha `mask` and puts it on a white square canvas.
+
+  The longer side of the mask's bounding box becomes `share` of the canvas and its centre goes to
+  `centre` (x, y as fractions of the canvas), both to a fraction of a pixel. Raises DataError for
+  an empty mask or shapes that do not fit.
+  """
+  mask = _checked_mask(image, mask)
+  x0, y0, x1, y1 = bounding_box(mask)
+  side = max(x1 - x0, y1 - y0) / share  # the canvas, measured in the picture's pixels
+  left = (x0 + x1) / 2 - centre[0] * side
+  top = (y0 + y1) / 2 - centre[1] * side
+  # Only the part under the canvas is composed, and as much around it as the filter reaches.
+  margin = math.ceil(2 * max(1.0, side / size))
+  west, north = math.floor(left) - margin, math.floor(top) - margin
+  east, south = math.ceil(left + side) + margin, math.ceil(top + side) + margin
+  patch = np.full((south - north, east - west, 3), 255, np.uint8)
+  height, width = mask.shape
+  ys = slice(max(north, 0), min(south, height))
+  xs = slice(max(west, 0), min(east, width))
+  alpha = mask[ys, xs, None].astype(np.uint32)
+  composed = (image[ys, xs] * alpha + 255 * (255 - alpha) + 127) // 255
+  patch[ys.start - north : ys.stop - north, xs.start - west : xs.stop - west] = composed
+  box = (left - west, top - north, left - west + side, top - north + side)
+  return np.asarray(
+      Image.fromarray(patch).resize((size, size), Image.Resampling.BICUBIC, box=box)
+  )
+
+
+def square(
+    image: UInt8[np.ndarray, "h w 3"], mask: UInt8[np.ndarray, "h w"], size: int
+) -> tuple[UInt8[np.ndarray, "s s 3"], UInt8[np.ndarray, "s s"]]:
+  """The largest square of the picture, as near to its subject's middle as it goes, resized."""
+  mask = _checked_mask(image, mask)
+  height, width = mask.shape
+  x0, y0, x1, y1 = bounding_box(mask)
+  side = min(height, width)
+  left = min(max((x0 + x1 - side) / 2, 0), width - side)
+  top = min(max((y0 + y1 - side) / 2, 0), height - side)
+  if height == width == size:
+    return image, mask
+  box = (left, top, left + side, top + side)
+  resize = lambda a, how: np.asarray(Image.fromarray(a).resize((size, size), how, box=box))  # noqa: E731
+  return resize(image, Image.Resampling.BICUBIC), resize(mask, Image.Resampling.BILINEAR)
+
+
+def check_frame(image: np.ndarray, mask: np.ndarray, name: str) -> None:
+  """Raises DataError, with the frame's name, for a picture and mask that no triple can use."""
+  try:
+    bounding_box(_checked_mask(image, mask))
+  except DataError as error:
+    raise DataError(f"{name}: {error}") from None
+
+
+def bounding_box(mask: UInt8[np.ndarray, "h w"]) -> tuple[int, int, int, int]:
+  """(x0, y0, x1, y1) of the opaque pixels, ends exclusive; raises DataError when there are none."""
+  opaque = mask >= OPAQUE
+  xs, ys = np.flatnonzero(opaque.any(0)), np.flatnonzero(opaque.any(1))
+  if len(xs) == 0:
+    raise DataError(
+        "the mask (or alpha channel) is empty: no pixel of the subject is opaque; "
+        "give a picture in which the subject's pixels are opaque"
+    )
+  return int(xs[0]), int(ys[0]), int(xs[-1]) + 1, int(ys[-1]) + 1
+
+
+def _place_at(image, mask, size: int, share: float, place: np.ndarray) -> np.ndarray:
+  """`place` (x, y) in [0, 1] is from edge to edge of the canvas, the subject always inside."""
+  x0, y0, x1, y1 = bounding_box(_checked_mask(image, mask))
+  extent = share * np.array([x1 - x0, y1 - y0]) / max(x1 - x0, y1 - y0)
+  x, y = extent / 2 + place * (1 - extent)
+  return place_on_white(image, mask, size, share, (x, y))
+
+
+def _checked_mask(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
+  """The mask as uint8 [h, w] with 255 = subject; masks of 0 and 1 are common and accepted."""
+  if image.ndim != 3 or image.shape[-1] != 3 or image.dtype != np.uint8:
+    raise DataError(
+        f"an image must be uint8 [height, width, 3], got {image.dtype} {list(image.shape)}"
+    )
+  if mask.ndim == 3 and mask.shape[-1] == 1:
+    mask = mask[..., 0]
+  if mask.shape != image.shape[:2]:
+    raise DataError(
+        f"the mask has shape {list(mask.shape)}, its image {list(image.shape[:2])}; "
+        "both need the same height and width"
+    )
+  if mask.dtype not in (np.uint8, np.bool_):
+    raise DataError(f"a mask must be uint8 or bool, got {mask.dtype}")
+  if mask.dtype == np.bool_ or mask.max(initial=0) == 1:
+    mask = mask.astype(np.uint8) * 255
+  return mask
