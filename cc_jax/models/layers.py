@@ -28,6 +28,24 @@ class GroupNorm(nnx.GroupNorm):
       rngs=rngs,
     )
 
+  def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+    """Sums over pixels per channel first, then over a group's channels: contiguous reductions.
+
+    On a CPU four times as fast, forward and backward, as reducing [b, h, w, groups, c / groups].
+    """
+    x32 = x.astype(jnp.float32)
+    shift = -self._group_mean(x32)
+    variance = self._group_mean(jnp.square(x32 + shift))
+    y = (x32 + shift) * jax.lax.rsqrt(variance + self.epsilon)
+    y = y * self.scale[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)
+    return y.astype(self.dtype or x.dtype)
+
+  def _group_mean(self, x: Float[Array, "b h w c"]) -> Float[Array, "b 1 1 c"]:
+    b, c = x.shape[0], x.shape[-1]
+    per_channel = jnp.mean(x, axis=(1, 2)).reshape(b, self.num_groups, -1)
+    mean = jnp.mean(per_channel, axis=-1, keepdims=True)
+    return jnp.broadcast_to(mean, per_channel.shape).reshape(b, 1, 1, c)
+
 
 class LayerNorm(nnx.LayerNorm):
   """Layer normalisation as PyTorch computes it: epsilon 1e-5 (flax has 1e-6), two-pass variance."""
