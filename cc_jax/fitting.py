@@ -1,0 +1,164 @@
+"""The plain loop that pretraining's stages share: one loss, one batch function, Adam, EMA, resume.
+
+The adapter's training is `cc_jax.train`; this is for networks trained once, from scratch, on one
+machine. Batches are a pure function of (seed, step) and so is the loss's key: a stage that is
+killed goes on from its last save as if nothing had happened.
+"""
+
+import functools
+import json
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from safetensors.numpy import load_file, save_file
+from tqdm import tqdm
+
+from cc_jax import sharding
+from cc_jax.errors import UserError
+
+Tree = Any
+
+
+class FitState(NamedTuple):
+  """What a stage's save holds."""
+
+  params: Tree
+  opt_state: Tree
+  ema: Tree
+  step: jax.Array
+
+
+def fit(
+    name: str,
+    loss_fn: Callable[[Tree, Tree, Mapping[str, jax.Array], jax.Array], tuple[jax.Array, dict]],
+    params: Tree,
+    frozen: Tree,
+    batch_fn: Callable[[np.random.Generator, int], Mapping[str, np.ndarray]],
+    config,
+    workdir: Path,
+    seed: int,
+    mesh: jax.sharding.Mesh,
+    watch: Callable[[Tree, Tree], dict[str, float]] | None = None,
+) -> Tree:
+  """Minimises `loss_fn(params, frozen, batch, key) -> (loss, metrics)`; returns the EMA of params.
+
+  Args:
+    name: names the save `workdir/<name>.state.safetensors` and the log `workdir/<name>.jsonl`.
+    batch_fn: `(rng, step) -> batch` of numpy arrays whose leading dimension is the global batch.
+    config: steps, batch, learning_rate, warmup, beta2, weight_decay, clip_norm, ema, save_every.
+    watch: `(ema, frozen) -> numbers` worth logging at every save.
+
+  Raises:
+    UserError: the loss is not finite, or the save belongs to other shapes.
+  """
+  replicated, rows = sharding.replicated(mesh), sharding.over_data(mesh)
+  tx = optax.chain(
+      optax.clip_by_global_norm(config.clip_norm),
+      optax.adamw(
+          optax.warmup_cosine_decay_schedule(
+              0.0, config.learning_rate, config.warmup, max(config.steps, config.warmup + 1),
+              0.01 * config.learning_rate),
+          b2=config.beta2, weight_decay=config.weight_decay,
+          mask=lambda tree: jax.tree.map(lambda leaf: leaf.ndim > 1, tree)))
+  state = FitState(params, tx.init(params), jax.tree.map(jnp.array, params), jnp.zeros((), jnp.int32))
+  file = workdir / f"{name}.state.safetensors"
+  if file.exists():
+    state = _load(file, state)
+  state, frozen = jax.device_put((state, frozen), replicated)
+
+  @functools.partial(jax.jit, donate_argnums=0)
+  def update(state: FitState, frozen, batch):
+    key = jax.random.fold_in(jax.random.key(seed), state.step)
+    (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(
+        state.params, frozen, batch, key)
+    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    # A short memory at first, so that the average does not start from the random weights.
+    decay = jnp.minimum(config.ema, (1 + state.step) / (10 + state.step))
+    ema = jax.tree.map(lambda e, p: e + (1 - decay) * (p - e), state.ema, params)
+    return FitState(params, opt_state, ema, state.step + 1), dict(metrics, loss=loss)
+
+  def make(step: int):
+    rng = np.random.Generator(np.random.Philox(key=[seed, step]))
+    return jax.device_put(batch_fn(rng, step), rows)
+
+  first = int(state.step)
+  log = (workdir / f"{name}.jsonl").open("a")
+  with ThreadPoolExecutor(1) as pool, tqdm(
+      total=config.steps, initial=first, desc=name, unit="step", mininterval=2) as bar:
+    upcoming = pool.submit(make, first)
+    recent: list[dict] = []
+    since = time.time()
+    for step in range(first, config.steps):
+      batch = upcoming.result()
+      upcoming = pool.submit(make, step + 1)  # made while the device works
+      state, metrics = update(state, frozen, batch)
+      recent.append(metrics)
+      bar.update()
+      save = (step + 1) % config.save_every == 0 or step + 1 == config.steps
+      if len(recent) == 50 or save:
+        means = {key: float(np.mean([m[key] for m in recent])) for key in metrics}
+        if not np.isfinite(means["loss"]):
+          raise UserError(f"{name}: the loss is {means['loss']} near step {step}; lower "
+                          f"the learning rate and start again, {file} holds the last good state")
+        means["samples_per_s"] = config.batch * len(recent) / (time.time() - since)
+        bar.set_postfix({key: f"{value:.4g}" for key, value in means.items()})
+        if save:
+          _save(file, state)
+          if watch is not None:
+            means |= watch(state.ema, frozen)
+        log.write(json.dumps(dict(step=step + 1, **means)) + "\n")
+        log.flush()
+        recent, since = [], time.time()
+  log.close()
+  return jax.tree.map(jnp.asarray, jax.device_get(state.ema))
+
+
+def batched(
+    function: Callable, params: Tree, mesh: jax.sharding.Mesh, *, size: int, label: str
+) -> Callable:
+  """`apply(array [n, ...])` that runs jitted `function(params, rows)` in equal chunks over the mesh."""
+  params = jax.device_put(params, sharding.replicated(mesh))
+
+  def apply(array: np.ndarray) -> np.ndarray:
+    results = []
+    for start in tqdm(range(0, len(array), size), desc=label, unit="batch", mininterval=2):
+      chunk = np.asarray(array[start : start + size])
+      padded = np.concatenate([chunk, np.repeat(chunk[-1:], size - len(chunk), 0)])
+      result = function(params, jax.device_put(padded, sharding.over_data(mesh)))
+      results.append(np.asarray(result)[: len(chunk)])
+    return np.concatenate(results)
+
+  return apply
+
+
+def _name(path) -> str:
+  return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def _save(file: Path, state: FitState) -> None:
+  flat = {_name(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(state)}
+  temporary = file.with_suffix(".tmp")
+  save_file(flat, temporary)
+  temporary.replace(file)  # a kill leaves the earlier save whole
+
+
+def _load(file: Path, like: FitState) -> FitState:
+  flat = load_file(file)
+
+  def pick(path, leaf):
+    name = _name(path)
+    if name not in flat or flat[name].shape != leaf.shape:
+      found = flat[name].shape if name in flat else "nothing"
+      raise UserError(f"{file} is of another model: {name} should be {leaf.shape}, found {found}; "
+                      "use another --workdir")
+    return jnp.asarray(flat[name])
+
+  return jax.tree_util.tree_map_with_path(pick, like)

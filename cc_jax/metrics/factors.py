@@ -1,0 +1,206 @@
+"""The judge: reads the factors of a subjects3d picture, so that generated pictures can be scored.
+
+A small convolutional network trained on renders of its own (`configs/subjects3d_judge.py`); it
+shares neither weights nor training pictures with the encoders that condition the adapter.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from cc_jax.errors import UserError
+from data_pipeline.subjects3d import factors as world
+
+SHIPPED = Path(__file__).parents[1] / "assets" / "subjects3d-judge.safetensors"
+# Categorical factors and how many values each has.
+CATEGORIES = dict(
+    class_id=len(world.CLASSES), color1=len(world.COLORS), color2=len(world.COLORS),
+    pattern=len(world.PATTERNS), pattern_color=len(world.COLORS), scene=len(world.SCENES),
+    hat=1 + len(world.COLORS), style=len(world.STYLES))
+CONTINUOUS = ("size", "x", "y")
+AZIMUTH_BINS = 8
+
+
+class ResBlock(nnx.Module):
+  """Pre-activation residual block; `stride` 2 halves the picture."""
+
+  def __init__(self, channels_in: int, channels: int, stride: int, *, rngs: nnx.Rngs):
+    conv = functools.partial(nnx.Conv, kernel_size=(3, 3), rngs=rngs)
+    self.norm1 = nnx.GroupNorm(channels_in, num_groups=8, rngs=rngs)
+    self.conv1 = conv(channels_in, channels, strides=stride)
+    self.norm2 = nnx.GroupNorm(channels, num_groups=8, rngs=rngs)
+    self.conv2 = conv(channels, channels)
+    self.skip = nnx.Conv(channels_in, channels, (1, 1), strides=stride, rngs=rngs)
+
+  def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 d"]:
+    h = self.conv1(nnx.silu(self.norm1(x)))
+    return self.skip(x) + self.conv2(nnx.silu(self.norm2(h)))
+
+
+class FactorJudge(nnx.Module):
+  """64x64 picture -> logits of each categorical factor, azimuth as (cos, sin), size and place."""
+
+  def __init__(self, width: int = 32, *, rngs: nnx.Rngs):
+    self.width = width
+    self.stem = nnx.Conv(3, width, (3, 3), strides=2, rngs=rngs)
+    shapes = [(width, width, 1), (width, 2 * width, 2), (2 * width, 2 * width, 1),
+              (2 * width, 4 * width, 2), (4 * width, 4 * width, 1)]
+    self.blocks = nnx.List([ResBlock(*shape, rngs=rngs) for shape in shapes])
+    self.norm = nnx.GroupNorm(4 * width, num_groups=8, rngs=rngs)
+    # 8x8 places matter for size and place, so they are kept, in few channels.
+    self.reduce = nnx.Conv(4 * width, 8, (1, 1), rngs=rngs)
+    self.hidden = nnx.Linear(8 * 4 * width + 8 * 64, 256, rngs=rngs)
+    sizes = dict(CATEGORIES, azimuth=2, **dict.fromkeys(CONTINUOUS, 1))
+    self.heads = nnx.Dict({name: nnx.Linear(256, n, rngs=rngs) for name, n in sizes.items()})
+
+  def __call__(self, x: Float[Array, "b 64 64 3"]) -> dict[str, Float[Array, "b n"]]:
+    """`x` in [-1, 1]."""
+    h = self.stem(x)
+    for block in self.blocks:
+      h = block(h)
+    h = nnx.silu(self.norm(h))
+    b, c = h.shape[0], h.shape[-1]
+    # Averages over the four quarters and maxima over the whole: what and roughly where.
+    quarters = h.reshape(b, 2, 4, 2, 4, c).mean((2, 4)).reshape(b, 4 * c)
+    peaks = h.reshape(b, 2, 4, 2, 4, c).max((2, 4)).reshape(b, 4 * c)
+    places = self.reduce(h).reshape(b, -1)
+    h = nnx.silu(self.hidden(jnp.concatenate([quarters, peaks, places], -1)))
+    return {name: head(h) for name, head in self.heads.items()}
+
+
+def visible(factors: world.Factors, coverage: np.ndarray) -> dict[str, np.ndarray]:
+  """Which factors can be seen at all in each picture: {factor: bool [n]}; the rest is masked.
+
+  `coverage` float [n,4] as the renderer returns it. A sketch has no colours; a second colour or a
+  pattern needs some pixels; the symmetric classes have no front.
+  """
+  always = np.ones(len(factors.class_id), bool)
+  coloured = factors.style != world.STYLES.index("sketch")
+  plain = factors.pattern == world.PATTERNS.index("plain")
+  patterned = plain | (coverage[:, 3] >= 0.015)
+  front = np.isin(factors.class_id, [world.CLASSES.index(c) for c in world.CLASSES_WITH_FRONT])
+  return dict(
+      class_id=always, color1=coloured & (coverage[:, 1] >= 0.01),
+      color2=coloured & (coverage[:, 2] >= 0.01), pattern=coloured & patterned,
+      pattern_color=coloured & ~plain & patterned, scene=always, hat=coloured, style=always,
+      azimuth=front, size=always, x=always, y=always)
+
+
+def judge_loss(outputs: Mapping[str, Array], targets: Mapping[str, Array],
+               seen: Mapping[str, Array]) -> tuple[Array, dict[str, Array]]:
+  """Cross-entropies and squared errors, each averaged over the pictures where the factor is seen.
+
+  Returns the sum and the categorical accuracies.
+  """
+
+  def mean(values, name):
+    weight = seen[name].astype(jnp.float32)
+    return jnp.sum(values * weight) / jnp.maximum(jnp.sum(weight), 1)
+
+  loss, accuracy = 0.0, {}
+  for name in CATEGORIES:
+    log_p = jax.nn.log_softmax(outputs[name])
+    loss += mean(-jnp.take_along_axis(log_p, targets[name][:, None], 1)[:, 0], name)
+    accuracy[name] = mean(jnp.argmax(log_p, 1) == targets[name], name)
+  direction = jnp.stack([jnp.cos(targets["azimuth"]), jnp.sin(targets["azimuth"])], 1)
+  loss += mean(jnp.sum(jnp.square(outputs["azimuth"] - direction), 1), "azimuth")
+  for name, unit in zip(CONTINUOUS, (0.3, 0.1, 0.1)):
+    loss += mean(jnp.square((outputs[name][:, 0] - targets[name]) / unit), name) * 0.3
+  return loss, accuracy
+
+
+def degrade(images: Float[Array, "b h w 3"], key: Array) -> Float[Array, "b h w 3"]:
+  """Random blur, noise and contrast: generated pictures are softer than renders."""
+  blur_key, noise_key, level_key, gain_key = jax.random.split(key, 4)
+  b, h, w, c = images.shape
+  small = images.reshape(b, h // 2, 2, w // 2, 2, c).mean((2, 4))
+  soft = jax.image.resize(small, images.shape, "linear")
+  mix = jnp.maximum(jax.random.uniform(blur_key, (b, 1, 1, 1), minval=-0.5), 0)
+  level = 0.12 * jnp.maximum(jax.random.uniform(level_key, (b, 1, 1, 1), minval=-0.5), 0)
+  gain = jax.random.uniform(gain_key, (b, 1, 1, 1), minval=0.9, maxval=1.1)
+  noisy = images + mix * (soft - images) + level * jax.random.normal(noise_key, images.shape)
+  return jnp.clip(gain * noisy, -1, 1)
+
+
+def save_judge(judge: FactorJudge, file: Path, accuracy: Mapping[str, float]) -> None:
+  """Writes the judge in float16 with its accuracy per factor in the metadata."""
+  flat = {_name(path): np.asarray(leaf, np.float16)
+          for path, leaf in jax.tree_util.tree_leaves_with_path(nnx.state(judge, nnx.Param))}
+  file.parent.mkdir(parents=True, exist_ok=True)
+  save_file(flat, file, dict(format="cc_jax-judge-1", width=str(judge.width),
+                             accuracy=json.dumps(dict(accuracy))))
+
+
+def load_judge(file: Path = SHIPPED) -> tuple[FactorJudge, dict[str, float]]:
+  """The judge and its accuracy per factor on fresh renders. Raises UserError for another file."""
+  try:
+    with safe_open(file, "numpy") as stored:
+      metadata = stored.metadata() or {}
+      if metadata.get("format") != "cc_jax-judge-1":
+        raise UserError(f"{file} is not a judge; use the shipped {SHIPPED.name}")
+      flat = {name: stored.get_tensor(name) for name in stored.keys()}
+  except (OSError, SafetensorError) as error:
+    raise UserError(f"cannot read the judge {file} ({error}); reinstall cc_jax") from error
+  width = int(metadata["width"])
+  abstract = nnx.eval_shape(lambda: FactorJudge(width, rngs=nnx.Rngs(0)))
+  graph, state = nnx.split(abstract)
+  state = jax.tree_util.tree_map_with_path(
+      lambda path, leaf: jnp.asarray(flat[_name(path)], leaf.dtype), state)
+  return nnx.merge(graph, state), json.loads(metadata["accuracy"])
+
+
+@functools.cache
+def _reader(graph):
+  return jax.jit(lambda state, x: nnx.merge(graph, state)(x))
+
+
+def read(judge: FactorJudge, images: np.ndarray, *, batch: int = 64) -> dict[str, np.ndarray]:
+  """Reads pictures uint8 [n,64,64,3]: categories int [n], azimuth radians [n], size, x, y [n]."""
+  graph, state = nnx.split(judge)
+  rows = []
+  for start in range(0, len(images), batch):
+    chunk = images[start : start + batch]
+    padded = np.concatenate([chunk, np.zeros((batch - len(chunk), *chunk.shape[1:]), np.uint8)])
+    out = _reader(graph)(state, jnp.asarray(padded, jnp.float32) / 127.5 - 1)
+    rows.append({name: np.asarray(value)[: len(chunk)] for name, value in out.items()})
+  out = {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
+  reading = {name: out[name].argmax(1) for name in CATEGORIES}
+  reading["azimuth"] = np.arctan2(out["azimuth"][:, 1], out["azimuth"][:, 0])
+  return reading | {name: out[name][:, 0] for name in CONTINUOUS}
+
+
+def azimuth_bin(azimuth: np.ndarray) -> np.ndarray:
+  """Radians -> one of 8 bins centred on 0, 45, ... degrees."""
+  return np.round(azimuth * AZIMUTH_BINS / (2 * np.pi)).astype(int) % AZIMUTH_BINS
+
+
+def accuracy(reading: Mapping[str, np.ndarray], factors: world.Factors,
+             coverage: np.ndarray) -> dict[str, float]:
+  """How often the judge is right where the factor is visible.
+
+  Categories: share of equal readings. azimuth: share within one of 8 bins. size, x, y: correlation.
+  """
+  seen = visible(factors, coverage)
+  scores = {name: float(np.mean(reading[name][seen[name]] == getattr(factors, name)[seen[name]]))
+            for name in CATEGORIES}
+  apart = (azimuth_bin(reading["azimuth"]) - azimuth_bin(factors.azimuth)) % AZIMUTH_BINS
+  near = np.minimum(apart, AZIMUTH_BINS - apart) <= 1
+  scores["azimuth"] = float(np.mean(near[seen["azimuth"]]))
+  for name in CONTINUOUS:
+    scores[name] = float(np.corrcoef(reading[name], getattr(factors, name))[0, 1])
+  return scores
+
+
+def _name(path) -> str:
+  return jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")

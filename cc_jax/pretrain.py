@@ -1,0 +1,414 @@
+"""Trains the mini base (VAE, CLIP pair, UNet) and the judge on rendered pictures, from nothing.
+
+  python -m cc_jax.pretrain --config=configs/subjects3d_base.py --workdir=runs/base
+
+Stages run in the order of `config.stages`; a stage whose result lies in the workdir is skipped, an
+interrupted one goes on where its last save was. The result is `workdir/base`, a folder in the
+diffusers layout. A user of CustomContrast needs none of this: the base ships with the package.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+from absl import flags
+from flax import nnx
+from ml_collections import config_flags
+
+from cc_jax import errors, fitting, hub, sharding
+from cc_jax.diffusion.schedule import NoiseSchedule
+from cc_jax.metrics import factors as factors_judge
+from cc_jax.models import tokenizer as tokenizer_lib
+from cc_jax.models.clip_text import CLIPTextConfig, CLIPTextModel
+from cc_jax.models.clip_vision import CLIPVisionConfig, CLIPVisionModel
+from cc_jax.models.unet import UNet2DCondition, UNetConfig
+from cc_jax.models.vae import AutoencoderKL, AutoencoderKLConfig
+from cc_jax.objectives.cscl import cscl
+from data_pipeline.subjects3d import captions as captions_lib
+from data_pipeline.subjects3d import factors as factors_lib
+from data_pipeline.subjects3d.prerender import Pictures, prerender
+
+# How often a caption names what it could name: enough to learn each word, and enough silence that
+# a prompt without colour is nothing unusual.
+MENTIONS = dict(scene=0.95, color1=0.8, color2=0.3, pattern=0.5, hat=0.85, style=0.95, size=0.1)
+
+
+def main(argv: Sequence[str]) -> None:
+  """Command line entry: runs the stages of --config in --workdir."""
+  del argv
+  config = flags.FLAGS.config
+  sharding.set_cpu_devices(config.mesh, _common_batch(config))
+  run(config, Path(flags.FLAGS.workdir))
+
+
+def run(config: ml_collections.ConfigDict, workdir: Path) -> None:
+  """Runs the stages of `config.stages` in `workdir`. Raises UserError for an unknown stage."""
+  for stage in config.stages:
+    if stage not in STAGES:
+      raise errors.UserError(f"no pretraining stage {stage!r}; there are {', '.join(STAGES)}")
+  world = config.world
+  mesh = sharding.make_mesh(config.mesh, _common_batch(config))
+  pictures = prerender(
+      workdir / "world", world.images, seed=config.seed, split=world.split,
+      calm_share=world.calm_share, processes=world.processes or None)
+  for stage in config.stages:
+    done = workdir / f"{stage}.done"
+    if done.exists():
+      print(f"{stage}: done before, skipped")
+      continue
+    STAGES[stage](config, workdir, pictures, mesh)
+    done.touch()
+
+
+# ---- captions and batches
+
+
+def write_captions(
+    rng: np.random.Generator, factors: factors_lib.Factors, mentions: dict[str, float]
+) -> list[str]:
+  """One English caption per row of `factors`; each part is named with its own probability."""
+  rows = len(factors.class_id)
+  named = {part: rng.random(rows) < share for part, share in mentions.items()}
+  texts = []
+  for i in range(rows):
+    row = factors_lib.Factors(*(column[i] for column in factors))
+    mention = tuple(part for part in named if named[part][i])
+    texts.append(captions_lib.caption(rng, row, mention=mention).text)
+  return texts
+
+
+def tokenize(tokenizer, texts: Sequence[str]) -> np.ndarray:
+  """int32 [n, T] token ids, padded to the tokenizer's limit."""
+  encoded = tokenizer(list(texts), padding="max_length", truncation=True,
+                      max_length=tokenizer.model_max_length)
+  return np.asarray(encoded["input_ids"], np.int32)
+
+
+def captioned(tokenizer, pictures: Pictures, count: int, seed: int, mentions) -> np.ndarray:
+  """Token ids int32 [count, n, T]: `count` phrasings of every picture."""
+  rng = np.random.default_rng([seed, 1])
+  return np.stack([
+      tokenize(tokenizer, write_captions(rng, pictures.factors, mentions)) for _ in range(count)])
+
+
+def on_white(images: np.ndarray, masks: np.ndarray) -> np.ndarray:
+  """Cuts uint8 images [n,h,w,3] out by their soft masks uint8 [n,h,w] and lays them on white."""
+  alpha = masks[..., None].astype(np.float32) / 255
+  return (images * alpha + 255 * (1 - alpha)).astype(np.uint8)
+
+
+def to_unit(images: jax.Array) -> jax.Array:
+  """uint8 -> float32 in [-1, 1]."""
+  return images.astype(jnp.float32) / 127.5 - 1
+
+
+# ---- the networks
+
+
+def make_vae(config) -> AutoencoderKL:
+  """A random AutoencoderKL of `config.vae.model`."""
+  model = AutoencoderKLConfig.from_dict(_plain(config.vae.model))
+  return AutoencoderKL(model, rngs=nnx.Rngs(config.seed))
+
+
+def make_clip(config, tokenizer) -> nnx.Dict:
+  """Random text and image encoders {'text', 'vision'}; the vocabulary is the tokenizer's."""
+  text = dict(_plain(config.clip.text), architectures=["CLIPTextModel"], vocab_size=len(tokenizer),
+              max_position_embeddings=tokenizer.model_max_length,
+              bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+              pad_token_id=tokenizer.pad_token_id)
+  vision = dict(_plain(config.clip.vision), architectures=["CLIPVisionModelWithProjection"])
+  rngs = nnx.Rngs(config.seed + 1)
+  return nnx.Dict(text=CLIPTextModel(CLIPTextConfig.from_dict(text), rngs=rngs),
+                  vision=CLIPVisionModel(CLIPVisionConfig.from_dict(vision), rngs=rngs))
+
+
+def make_unet(config) -> UNet2DCondition:
+  """A random UNet of `config.unet.model`."""
+  model = UNetConfig.from_dict(_plain(config.unet.model))
+  return UNet2DCondition(model, rngs=nnx.Rngs(config.seed + 2))
+
+
+# ---- the stages
+
+
+def train_tokenizer(config, workdir: Path, pictures: Pictures, mesh) -> None:
+  """A byte-pair vocabulary in CLIP's format, from the captions of the world."""
+  rng = np.random.default_rng(config.seed)
+  some = factors_lib.Factors(*(column[:20_000] for column in pictures.factors))
+  texts = write_captions(rng, some, dict.fromkeys(MENTIONS, 0.7))
+  tokenizer_lib.train_tokenizer(
+      texts, workdir / "base" / "tokenizer", config.tokenizer.vocab_size,
+      config.tokenizer.max_length)
+
+
+def train_vae(config, workdir: Path, pictures: Pictures, mesh) -> None:
+  """AutoencoderKL by squared and absolute error; afterwards its latents are whitened in place."""
+  c = config.vae
+  vae = make_vae(config)
+  if config.init_from:
+    vae = hub.load_base(config.init_from).vae
+  graph, params = nnx.split(vae)
+
+  def loss_fn(params, frozen, batch, key):
+    del frozen
+    vae = nnx.merge(graph, params)
+    x = to_unit(batch["images"])
+    mean, logvar = vae.encode(x)
+    z = mean + jnp.exp(0.5 * logvar) * jax.random.normal(key, mean.shape)
+    error = vae.decode(z) - x
+    squared = jnp.mean(jnp.square(error))
+    kl = 0.5 * jnp.mean(jnp.square(mean) + jnp.exp(logvar) - 1 - logvar)
+    # Squared error sets the colours, absolute error keeps the edges.
+    loss = 4 * squared + jnp.mean(jnp.abs(error)) + c.kl * kl
+    return loss, dict(psnr=10 * jnp.log10(4 / squared), kl=kl)
+
+  def batch_fn(rng, step):
+    del step
+    images = pictures.images[np.sort(rng.integers(0, len(pictures.images), c.train.batch))]
+    flip = rng.random(len(images)) < 0.5
+    return dict(images=np.where(flip[:, None, None, None], images[:, :, ::-1], images))
+
+  params = fitting.fit("vae", loss_fn, params, {}, batch_fn, c.train, workdir, config.seed, mesh)
+  vae = nnx.merge(graph, params)
+  whiten(vae, pictures.images[:: max(1, len(pictures.images) // 2000)])
+  hub.save_module(vae, workdir / "base" / "vae")
+
+
+def whiten(vae: AutoencoderKL, images: np.ndarray) -> None:
+  """Gives the latents zero mean, unit covariance by a linear map folded into the quant convs.
+
+  With the latents' mean m and covariance C over `images`, z' = C^(-1/2) (z - m) is what the encoder
+  returns from now on, and the decoder starts with its inverse: pictures stay as they were. The
+  posterior's log variance becomes its average, a constant per channel, since a rotation of a
+  diagonal Gaussian is not diagonal.
+  """
+  graph, params = nnx.split(vae)
+  encode = jax.jit(lambda params, x: nnx.merge(graph, params).encode(to_unit(x)))
+  means, logvars = zip(*(encode(params, jnp.asarray(images[i : i + 50]))
+                         for i in range(0, len(images) - 49, 50)))
+  z = np.concatenate([np.asarray(m, np.float64) for m in means])
+  channels = z.shape[-1]
+  z = z.reshape(-1, channels)
+  mean, covariance = z.mean(0), np.cov(z.T)
+  values, vectors = np.linalg.eigh(covariance)
+  forward = vectors @ np.diag(values**-0.5) @ vectors.T  # z' = forward (z - mean)
+  inverse = vectors @ np.diag(values**0.5) @ vectors.T
+  variance = np.exp(np.concatenate([np.asarray(v, np.float64) for v in logvars])).mean((0, 1, 2))
+
+  quant, post = vae.quant_conv, vae.post_quant_conv
+  kernel = np.asarray(quant.kernel[...], np.float64)  # [1, 1, in, 2c], the mean's columns first
+  bias = np.asarray(quant.bias[...], np.float64)
+  kernel[0, 0, :, :channels] = kernel[0, 0, :, :channels] @ forward.T
+  bias[:channels] = forward @ (bias[:channels] - mean)
+  kernel[0, 0, :, channels:] = 0
+  bias[channels:] = np.log(np.diag(forward @ np.diag(variance) @ forward.T))
+  quant.kernel[...] = jnp.asarray(kernel, jnp.float32)
+  quant.bias[...] = jnp.asarray(bias, jnp.float32)
+  kernel = np.asarray(post.kernel[...], np.float64)  # [1, 1, c, out]
+  bias = np.asarray(post.bias[...], np.float64)
+  post.kernel[...] = jnp.asarray((inverse.T @ kernel[0, 0])[None, None], jnp.float32)
+  post.bias[...] = jnp.asarray(bias + mean @ kernel[0, 0], jnp.float32)
+
+
+def train_clip(config, workdir: Path, pictures: Pictures, mesh) -> None:
+  """A text and an image encoder by symmetric InfoNCE on captions and pictures (CLIP)."""
+  c = config.clip
+  tokenizer = hub.load_tokenizer(workdir / "base" / "tokenizer")
+  towers = make_clip(config, tokenizer)
+  if config.init_from:
+    base = hub.load_base(config.init_from)
+    towers = nnx.Dict(text=base.text_encoders[0], vision=base.image_encoder)
+  graph, params = nnx.split(towers)
+  params = dict(towers=params, log_scale=jnp.log(10.0))
+  plain = captioned(tokenizer, pictures, config.world.captions, config.seed, MENTIONS)
+  everything = {part: 0.9 for part in MENTIONS}
+  processor = dict(hub.CLIP_PROCESSOR, size=c.vision.image_size)
+  # Cut out on white nothing of the scene is left to be named.
+  white = captioned(tokenizer, pictures, config.world.captions, config.seed + 1,
+                    everything | dict(scene=0.0, size=0.0))
+
+  def loss_fn(params, frozen, batch, key):
+    del frozen, key
+    towers = nnx.merge(graph, params["towers"])
+    text = towers.text(batch["ids"]).pooled
+    pixels = hub.clip_pixels(batch["images"].astype(jnp.float32) / 255, processor)
+    image = towers.vision(pixels).image_embeds
+    loss, metrics = cscl(image, text, temperature=jnp.exp(-jnp.clip(params["log_scale"], 0, 4)),
+                         subject_ids=jnp.arange(len(text)))
+    return loss, metrics
+
+  def batch_fn(rng, step):
+    del step
+    n = c.train.batch
+    index = np.sort(rng.integers(0, len(pictures.images), n))
+    phrasing = rng.integers(0, config.world.captions, n)
+    cut = rng.random(n) < c.white_share
+    images = np.where(cut[:, None, None, None],
+                      on_white(pictures.images[index], pictures.masks[index]),
+                      pictures.images[index])
+    ids = np.where(cut[:, None], white[phrasing, index], plain[phrasing, index])
+    return dict(images=images, ids=ids)
+
+  params = fitting.fit("clip", loss_fn, params, {}, batch_fn, c.train, workdir, config.seed, mesh)
+  towers = nnx.merge(graph, params["towers"])
+  hub.save_module(towers.text, workdir / "base" / "text_encoder")
+  hub.save_module(towers.vision, workdir / "base" / "image_encoder")
+
+
+def train_unet(config, workdir: Path, pictures: Pictures, mesh) -> None:
+  """The UNet on whitened latents, v-prediction, frozen text encoder (recipe: shared/lab.md)."""
+  c = config.unet
+  tokenizer = hub.load_tokenizer(workdir / "base" / "tokenizer")
+  vae = hub.load_module(workdir / "base" / "vae", AutoencoderKL)
+  text_encoder = hub.load_module(workdir / "base" / "text_encoder", CLIPTextModel)
+  schedule = NoiseSchedule.from_config(_plain(c.scheduler))
+  unet = make_unet(config)
+  if config.init_from:
+    unet = hub.load_base(config.init_from).unet
+  graph, params = nnx.split(unet)
+  text_graph, text_params = nnx.split(text_encoder)
+
+  latents = encode_all(vae, pictures, workdir / "latents.npy", mesh)
+  n, side = latents.shape[:2]
+  masks = np.asarray(pictures.masks).reshape(n, side, -1, side, 64 // side).mean((2, 4)) / 255
+  ids = captioned(tokenizer, pictures, config.world.captions, config.seed + 2, MENTIONS)
+  empty = tokenize(tokenizer, [""])[0]
+  calm, wide = np.flatnonzero(pictures.calm), np.flatnonzero(~pictures.calm)
+
+  def predict(params, frozen, x, t, ids):
+    text = nnx.merge(text_graph, frozen["text"])(ids).last_hidden_state
+    return nnx.merge(graph, params)(x, t, text)
+
+  def loss_fn(params, frozen, batch, key):
+    x0 = batch["latents"].astype(jnp.float32)
+    noise_key, time_key = jax.random.split(key)
+    noise = jax.random.normal(noise_key, x0.shape)
+    # Stratified over the batch: less variance of the loss from the draw of t.
+    u = (jnp.arange(len(x0)) + jax.random.uniform(time_key, (len(x0),))) / len(x0)
+    u = c.noise_shift * u / (1 + (c.noise_shift - 1) * u)
+    t = jnp.minimum((u * schedule.num_train_timesteps).astype(jnp.int32),
+                    schedule.num_train_timesteps - 1)
+    error = predict(params, frozen, schedule.add_noise(x0, noise, t), t, batch["ids"])
+    error = error - schedule.target(x0, noise, t)
+    weight = 1 + c.mask_weight * batch["masks"][..., None]
+    return jnp.mean(weight * jnp.square(error)), {}
+
+  def batch_fn(rng, step):
+    n = c.train.batch
+    favoured = max(0.0, 1 - step / (c.calm_until * c.train.steps)) if c.calm_until else 0.0
+    from_calm = rng.random(n) < max(favoured, len(calm) / len(latents))
+    index = np.where(from_calm & (len(calm) > 0), rng.choice(calm, n) if len(calm) else 0,
+                     rng.choice(wide, n))
+    chosen = ids[rng.integers(0, len(ids), n), index]
+    chosen = np.where(rng.random(n)[:, None] < c.drop_caption, empty, chosen)
+    return dict(latents=latents[index], masks=masks[index].astype(np.float32), ids=chosen)
+
+  gaps = word_gaps(config, tokenizer, pictures, latents, schedule, predict)
+  params = fitting.fit("unet", loss_fn, params, dict(text=text_params), batch_fn, c.train, workdir,
+                       config.seed, mesh, watch=gaps)
+  unet = nnx.merge(graph, params)
+  hub.save_module(unet, workdir / "base" / "unet")
+  hub.finish_base(workdir / "base", _plain(c.scheduler))
+
+
+def encode_all(vae: AutoencoderKL, pictures: Pictures, file: Path, mesh) -> np.ndarray:
+  """float16 latents [n, h, w, c] (the posterior's mean) of all pictures, kept in `file`."""
+  if not file.exists():
+    graph, params = nnx.split(vae)
+    encode = jax.jit(lambda params, x: nnx.merge(graph, params).encode(to_unit(x))[0])
+    encode = fitting.batched(encode, params, mesh, size=200, label="latents")
+    np.save(file, encode(pictures.images).astype(np.float16))
+  return np.load(file)
+
+
+def word_gaps(config, tokenizer, pictures, latents, schedule, predict) -> Callable:
+  """`gaps(params, frozen) -> {word: rise}`: how much the loss rises with one wrong word (lab.md).
+
+  At t = 0.85 of the schedule on 192 fixed pictures; 0.25 means a quarter more loss.
+  """
+  index = np.random.default_rng(config.seed + 3).choice(len(latents), 192, replace=False)
+  rows = factors_lib.Factors(*(column[index] for column in pictures.factors))
+
+  def texts(rows):  # the same random stream: only the word differs
+    rng = np.random.default_rng(config.seed + 4)
+    return tokenize(tokenizer, write_captions(rng, rows, dict(scene=1.0, color1=1.0)))
+
+  def next_of(column, count):
+    return ((column + 1 + index % (count - 1)) % count).astype(column.dtype)
+
+  wrong = dict(
+      none=rows,
+      class_=rows._replace(class_id=next_of(rows.class_id, len(factors_lib.CLASSES))),
+      colour=rows._replace(color1=next_of(rows.color1, len(factors_lib.COLORS))),
+      scene=rows._replace(scene=next_of(rows.scene, len(factors_lib.SCENES))))
+  ids = {word: jnp.asarray(texts(rows)) for word, rows in wrong.items()}
+  x0 = jnp.asarray(latents[index], jnp.float32)
+  noise = jax.random.normal(jax.random.key(config.seed), x0.shape)
+  t = jnp.full(len(index), int(0.85 * schedule.num_train_timesteps))
+  x, target = schedule.add_noise(x0, noise, t), schedule.target(x0, noise, t)
+  loss = jax.jit(lambda params, frozen, ids: jnp.mean(
+      jnp.square(predict(params, frozen, x, t, ids) - target)))
+
+  def gaps(params, frozen):
+    losses = {word: float(loss(params, frozen, ids[word])) for word in ids}
+    return {f"gap_{word.strip('_')}": losses[word] / losses["none"] - 1
+            for word in ids if word != "none"}
+
+  return gaps
+
+
+def train_judge(config, workdir: Path, pictures: Pictures, mesh) -> None:
+  """The judge, on pictures rendered for it alone; its accuracy is measured on fresh ones."""
+  c = config.judge
+  graph, params = nnx.split(factors_judge.FactorJudge(c.width, rngs=nnx.Rngs(config.seed)))
+  seen = factors_judge.visible(pictures.factors, pictures.coverage)
+  names = (*factors_judge.CATEGORIES, "azimuth", *factors_judge.CONTINUOUS)
+  targets = {name: getattr(pictures.factors, name) for name in names}
+
+  def loss_fn(params, frozen, batch, key):
+    del frozen
+    images = factors_judge.degrade(to_unit(batch["images"]), key)
+    outputs = nnx.merge(graph, params)(images)
+    return factors_judge.judge_loss(outputs, batch["targets"], batch["seen"])
+
+  def batch_fn(rng, step):
+    del step
+    index = np.sort(rng.integers(0, len(pictures.images), c.train.batch))
+    return dict(images=pictures.images[index],
+                targets={name: value[index] for name, value in targets.items()},
+                seen={name: seen[name][index] for name in names})
+
+  params = fitting.fit("judge", loss_fn, params, {}, batch_fn, c.train, workdir, config.seed, mesh)
+  judge = nnx.merge(graph, params)
+  fresh = prerender(workdir / "fresh", c.fresh, seed=config.seed + 1000, split="test")
+  scores = factors_judge.accuracy(
+      factors_judge.read(judge, fresh.images), fresh.factors, fresh.coverage)
+  print("judge on fresh renders: " + ", ".join(f"{k} {v:.3f}" for k, v in scores.items()))
+  factors_judge.save_judge(judge, workdir / "judge.safetensors", scores)
+
+
+def _common_batch(config: ml_collections.ConfigDict) -> int:
+  """What divides every stage's batch: the mesh is made once for all of them."""
+  return math.gcd(*(section.train.batch for section in config.values()
+                    if isinstance(section, ml_collections.ConfigDict) and "train" in section))
+
+
+def _plain(config: ml_collections.ConfigDict) -> dict:
+  return {key: list(value) if isinstance(value, tuple) else value
+          for key, value in config.to_dict().items()}
+
+
+STAGES: dict[str, Callable] = dict(
+    tokenizer=train_tokenizer, vae=train_vae, clip=train_clip, unet=train_unet,
+    judge=train_judge)
+
+
+if __name__ == "__main__":
+  config_flags.DEFINE_config_file("config", "configs/subjects3d_base.py")
+  flags.DEFINE_string("workdir", "runs/base", "Folder of the states and of the result.")
+  errors.run(main)

@@ -1,0 +1,72 @@
+"""The mini base: VAE, CLIP pair and UNet of subjects3d, trained from nothing."""
+
+import ml_collections
+
+
+def get_config() -> ml_collections.ConfigDict:
+  """The table of decisions of `python -m cc_jax.pretrain`."""
+  c = ml_collections.ConfigDict()
+  c.seed = 0
+  c.stages = ("tokenizer", "vae", "clip", "unet")  # or ("judge",): configs/subjects3d_judge.py
+  c.init_from = ""  # a base folder whose weights the training goes on from; '' = random
+
+  c.world = ml_collections.ConfigDict()  # what is rendered before the training starts
+  c.world.images = 40_000
+  c.world.calm_share = 0.35  # share with narrow irrelevant factors: the easy lessons
+  c.world.split = "train"
+  c.world.captions = 4  # phrasings per image
+  c.world.processes = 0  # 0 = one per core
+
+  c.tokenizer = ml_collections.ConfigDict()
+  c.tokenizer.vocab_size = 1280  # at most; merging stops when every word is one piece
+  c.tokenizer.max_length = 32
+
+  # The networks, in the words of diffusers' and transformers' config.json.
+  c.vae = ml_collections.ConfigDict()
+  c.vae.model = ml_collections.ConfigDict(dict(
+      in_channels=3, out_channels=3, latent_channels=8, sample_size=64,
+      block_out_channels=(16, 32, 64), layers_per_block=1, norm_num_groups=8,
+      down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
+      mid_block_add_attention=False, scaling_factor=1.0, act_fn="silu"))
+  c.vae.train = _train(steps=1400, batch=32, learning_rate=2e-3)
+  c.vae.kl = 1e-5
+
+  c.clip = ml_collections.ConfigDict()
+  c.clip.text = ml_collections.ConfigDict(dict(
+      hidden_size=128, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4,
+      hidden_act="gelu", projection_dim=128))
+  c.clip.vision = ml_collections.ConfigDict(dict(
+      hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4,
+      hidden_act="gelu", projection_dim=128, image_size=64, patch_size=8))
+  c.clip.white_share = 0.5  # pictures cut out on white: what the adapter will show the encoder
+  c.clip.train = _train(steps=700, batch=192, learning_rate=1.5e-3)
+
+  c.unet = ml_collections.ConfigDict()
+  c.unet.model = ml_collections.ConfigDict(dict(
+      sample_size=16, in_channels=8, out_channels=8, center_input_sample=False,
+      block_out_channels=(48, 128), layers_per_block=1, norm_num_groups=16,
+      down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+      up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+      transformer_layers_per_block=1, attention_head_dim=4, use_linear_projection=True,
+      cross_attention_dim=128, addition_embed_type="text", addition_embed_type_num_heads=4))
+  c.unet.scheduler = ml_collections.ConfigDict(dict(
+      _class_name="DPMSolverMultistepScheduler", num_train_timesteps=1000,
+      beta_schedule="squaredcos_cap_v2", beta_start=1e-4, beta_end=0.02,
+      prediction_type="v_prediction", timestep_spacing="trailing", algorithm_type="dpmsolver++",
+      solver_order=2, steps_offset=1, clip_sample=False))
+  c.unet.train = _train(steps=12_000, batch=48, learning_rate=1.1e-3, ema=0.998)
+  c.unet.noise_shift = 2.0  # u -> s u / (1 + (s - 1) u): more of the noisy times
+  c.unet.mask_weight = 2.0  # loss weight 1 + mask_weight * subject mask
+  c.unet.drop_caption = 0.1
+  c.unet.calm_until = 0.5  # share of the steps over which calm pictures are favoured
+
+  c.mesh = ml_collections.ConfigDict()
+  c.mesh.data = -1
+  c.mesh.cpu_devices = -1
+  return c
+
+
+def _train(steps: int, batch: int, learning_rate: float, ema: float = 0.995):
+  return ml_collections.ConfigDict(dict(
+      steps=steps, batch=batch, learning_rate=learning_rate, ema=ema, warmup=100, beta2=0.99,
+      weight_decay=0.0, clip_norm=1.0, save_every=200))

@@ -1,0 +1,80 @@
+"""Pictures of subjects3d rendered once into a folder of .npy files, for trainings from scratch.
+
+Adapters read TFDS or render on the fly; the base's networks want tens of thousands of independent
+pictures, each seen several times, and nothing but random access to them.
+"""
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from data_pipeline.subjects3d import factors as factors_lib
+from data_pipeline.subjects3d import renderer
+
+
+class Pictures(NamedTuple):
+  """`n` pictures: images uint8 [n,64,64,3] and masks uint8 [n,64,64] (memory-mapped), coverage [n,4].
+
+  calm marks the pictures whose irrelevant factors vary little.
+  """
+
+  images: np.ndarray
+  masks: np.ndarray
+  coverage: np.ndarray
+  factors: factors_lib.Factors
+  calm: np.ndarray
+
+
+def prerender(
+  folder: str | Path,
+  count: int,
+  *,
+  seed: int,
+  split: str = "train",
+  calm_share: float = 0.0,
+  processes: int | None = None,
+  resolution: int = 64,
+) -> Pictures:
+  """Renders `count` pictures of random subjects of `split` into `folder`, or opens those found there.
+
+  The folder remembers the arguments; a folder made with other ones is rendered again.
+  """
+  folder = Path(folder)
+  recipe = dict(count=count, seed=seed, split=split, calm_share=calm_share, resolution=resolution)
+  recipe_file = folder / "recipe.json"
+  if not (recipe_file.exists() and json.loads(recipe_file.read_text()) == recipe):
+    folder.mkdir(parents=True, exist_ok=True)
+    recipe_file.unlink(missing_ok=True)
+    rng = np.random.Generator(np.random.Philox(key=[seed, 0x5EED]))
+    calm_count = round(count * calm_share)
+    factors = sample(rng, count, split, calm_count)
+    rendered = renderer.render_many(factors, processes=processes, resolution=resolution)
+    np.save(folder / "images.npy", rendered.image)
+    np.save(folder / "masks.npy", rendered.mask)
+    np.savez(folder / "factors.npz", coverage=rendered.coverage, **factors._asdict())
+    recipe_file.write_text(json.dumps(recipe))  # last: its presence says that the rest is whole
+  with np.load(folder / "factors.npz") as file:
+    fields = dict(file)
+  coverage = fields.pop("coverage")
+  return Pictures(
+    images=np.load(folder / "images.npy", mmap_mode="r"),
+    masks=np.load(folder / "masks.npy", mmap_mode="r"),
+    coverage=coverage,
+    factors=factors_lib.Factors(**fields),
+    calm=np.arange(count) < round(count * calm_share),
+  )
+
+
+def sample(
+  rng: np.random.Generator, count: int, split: str, calm_count: int
+) -> factors_lib.Factors:
+  """Factors of `count` pictures of random subjects, the first `calm_count` with calm ranges."""
+  table = factors_lib.subjects(split)
+  parts = []
+  for n, ranges in ((calm_count, "calm"), (count - calm_count, "world")):
+    chosen = rng.integers(0, len(table.subject_id), n)
+    subjects = type(table)(*(column[chosen] for column in table))
+    parts.append(factors_lib.sample_factors(rng, subjects, ranges=ranges))
+  return factors_lib.Factors(*(np.concatenate(columns) for columns in zip(*parts)))
