@@ -25,6 +25,7 @@ from absl import logging
 from flax import nnx
 
 from cc_jax.errors import UserError
+from cc_jax.models.abstract import abstract
 from cc_jax.models.clip_pixels import (
   CLIP_PROCESSOR,
   clip_pixels,
@@ -314,7 +315,7 @@ def _assemble(
 
 
 def _abstract(cls: type[nnx.Module], config: Any, dtype: Any, param_dtype: Any) -> nnx.Module:
-  return nnx.eval_shape(lambda: cls(config, dtype=dtype, param_dtype=param_dtype, rngs=Keys(0)))
+  return abstract(lambda rngs: cls(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs))
 
 
 def _read_config(folder: Path, cls: type[nnx.Module]) -> Any:

@@ -140,6 +140,8 @@ def test_diffusers_reads_what_we_write(base, dtype, tmp_path):
     for key, value in settings.items():
       if key != "projection_dim":
         assert config[key] == value if isinstance(config, dict) else getattr(config, key) == value
+  plain = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path, local_files_only=True)
+  assert {getattr(plain, name).dtype for name in networks(base)} == {torch.float32}
   # And back.
   again = hub.load_base(tmp_path)
   for name, module in networks(again).items():
@@ -211,8 +213,9 @@ def test_bfloat16_file(base, tmp_path):
     assert np.array_equal(tensors(again)[name].astype(np.float32), tensor.float().numpy())
 
 
-def test_shards(base, tmp_path, copy):
-  """A network in several files with an index, as large ones come."""
+def test_shards(base, copy):
+  """A network in several files with an index, as large ones come; another under its fp16 name."""
+  (copy / "vae" / WEIGHTS).rename(copy / "vae" / WEIGHTS.replace(".", ".fp16.", 1))
   whole = copy / "unet" / "diffusion_pytorch_model.safetensors"
   stored = safetensors.numpy.load_file(whole)
   whole.unlink()
@@ -326,6 +329,12 @@ def test_bad_folders(damage, wanted, copy):
     hub.load_base(copy)
   assert "\n" not in str(error.value)
   assert "copy" in str(error.value)  # the folder is named
+
+
+def test_base_of_the_package(saved, tmp_path, monkeypatch):
+  monkeypatch.setattr(hub, "ASSETS", saved.parent)
+  assert hub.resolve_base(saved.name) == saved
+  assert hub.resolve_base(tmp_path) == tmp_path
 
 
 def test_other_errors(base, tmp_path):

@@ -72,7 +72,9 @@ def config_to_dict(config: Any, *, model_type: str, architectures: Mapping[str, 
   values = dataclasses.asdict(config)
   projection = values.pop("with_projection")
   name = next(name for name, has in architectures.items() if has == projection)
-  return {"architectures": [name], "model_type": model_type, **values}
+  # transformers loads in this type where it is not told another. Left out, it would take the stored
+  # one, diffusers float32, and a pipeline from float16 files would stop at its first product.
+  return {"architectures": [name], "model_type": model_type, "dtype": "float32", **values}
 
 
 class CLIPAttention(nnx.Module):
