@@ -1,0 +1,304 @@
+"""Scores an adapter, or the base alone, on subjects that training never saw.
+
+  python -m cc_jax.evaluate                                    # the shipped adapter, 100 subjects
+  python -m cc_jax.evaluate --checkpoint=runs/first --workdir=runs/first/eval
+  python -m cc_jax.evaluate --what=base                        # the base, 200 prompts
+
+The judge reads each drawn picture (`cc_jax.metrics.factors`). Beside every score of the adapter
+stands the base's: the same prompts and the same noise, without reference. Prompts name class and
+scene, never colour or pattern.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import ml_collections
+import numpy as np
+from absl import flags
+from jaxtyping import UInt8
+
+from cc_jax import errors, hub, sharding
+from cc_jax.customcontrast.model import CustomContrast
+from cc_jax.diffusion.schedule import NoiseSchedule
+from cc_jax.drawer import Drawer, bundle, encode_prompts
+from cc_jax.errors import UserError
+from cc_jax.metrics import factors as judging
+from cc_jax.pictures import grid
+from data_pipeline.subjects3d import factors as world
+from data_pipeline.subjects3d.captions import caption
+from data_pipeline.subjects3d.renderer import render_many
+from data_pipeline.triples import segment_reference
+
+SCORES = ("scene", "class_id", "color1", "color2", "pattern")
+GRID_SUBJECTS = 20
+_SEED = 20_000  # of trials and their noise
+
+
+class Trials(NamedTuple):
+  """n subjects, one reference and one prompt each.
+
+  The prompt's scene differs from the reference's. `seen` says per factor in which references it is
+  visible; a score counts only those.
+  """
+
+  references: UInt8[np.ndarray, "n h w 3"]  # on white, as the adapter gets them
+  prompts: tuple[str, ...]
+  nouns: tuple[str, ...]
+  scenes: np.ndarray  # of the prompts
+  factors: world.Factors  # of the references
+  seen: dict[str, np.ndarray]
+
+
+def make_trials(split: str, count: int, *, share: float = 0.8, size: int = 64) -> Trials:
+  """`count` subjects of a split, as evenly over the classes as it goes; always the same ones.
+
+  Raises:
+    UserError: the split has fewer subjects.
+  """
+  table = world.subjects(split)
+  if not 1 <= count <= len(table.subject_id):
+    raise UserError(f"{count} subjects asked for; {split} has 1 to {len(table.subject_id)}")
+  rng = np.random.Generator(np.random.Philox(key=[_SEED, world.SPLITS.index(split)]))
+  order = rng.permutation(len(table.subject_id))
+  rank = np.zeros_like(order)  # of a subject among its class, in random order
+  for class_id in range(len(world.CLASSES)):
+    members = order[table.class_id[order] == class_id]
+    rank[members] = np.arange(len(members))
+  chosen = np.lexsort((table.class_id, rank))[:count]
+  factors = world.sample_factors(rng, table.take(chosen), hat=0, style=0)
+  rendered = render_many(factors, resolution=size, progress=False)
+  scenes = (factors.scene + rng.integers(1, len(world.SCENES), count)) % len(world.SCENES)
+  asked = factors._replace(scene=scenes.astype(factors.scene.dtype))
+  return Trials(
+    references=np.stack([
+      segment_reference(image, mask, share=share, size=size)
+      for image, mask in zip(rendered.image, rendered.mask)
+    ]),
+    prompts=tuple(caption(rng, asked.take(i), mention=("scene",)).text for i in range(count)),
+    nouns=tuple(world.CLASSES[c] for c in factors.class_id),
+    scenes=scenes,
+    factors=factors,
+    seen=judging.visible(factors, rendered.coverage),
+  )
+
+
+def score(images: UInt8[np.ndarray, "n h w 3"], trials: Trials, judge) -> dict[str, float]:
+  """What the judge finds: shares of agreement, and correlations with the reference.
+
+  scene: with the prompt; class_id, color1, color2, pattern: with the reference, where visible in
+  it; copied_size, copied_x, copied_y: correlation with the reference's (0 is what one wants, but
+  for what the class alone implies: compare with the base's).
+  """
+  reading = judging.read(judge, images)
+  scores = {"scene": float(np.mean(reading["scene"] == trials.scenes))}
+  for name in SCORES[1:]:
+    seen = trials.seen[name]
+    scores[name] = float(np.mean((reading[name] == getattr(trials.factors, name))[seen]))
+  for name in judging.CONTINUOUS:
+    truth = getattr(trials.factors, name)
+    scores[f"copied_{name}"] = float(np.corrcoef(reading[name], truth)[0, 1])
+  return scores
+
+
+def draw_trials(drawer: Drawer, tokenizers, trials: Trials, settings, *, s_words: int,
+                scale: float, batch_size: int, progress: bool = True) -> np.ndarray:
+  """One picture per trial, uint8 [n, h, w, 3]; `scale` 0 is the base, on the same noise."""
+  subject = scale > 0 and drawer.is_subject_model
+  prompts = encode_prompts(
+    tokenizers, trials.prompts, trials.nouns if subject else None, s_words=s_words)
+  apart = settings.image_guidance
+  images, _ = drawer(
+    prompts,
+    encode_prompts(tokenizers, [""]),
+    noise=drawer.noise(range(_SEED, _SEED + len(trials.prompts))),
+    references=trials.references[:, None] if subject else None,
+    scale=scale,
+    guidance=settings.guidance,
+    image_guidance=apart if apart >= 0 and subject else None,
+    steps=settings.steps,
+    sampler=settings.sampler,
+    batch_size=batch_size,
+    progress=progress,
+  )
+  return images
+
+
+def contact_sheet(trials: Trials, images: np.ndarray, count: int, *, title: str = ""):
+  """References above, what was drawn from them below, the prompt under each."""
+  columns = min(10, count)
+  cells, captions = [], []
+  for start in range(0, count, columns):
+    rows = range(start, min(start + columns, count))
+    empty = [None] * (columns - len(rows))
+    cells += [trials.references[i] for i in rows] + empty + [images[i] for i in rows] + empty
+    captions += [""] * columns + [trials.prompts[i] for i in rows] + [""] * len(empty)
+  return grid(cells, captions, columns=columns, scale=1.5, title=title)
+
+
+def line(scores: dict[str, float]) -> str:
+  """Scores on one line."""
+  return "  ".join(f"{name.removesuffix('_id')} {value:+.2f}" if name.startswith("copied")
+                   else f"{name.removesuffix('_id')} {100 * value:.0f} %"
+                   for name, value in scores.items())
+
+
+# ---- what the training calls
+
+
+def draw(config: ml_collections.ConfigDict, base: hub.Base, model: CustomContrast, file) -> None:
+  """Writes a small grid of validation subjects while training goes on."""
+  if not on_subjects3d(config):
+    return
+  trials = make_trials("validation", 10, share=config.data.reference_share,
+                       size=config.data.image_size)
+  drawer, batch = _drawer(config, base, model, 10)
+  images = draw_trials(drawer, base.tokenizers, trials, config.sample, batch_size=batch,
+                       s_words=config.encoder.s_words, scale=config.sample.scale, progress=False)
+  _save(contact_sheet(trials, images, 10), file)
+
+
+def finish(config: ml_collections.ConfigDict, base: hub.Base, model: CustomContrast,
+           workdir) -> dict[str, dict[str, float]] | None:
+  """Writes `grid.png` and `scores.json` of unseen subjects; prints the adapter's and base's scores.
+
+  Subjects other than those of subjects3d have no known factors: then nothing is scored.
+  """
+  if not on_subjects3d(config):
+    print(f"no scores: the judge knows subjects3d only, not {config.data.name}; draw with "
+          f"python -m cc_jax.generate --checkpoint={workdir} --base={config.base}")
+    return None
+  c = config.sample
+  trials = make_trials(c.split, c.subjects, share=config.data.reference_share,
+                       size=config.data.image_size)
+  drawer, batch = _drawer(config, base, model, c.subjects)
+  common = dict(settings=c, batch_size=batch, s_words=config.encoder.s_words)
+  images = draw_trials(drawer, base.tokenizers, trials, scale=c.scale, **common)
+  plain = draw_trials(drawer, base.tokenizers, trials, scale=0.0, **common)
+  return report(trials, images, plain, workdir)
+
+
+def report(trials: Trials, images, plain, workdir) -> dict[str, dict[str, float]]:
+  """Scores both sets of pictures, prints and writes them with the contact sheet."""
+  judge, _ = judging.load_judge()
+  scores = {"adapter": score(images, trials, judge), "base": score(plain, trials, judge)}
+  count = len(images)
+  print(f"{count} unseen subjects, one reference each, 'a <class> <scene>':")
+  for name, values in scores.items():
+    print(f"  {name:8}{line(values)}")
+  folder = Path(os.fspath(workdir))
+  folder.mkdir(parents=True, exist_ok=True)
+  (folder / "scores.json").write_text(json.dumps(dict(subjects=count, **scores), indent=2) + "\n")
+  _save(contact_sheet(trials, images, min(GRID_SUBJECTS, count)), folder / "grid.png")
+  print(f"{folder / 'grid.png'}: references above, new pictures with their prompts below")
+  return scores
+
+
+def on_subjects3d(config: ml_collections.ConfigDict) -> bool:
+  """Whether the config's data are the rendered world, whose factors are known."""
+  return config.data.source == "render" or config.data.name.startswith("subjects3d")
+
+
+def _drawer(config, base, model, count: int) -> tuple[Drawer, int]:
+  mesh = sharding.make_mesh(config.mesh, config.train.batch_size)
+  batch = min(-(-count // mesh.size), 12) * mesh.size
+  return Drawer(model, NoiseSchedule.from_config(base.scheduler_config), mesh=mesh), batch
+
+
+def _save(picture, file) -> None:
+  file = Path(os.fspath(file))
+  file.parent.mkdir(parents=True, exist_ok=True)
+  picture.save(file)
+
+
+# ---- the base alone
+
+
+def base_prompts(count: int) -> tuple[list[str], world.Factors]:
+  """`count` prompts of class, main colour and scene, each value about equally often."""
+  rng = np.random.Generator(np.random.Philox(key=[_SEED, 9]))
+  table = world.subjects("train")
+  factors = world.sample_factors(
+    rng, table.take(rng.integers(0, len(table.subject_id), count)), hat=0, style=0)
+  n = np.arange(count)
+  spread = dict(class_id=n % len(world.CLASSES), color1=rng.permutation(n) % len(world.COLORS),
+                scene=rng.permutation(n) % len(world.SCENES))
+  factors = factors._replace(**{k: v.astype(np.int32) for k, v in spread.items()})
+  texts = [caption(rng, factors.take(i), mention=("scene", "color1")).text for i in range(count)]
+  return texts, factors
+
+
+def evaluate_base(base: hub.Base, count: int, workdir, *, guidance: float, steps: int,
+                  mesh: ml_collections.ConfigDict) -> dict[str, float]:
+  """The base on `count` prompts of class, main colour and scene; writes its pictures."""
+  devices = sharding.make_mesh(mesh, 48)
+  drawer = Drawer(bundle(base), NoiseSchedule.from_config(base.scheduler_config), mesh=devices)
+  texts, factors = base_prompts(count)
+  images, _ = drawer(
+    encode_prompts(base.tokenizers, texts), encode_prompts(base.tokenizers, [""]),
+    noise=drawer.noise(range(_SEED, _SEED + count)), guidance=guidance, steps=steps,
+    batch_size=48, progress=True)
+  judge, _ = judging.load_judge()
+  reading = judging.read(judge, images)
+  scores = {name: float(np.mean(reading[name] == getattr(factors, name)))
+            for name in ("class_id", "color1", "scene")}
+  print(f"{base.name}, {count} prompts: {line(scores)}")
+  folder = Path(os.fspath(workdir))
+  _save(grid(list(images[:60]), texts[:60], columns=10, scale=1.5), folder / "base.png")
+  (folder / "base.json").write_text(json.dumps(dict(prompts=count, **scores), indent=2) + "\n")
+  return scores
+
+
+# ---- the command
+
+
+def define_flags() -> None:
+  """The command's flags."""
+  flags.DEFINE_enum("what", "adapter", ["adapter", "base"], "What is scored.")
+  flags.DEFINE_string("checkpoint", None, "Adapter file or workdir; the shipped one by default.")
+  flags.DEFINE_string("base", None, "Base folder; the adapter's, or the shipped one, by default.")
+  flags.DEFINE_string("workdir", "runs/evaluate", "Where scores and pictures are written.")
+  flags.DEFINE_string("split", "test", "train, validation or test.")
+  flags.DEFINE_integer("count", 0, "Subjects (default 100) or prompts (default 200).")
+  flags.DEFINE_integer("steps", 20, "Denoising steps.")
+  flags.DEFINE_float("guidance", 3.0, "Classifier-free guidance.")
+  flags.DEFINE_float("image_guidance", -1.0, "The image's own guidance; negative = one for both.")
+  flags.DEFINE_float("scale", 1.0, "How much of the subject.")
+
+
+def main(argv: Sequence[str]) -> None:
+  """Command line entry."""
+  del argv
+  from cc_jax import generate
+
+  f = flags.FLAGS
+  mesh = ml_collections.ConfigDict(dict(data=-1, cpu_devices=-1))
+  sharding.set_cpu_devices(mesh, 48)
+  if f.what == "base":
+    base = hub.load_base(f.base or generate.BASE)
+    evaluate_base(base, f.count or 200, f.workdir, guidance=f.guidance, steps=f.steps, mesh=mesh)
+    return
+  if f.split not in world.SPLITS:
+    raise UserError(f"--split={f.split} is unknown; use one of {', '.join(world.SPLITS)}")
+  pipe = generate.load(f.checkpoint, f.base)
+  if pipe.adapter is None:
+    raise UserError("there is no adapter to score; give --checkpoint, or --what=base")
+  share = float(pipe.adapter.notes.get("reference_share", 0.8))
+  trials = make_trials(f.split, f.count or 100, share=share, size=min(pipe.size))
+  settings = ml_collections.ConfigDict(dict(
+    guidance=f.guidance, image_guidance=f.image_guidance, steps=f.steps, sampler="default"))
+  drawer, tokenizers = pipe.drawer, pipe.base.tokenizers
+  common = dict(settings=settings, batch_size=8 * len(jax.devices()), s_words=pipe.s_words)
+  images = draw_trials(drawer, tokenizers, trials, scale=f.scale, **common)
+  plain = draw_trials(drawer, tokenizers, trials, scale=0.0, **common)
+  report(trials, images, plain, f.workdir)
+
+
+if __name__ == "__main__":
+  define_flags()
+  errors.run(main)
