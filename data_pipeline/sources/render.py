@@ -29,9 +29,8 @@ def make_batch(
   """Rows `rows` of the global batch of one step: a pure function of its arguments."""
   chosen = maker.subjects(table, step)
   rngs = [maker.rng(step, row) for row in rows]
-  # Rows 0, 1, 2 of each part are the frames i, j, k.
   views = factors.concatenate(
-      [_three_views(rng, subjects.take(chosen[[row] * 3])) for rng, row in zip(rngs, rows)]
+      [three_views(rng, subjects.take(chosen[[row] * 3])) for rng, row in zip(rngs, rows)]
   )
   rendered = renderer.render(views, resolution=maker.triple.image_size)
   examples = []
@@ -45,8 +44,8 @@ def make_batch(
   return stack(examples)
 
 
-def _three_views(rng: np.random.Generator, subject: factors.Subjects) -> factors.Factors:
-  """Frames i, j, k. i and j are what can serve as a reference: photo style, no hat."""
+def three_views(rng: np.random.Generator, subject: factors.Subjects) -> factors.Factors:
+  """Frames i, j, k of `subject` (three equal rows); i and j can be references: photo, no hat."""
   views = factors.sample_factors(rng, subject)
   views.style[:2] = 0
   views.hat[:2] = 0

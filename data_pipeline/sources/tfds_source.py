@@ -53,10 +53,10 @@ def open_builder(name: str, data_dir: str = ""):
     return build(name, data_dir)
   try:
     builder = tfds.builder(name, data_dir=os.path.expanduser(data_dir) or None)
-  except (tfds.core.DatasetNotFoundError, ValueError, KeyError) as error:
-    reason = " ".join(str(error).split())[:200]
+  except (tfds.core.DatasetNotFoundError, ValueError, KeyError):
+    root = data_dir or tfds.core.constants.DATA_DIR
     raise DataError(
-        f"TFDS knows no data set {name!r} ({reason}); check data.name and data.data_dir"
+        f"TFDS knows no data set {name!r}, nor is it in {root}; check data.name and data.data_dir"
     ) from None
   if not builder.is_prepared():
     raise DataError(

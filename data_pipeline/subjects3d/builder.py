@@ -46,8 +46,8 @@ class Subjects3d(tfds.core.GeneratorBasedBuilder):
   VERSION = tfds.core.Version("1.0.0")
   RELEASE_NOTES = {"1.0.0": "First version."}
   BUILDER_CONFIGS = [
-      tfds.core.BuilderConfig(name=name, description=f"(subjects, frames of each): {sizes}")
-      for name, sizes in multi_view.CONFIGS.items()
+    tfds.core.BuilderConfig(name=name, description=f"(subjects, frames of each): {sizes}")
+    for name, sizes in multi_view.CONFIGS.items()
   ]
 
   def _info(self) -> tfds.core.DatasetInfo:
@@ -57,18 +57,20 @@ class Subjects3d(tfds.core.GeneratorBasedBuilder):
       scalar = f.Scalar(_TYPES.get(key, column.dtype))
       columns[key] = scalar if key in _OF_SUBJECT else f.Sequence(scalar)
     return self.dataset_info_from_configs(
-        features=f.FeaturesDict({
-            "frames": f.Sequence(f.Image(shape=(size, size, 3), encoding_format="png")),
-            "masks": f.Sequence(f.Image(shape=(size, size, 1), encoding_format="png")),
-            "captions": f.Sequence(f.Text()),
-            "class_noun": f.Text(),
-            "subject_id": f.Scalar(np.int32),
-            "family_id": f.Scalar(np.int32),
-            "class_id": f.Scalar(np.int32),
-            "is_reference": f.Sequence(f.Scalar(np.bool_)),
-            "factors": f.FeaturesDict(columns),
-        }),
-        metadata=tfds.core.MetadataDict(factors_sha256={}),
+      features=f.FeaturesDict(
+        {
+          "frames": f.Sequence(f.Image(shape=(size, size, 3), encoding_format="png")),
+          "masks": f.Sequence(f.Image(shape=(size, size, 1), encoding_format="png")),
+          "captions": f.Sequence(f.Text()),
+          "class_noun": f.Text(),
+          "subject_id": f.Scalar(np.int32),
+          "family_id": f.Scalar(np.int32),
+          "class_id": f.Scalar(np.int32),
+          "is_reference": f.Sequence(f.Scalar(np.bool_)),
+          "factors": f.FeaturesDict(columns),
+        }
+      ),
+      metadata=tfds.core.MetadataDict(factors_sha256={}),
     )
 
   def _split_generators(self, dl_manager):
@@ -78,8 +80,8 @@ class Subjects3d(tfds.core.GeneratorBasedBuilder):
     self.info.metadata["factors_sha256"] = checksums
     # All in one go, since each process compiles the programs of the classes that it meets.
     rendered = render_many(
-        concatenate([multi_view.flat(factors) for factors in plans.values()]),
-        resolution=multi_view.RESOLUTION,
+      concatenate([multi_view.flat(factors) for factors in plans.values()]),
+      resolution=multi_view.RESOLUTION,
     )
     splits, start = {}, 0
     for split, factors in plans.items():
@@ -93,7 +95,7 @@ class Subjects3d(tfds.core.GeneratorBasedBuilder):
 
 
 def _examples(
-    split: str, factors: Factors, images: np.ndarray, masks: np.ndarray
+  split: str, factors: Factors, images: np.ndarray, masks: np.ndarray
 ) -> Iterator[tuple[int, dict]]:
   """Examples of the n subjects of a split; `images`, `masks` [n * f, ...] are its frames."""
   captions = multi_view.write_captions(factors, split)
@@ -105,10 +107,12 @@ def _examples(
     its_frames = slice(n * frames, (n + 1) * frames)
     subject = factors.take(n)
     columns = {
-        key: (column[0] if key in _OF_SUBJECT else column).astype(_TYPES.get(key, column.dtype))
-        for key, column in subject._asdict().items()
+      key: (column[0] if key in _OF_SUBJECT else column).astype(_TYPES.get(key, column.dtype))
+      for key, column in subject._asdict().items()
     }
-    yield int(columns["subject_id"]), {
+    yield (
+      int(columns["subject_id"]),
+      {
         # TFDS takes file objects as they are; arrays it would encode one by one.
         "frames": [io.BytesIO(data) for data in images[its_frames]],
         "masks": [io.BytesIO(data) for data in masks[its_frames]],
@@ -117,7 +121,8 @@ def _examples(
         "is_reference": references[n],
         **{key: columns[key] for key in ("subject_id", "family_id", "class_id")},
         "factors": columns,
-    }
+      },
+    )
 
 
 def build(name: str, data_dir: str = "") -> Subjects3d:
@@ -142,7 +147,7 @@ def build(name: str, data_dir: str = "") -> Subjects3d:
         verify(builder)
   except OSError as error:
     raise DataError(
-        f"cannot write subjects3d into {root} ({error.strerror or error}); set data.data_dir"
+      f"cannot write subjects3d into {root} ({error.strerror or error}); set data.data_dir"
     ) from None
   return builder
 
@@ -168,13 +173,13 @@ def verify(builder: Subjects3d) -> None:
     factors = _stack_factors([_read_factors(records[n]) for n in range(len(records))])
     if multi_view.checksum(factors) != stored:
       raise DataError(
-          f"the factors of {builder.info.full_name} ({split}) do not have the checksum that was "
-          f"written with them; delete {builder.data_path} to build it again"
+        f"the factors of {builder.info.full_name} ({split}) do not have the checksum that was "
+        f"written with them; delete {builder.data_path} to build it again"
       )
 
 
 def read_subjects(
-    name: str, split: str, data_dir: str = "", count: int | None = None
+  name: str, split: str, data_dir: str = "", count: int | None = None
 ) -> multi_view.MultiView:
   """The first `count` subjects of a split, in the order of `multi_view.plan`."""
   builder = build(name, data_dir)
@@ -185,12 +190,12 @@ def read_subjects(
   chosen = [records[place[subject]] for subject in wanted]
   frames = [[record.frame(f) for f in range(record.frames)] for record in chosen]
   return multi_view.MultiView(
-      frames=np.array([[image for image, _ in row] for row in frames]),
-      masks=np.array([[mask for _, mask in row] for row in frames]),
-      captions=tuple(tuple(record.texts("captions")) for record in chosen),
-      class_noun=tuple(record.texts("class_noun")[0] for record in chosen),
-      is_reference=np.array([record.is_reference() for record in chosen]),
-      factors=_stack_factors([_read_factors(record) for record in chosen]),
+    frames=np.array([[image for image, _ in row] for row in frames]),
+    masks=np.array([[mask for _, mask in row] for row in frames]),
+    captions=tuple(tuple(record.texts("captions")) for record in chosen),
+    class_noun=tuple(record.texts("class_noun")[0] for record in chosen),
+    is_reference=np.array([record.is_reference() for record in chosen]),
+    factors=_stack_factors([_read_factors(record) for record in chosen]),
   )
 
 
