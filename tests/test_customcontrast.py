@@ -317,8 +317,8 @@ def test_a_dropped_image_is_zeros_and_a_plain_prompt(default, x):
   np.testing.assert_array_equal(both.context[1].visual[:B], without.context[1].visual)
 
 
-def test_each_layer_sees_its_own_s_plus(default, x):
-  """Text is what the frozen encoder makes of the list insert, layer by layer."""
+def test_each_layer_sees_its_own_s_plus_and_tokens(default, x):
+  """Text is what the frozen encoder makes of the list insert, layer by layer; so with TV Fusion."""
   graphdef, trainable, frozen = default
   (_, (_, _, conditioning)), _ = step(graphdef, trainable, frozen, x)
   model = nnx.merge(graphdef, trainable, frozen)
@@ -341,6 +341,11 @@ def test_each_layer_sees_its_own_s_plus(default, x):
   for layer in range(L):
     np.testing.assert_allclose(conditioning.context[layer].text, expected[layer], atol=1e-5)
   assert np.abs(expected[0] - expected[1]).max() > 1e-2
+  see = jax.jit(lambda pixels: model.visual(model.image_features(pixels)[0])[1])
+  fused = model.mfi_encoder.fusion(tokens, see(x["pixels"]))
+  for layer in range(L):
+    np.testing.assert_allclose(conditioning.context[layer].visual, fused[layer], atol=1e-5)
+  assert np.abs(fused[0] - fused[1]).max() > 1e-2
   plain = encode(jnp.tile(embeddings, (L, 1, 1)), pool)[:B]
   np.testing.assert_allclose(conditioning.text, plain, atol=1e-5)
 
