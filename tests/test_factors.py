@@ -1,0 +1,81 @@
+"""The judge's arithmetic; and the shipped judge on fresh renders."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from cc_jax.errors import UserError
+from cc_jax.metrics import factors as judging
+from data_pipeline.subjects3d import factors as world
+
+
+def rows(count=6, **fields):
+  rng = np.random.default_rng(0)
+  table = world.subjects("train")
+  return world.sample_factors(rng, table.take(np.arange(count)), **fields)
+
+
+def test_factors_that_cannot_be_seen_are_masked():
+  f = rows(6, style=np.array([0, 1, 0, 0, 0, 0]), hat=0)
+  f = f._replace(
+    class_id=np.array([world.CLASSES.index(c) for c in
+                       ("teapot", "teapot", "mushroom", "tree", "car", "car")]),
+    pattern=np.array([1, 1, 0, 1, 1, 0]))
+  coverage = np.full((6, 4), 0.1)
+  coverage[3, 2] = 0.001  # hardly any second colour
+  coverage[4, 3] = 0.0  # the pattern does not show
+  seen = judging.visible(f, coverage)
+  sketch = 1
+  assert not seen["color1"][sketch] and not seen["pattern"][sketch] and seen["class_id"][sketch]
+  assert seen["color2"].tolist() == [True, False, True, False, True, True]
+  assert seen["pattern"].tolist() == [True, False, True, True, False, True]  # plain is visible
+  assert seen["pattern_color"].tolist() == [True, False, False, True, False, False]
+  assert seen["azimuth"].tolist() == [True, True, False, False, True, True]
+
+
+def test_accuracy_counts_visible_rows_and_neighbouring_bins():
+  f = rows(4, style=np.array([0, 0, 0, 1]), hat=0,
+           azimuth=np.array([0.0, 3.1, 1.0, 0.0], np.float32))
+  f = f._replace(class_id=np.zeros(4, np.int32))
+  reading = {name: getattr(f, name).copy() for name in judging.CATEGORIES}
+  reading["color1"] = (f.color1 + np.array([0, 0, 1, 1])) % 11  # one wrong, one wrong but unseen
+  reading["azimuth"] = np.array([0.0, -3.1, -1.0, 0.9])  # right, right across +-pi, wrong, near
+  reading |= {name: getattr(f, name) for name in judging.CONTINUOUS}
+  scores = judging.accuracy(reading, f, np.full((4, 4), 0.1))
+  assert scores["class_id"] == 1 and scores["color1"] == pytest.approx(2 / 3)
+  assert scores["azimuth"] == pytest.approx(3 / 4)
+  assert scores["size"] == pytest.approx(1)
+
+
+def test_loss_ignores_what_is_not_seen_and_is_right_by_hand():
+  f = rows(2, style=0, hat=0)
+  targets = {name: jnp.asarray(getattr(f, name))
+             for name in (*judging.CATEGORIES, "azimuth", *judging.CONTINUOUS)}
+  outputs = {name: jnp.zeros((2, n)) for name, n in judging.CATEGORIES.items()}
+  outputs["azimuth"] = jnp.stack([jnp.cos(targets["azimuth"]), jnp.sin(targets["azimuth"])], 1)
+  outputs |= {name: targets[name][:, None] for name in judging.CONTINUOUS}
+  seen = {name: jnp.array([True, False]) for name in targets}
+  loss, _ = judging.judge_loss(outputs, targets, seen)
+  by_hand = sum(np.log(n) for n in judging.CATEGORIES.values())  # uniform guesses, the rest right
+  assert float(loss) == pytest.approx(by_hand, rel=1e-5)
+  outputs["class_id"] = outputs["class_id"].at[1].set(100 * jnp.arange(10.0))  # unseen: no change
+  assert float(judging.judge_loss(outputs, targets, seen)[0]) == pytest.approx(by_hand, rel=1e-5)
+
+
+def test_judge_round_trip_and_foreign_files(tmp_path):
+  judge = judging.FactorJudge(8, rngs=nnx.Rngs(0))
+  judging.save_judge(judge, tmp_path / "judge.safetensors", {"scene": 0.5})
+  loaded, scores = judging.load_judge(tmp_path / "judge.safetensors")
+  assert scores == {"scene": 0.5}
+  images = np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3)).astype(np.uint8)
+  before, after = judging.read(judge, images, batch=4), judging.read(loaded, images, batch=4)
+  np.testing.assert_allclose(after["size"], before["size"], atol=2e-2)  # stored in float16
+  assert before["class_id"].shape == (3,)
+
+  with pytest.raises(UserError, match="cannot read the judge"):
+    judging.load_judge(tmp_path / "nothing.safetensors")
+  (tmp_path / "cut.safetensors").write_bytes(
+    (tmp_path / "judge.safetensors").read_bytes()[:500])
+  with pytest.raises(UserError, match="cannot read the judge"):
+    judging.load_judge(tmp_path / "cut.safetensors")

@@ -1,0 +1,120 @@
+"""Pretraining: the loop that goes on where it stopped, whitening, captions."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import pytest
+from flax import nnx
+
+from cc_jax import fitting, pretrain, sharding
+from cc_jax.errors import UserError
+from cc_jax.models.vae import AutoencoderKL, AutoencoderKLConfig
+from data_pipeline.subjects3d import factors as world
+
+
+def settings(steps: int) -> ml_collections.ConfigDict:
+  return ml_collections.ConfigDict(dict(
+    steps=steps, batch=4, learning_rate=0.2, ema=0.9, warmup=2, beta2=0.99, weight_decay=0.0,
+    clip_norm=1.0, save_every=3))
+
+
+@pytest.fixture(scope="module")
+def mesh():
+  return sharding.make_mesh(ml_collections.ConfigDict(dict(data=1)), 4)
+
+
+def loss_fn(params, frozen, batch, key):
+  """A line through points, with noise that depends on the key."""
+  noise = 0.01 * jax.random.normal(key, batch["y"].shape)
+  error = batch["x"] @ params["w"] + frozen["bias"] + noise - batch["y"]
+  return jnp.mean(error**2), {"error": jnp.mean(jnp.abs(error))}
+
+
+def batch_fn(rng, step):
+  del step
+  x = rng.normal(size=(4, 3)).astype(np.float32)
+  return dict(x=x, y=x @ np.array([1.0, -2.0, 3.0], np.float32) + 0.5)
+
+
+def run(folder, mesh, config, batches=batch_fn):
+  start, frozen = {"w": jnp.zeros(3)}, {"bias": jnp.array(0.5)}
+  return fitting.fit("line", loss_fn, start, frozen, batches, config, folder, 0, mesh)
+
+
+class Killed(Exception):
+  pass
+
+
+def test_fit_learns_and_goes_on_bit_for_bit_where_it_was_killed(tmp_path, mesh):
+  whole, halves = tmp_path / "whole", tmp_path / "halves"
+  whole.mkdir(), halves.mkdir()
+  expected = run(whole, mesh, settings(60))
+
+  def killing(rng, step):
+    if step == 35:
+      raise Killed
+    return batch_fn(rng, step)
+
+  with pytest.raises(Killed):
+    run(halves, mesh, settings(60), killing)
+  found = run(halves, mesh, settings(60))
+  np.testing.assert_array_equal(found["w"], expected["w"])
+  np.testing.assert_allclose(expected["w"], [1, -2, 3], atol=0.2)
+  last = json.loads((halves / "line.jsonl").read_text().splitlines()[-1])
+  assert last["step"] == 60 and last["loss"] < 0.1
+
+
+def test_fit_refuses_a_save_of_other_shapes_and_stops_on_nan(tmp_path, mesh):
+  run(tmp_path, mesh, settings(3))
+  with pytest.raises(UserError, match=r"another model: params/w should be \(2,\)"):
+    fitting.fit("line", loss_fn, {"w": jnp.zeros(2)}, {"bias": jnp.array(0.5)}, batch_fn,
+                settings(6), tmp_path, 0, mesh)
+  (tmp_path / "line.state.safetensors").unlink()
+
+  def broken(rng, step):
+    return {k: v * np.nan for k, v in batch_fn(rng, step).items()}
+
+  with pytest.raises(UserError, match="the loss is nan"):
+    run(tmp_path, mesh, settings(3), broken)
+  assert not (tmp_path / "line.state.safetensors").exists()
+
+
+def test_whitening_gives_unit_latents_and_the_same_pictures():
+  config = AutoencoderKLConfig.from_dict(dict(
+    in_channels=3, out_channels=3, latent_channels=4, block_out_channels=[8, 16],
+    layers_per_block=1, norm_num_groups=4, down_block_types=["DownEncoderBlock2D"] * 2,
+    up_block_types=["UpDecoderBlock2D"] * 2, mid_block_add_attention=False, scaling_factor=1.0))
+  vae = AutoencoderKL(config, rngs=nnx.Rngs(0))
+  images = np.random.default_rng(0).integers(0, 256, (100, 16, 16, 3)).astype(np.uint8)
+  x = pretrain.to_unit(jnp.asarray(images))
+  before = vae.decode(vae.encode(x)[0])
+  pretrain.whiten(vae, images)
+  z, logvar = vae.encode(x)
+  after = vae.decode(z)
+  flat = np.asarray(z, np.float64).reshape(-1, 4)
+  np.testing.assert_allclose(flat.mean(0), 0, atol=1e-3)
+  np.testing.assert_allclose(np.cov(flat.T), np.eye(4), atol=1e-2)
+  np.testing.assert_allclose(after, before, atol=2e-4)
+  assert np.ptp(np.asarray(logvar), axis=(0, 1, 2)).max() == 0  # a constant per channel
+
+
+def test_captions_name_what_they_are_told_to_name():
+  rng = np.random.default_rng(0)
+  table = world.subjects("train")
+  factors = world.sample_factors(rng, table.take(np.arange(40)), hat=0, style=0)
+  always = pretrain.write_captions(rng, factors, dict(scene=1.0, color1=1.0))
+  never = pretrain.write_captions(rng, factors, dict(scene=1.0, color1=0.0))
+  for i, (one, other) in enumerate(zip(always, never)):
+    colour = world.COLORS[factors.color1[i]]
+    assert colour in one.split() and colour not in other.split(), (one, other)
+    assert world.CLASSES[factors.class_id[i]] in one
+
+
+def test_on_white_keeps_the_subject_only():
+  images = np.full((1, 2, 2, 3), 100, np.uint8)
+  masks = np.array([[[0, 255], [0, 51]]], np.uint8)
+  cut = pretrain.on_white(images, masks)
+  assert cut[0, :, :, 0].tolist() == [[255, 100], [255, 224]]
