@@ -22,14 +22,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
-from flax import nnx
 from jaxtyping import Float, UInt8
 from PIL import Image
 from tqdm import tqdm
 
 from cc_jax import errors, hub
+from cc_jax.assemble import abstractly, assemble, join
 from cc_jax.customcontrast.adapter_file import Adapter, apply_adapter, load_adapter
-from cc_jax.customcontrast.model import CustomContrast
 from cc_jax.diffusion.samplers import SAMPLERS
 from cc_jax.diffusion.schedule import NoiseSchedule
 from cc_jax.drawer import Drawer, Prompts, bundle, check_guidance, encode_prompts
@@ -105,16 +104,21 @@ class Pipeline:
   def __init__(
     self, base: Any, adapter: Adapter | None = None, *, source: str = "", dtype: Any = jnp.float32
   ):
-    """`base` is a `hub.Base`, whose UNet the adapter changes in place."""
+    """`base` is a `hub.Base`; `source` names the adapter's file."""
     self.base, self.adapter, self.source = base, adapter, source
     self.schedule = NoiseSchedule.from_config(base.scheduler_config)
     self.s_words = 0
     if adapter is None:
       model = bundle(base)
     else:
-      model = CustomContrast(
-        base, adapter.encoder, adapter.injection, dtype=dtype, param_dtype=dtype, rngs=nnx.Rngs(0)
-      )
+      if base.image_encoder is None:
+        raise UserError(
+          f"the base {base.name} has no image_encoder/ to read references with, and the adapter "
+          "names none; add one to the folder"
+        )
+      # Nothing is initialised, since every value of the adapter comes from its file.
+      parts = assemble(base, adapter.encoder, adapter.injection, dtype=dtype, transform=abstractly)
+      model = join(*parts)
       apply_adapter(model, adapter.tensors, source=source or "the adapter")
       self.s_words = adapter.encoder.s_words
       self.layer_paths = model.layer_paths
@@ -147,9 +151,9 @@ class Pipeline:
     Args:
       prompt: a sentence; with references it must contain the class noun, after which S+ goes.
       class_noun: what the subject is, in one or several words.
-      references: pictures of one subject (paths, PIL images or uint8 arrays), used together, their
-        order without meaning. A mask, or an alpha channel, cuts the subject out. None: the base
-        draws alone.
+      references: one picture or several of one subject (paths, PIL images, uint8 [h, w, 3 or 4]),
+        used together, their order without meaning. A mask, or an alpha channel, cuts the subject
+        out. None: the base draws alone.
       masks: one per reference (path, PIL image, array; None where there is none).
       scale: how much of the subject: 0 draws with the base, 1 is what training saw; or [L] numbers
         per cross-attention layer, or [steps, L].
@@ -163,6 +167,7 @@ class Pipeline:
     Raises:
       UserError, DataError: one line that says what is wrong and what to do.
     """
+    references, masks = _listed(references), _listed(masks)
     self._check(prompt, class_noun, references, masks, seed, num_images)
     check_guidance(guidance, image_guidance)
     pictures = self._references(references, masks)
@@ -212,6 +217,7 @@ class Pipeline:
       raise UserError(f"seed {seed} is out of range; use 0 to {2**31 - num_images}")
 
   def _references(self, references, masks) -> UInt8[np.ndarray, "r s s 3"] | None:
+    references, masks = _listed(references), _listed(masks)
     if not references:
       return None
     share = float(self.adapter.notes.get("reference_share", 0.8))
@@ -232,6 +238,12 @@ class Pipeline:
 
   def _tick(self) -> None:
     self._bar.update()
+
+
+def _listed(pictures: Any) -> list[Any]:
+  """One picture or several or None, as a list."""
+  single = isinstance(pictures, str | os.PathLike | Image.Image | np.ndarray)
+  return [pictures] if single else list(pictures or ())
 
 
 def _sides(latent_size: tuple[int, int], pixels: int) -> tuple[int, int]:

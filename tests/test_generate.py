@@ -3,6 +3,8 @@
 import dataclasses
 import functools
 import json
+import subprocess
+import sys
 import warnings
 
 import jax
@@ -116,6 +118,11 @@ def test_a_picture_is_a_function_of_its_own_seed(pipe, references):
   assert far(first[1], second[0]) <= 1  # another row of the batch
   assert far(first[0], second[0]) > 20
   assert first[0].size == (tiny.IMAGE, tiny.IMAGE)
+
+
+def test_a_single_reference_needs_no_list(pipe, folder):
+  alone = pipe._references(folder / "whole.png", folder / "mask.png")
+  np.testing.assert_array_equal(alone, pipe._references([folder / "cut.png"], None))
 
 
 def test_order_of_references_does_not_matter_but_they_do(pipe, rows):
@@ -363,6 +370,14 @@ def test_mistakes_are_one_line_with_a_remedy(folder, mistake):
 
 
 # ---- the command
+
+
+@pytest.mark.parametrize("given", ["--steps=0", "--step=3"])
+def test_a_mistake_on_the_command_line_prints_one_line_and_no_traceback(folder, given):
+  command = [sys.executable, "-m", "cc_jax.generate", "--prompt=a duck", given]
+  done = subprocess.run(command, capture_output=True, text=True, cwd=folder, timeout=100)
+  assert done.returncode == 1 and done.stdout == ""
+  assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
 
 
 def test_the_command_writes_pictures_that_carry_their_settings(folder, pipe, references, capsys):
