@@ -90,13 +90,15 @@ def _phrase(rng, f, mention) -> tuple[str, str, str]:
   return before, noun, "".join(" " + part for part in after)
 
 
-def caption(rng: np.random.Generator, factors_row: F.Factors, *, mention=("scene", "hat", "style")) -> Caption:
+def caption(
+  rng: np.random.Generator, factors_row: F.Factors, *, mention=("scene", "hat", "style")
+) -> Caption:
   """Describes one picture.
 
   Args:
     factors_row: `Factors` of scalars, e.g. `factors.take(i)`.
-    mention: which of `MENTIONS` the sentence speaks of, besides the class noun. 'hat' says nothing where there
-      is none, 'size' nothing about middling sizes, a photo need not be called one.
+    mention: which of `MENTIONS` the sentence speaks of, besides the class noun. 'hat' says nothing
+      where there is none, 'size' nothing about middling sizes, a photo need not be called one.
 
   Returns:
     A sentence of at most 22 words: longer ones are drawn again.
@@ -106,7 +108,9 @@ def caption(rng: np.random.Generator, factors_row: F.Factors, *, mention=("scene
   """
   unknown = set(mention) - set(MENTIONS)
   if unknown:
-    raise DataError(f"captions cannot mention {sorted(unknown)[0]!r}: use any of {', '.join(MENTIONS)}")
+    raise DataError(
+      f"captions cannot mention {sorted(unknown)[0]!r}: use any of {', '.join(MENTIONS)}"
+    )
   while True:
     before, noun, after = _phrase(rng, factors_row, mention)
     text = before + noun + after
@@ -126,7 +130,9 @@ def corpus(n: int, rng: np.random.Generator) -> list[str]:
   """n captions about random pictures, each mentioning a random half of what can be mentioned."""
   table = F.subjects("train")
   ranges = F.Ranges(hat=0.5, photo=0.4)  # every phrase often enough for a tokenizer
-  drawn = F.sample_factors(rng, table.take(rng.integers(len(table.class_id), size=n)), ranges=ranges)
+  drawn = F.sample_factors(
+    rng, table.take(rng.integers(len(table.class_id), size=n)), ranges=ranges
+  )
   texts = []
   for i in range(n):
     mention = [name for name in MENTIONS if rng.random() < 0.5]

@@ -1,8 +1,8 @@
 """Who is rendered and how: every factor of subjects3d, in plain numpy.
 
-Three kinds of factors (lab.md): the *intrinsic* ones are the individual (`Subjects`), the *irrelevant* ones
-differ between two pictures of it (pose, place, size, light), the *context* is what a prompt asks for
-(scene, hat, style). `Factors` is all of them, one row per picture.
+Three kinds of factors: the *intrinsic* ones are the individual (`Subjects`), the *irrelevant* ones
+differ between two pictures of it (pose, place, size, light), the *context* is what a prompt asks
+for (scene, hat, style). `Factors` is all of them, one row per picture.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ COLOR_RGB = {
 COLORS = tuple(COLOR_RGB)
 PATTERNS = ("plain", "stripes", "dots", "checks", "swirl")
 SCENES = (
-  "grass", "beach", "snow", "desert", "sea", "night", "brick wall", "wooden floor", "road", "flower meadow",
+  "grass", "beach", "snow", "desert", "sea", "night", "brick wall", "wooden floor", "road",
+  "flower meadow",
 )  # fmt: skip
 STYLES = ("photo", "sketch", "watercolour")
 SPLITS = ("train", "validation", "test")
@@ -69,11 +70,11 @@ class Subjects(NamedTuple):
 class Factors(NamedTuple):
   """One row per picture, arrays [n]. Angles in radians.
 
-  azimuth in (-pi, pi], 0 = the front faces the camera, positive = it turns to the picture's right;
-  elevation of the camera; roll of the subject in the picture, positive = clockwise; x, y = offset of the
-  subject's centre from the picture's, in canvas widths, x to the right and y **down**; size relative to the
-  nominal one; light_azimuth relative to the camera, positive = from the picture's right; background_seed
-  uint32; hat 0 = none, 1 + colour otherwise.
+  azimuth in [-pi, pi], 0 = the front faces the camera, positive = it turns to the picture's right;
+  elevation of the camera; roll of the subject in the picture, positive = clockwise; x, y = offset
+  of the subject's centre from the picture's, in canvas widths, x to the right and y **down**; size
+  relative to the nominal one; light_azimuth relative to the camera, positive = from the picture's
+  right; background_seed uint32; hat 0 = none, 1 + colour otherwise.
   """
 
   subject_id: np.ndarray
@@ -110,7 +111,7 @@ class Factors(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Ranges:
-  """What `sample_factors` draws from; (low, high) of uniform distributions unless said otherwise."""
+  """What `sample_factors` draws from: (low, high) of uniform distributions but where noted."""
 
   azimuth: tuple[float, float] = (-np.pi, np.pi)
   elevation: tuple[float, float] = (0.1, 0.6)
@@ -138,7 +139,7 @@ def _world() -> tuple[Subjects, np.ndarray]:
   others = np.array([[c for c in range(len(COLORS)) if c != one] for one in range(len(COLORS))])
   rows, split = [], []
   for class_id in range(len(CLASSES)):
-    # One test family for each main colour, then the rest by lot: no colour is missing from any class's test.
+    # One test family for each main colour, so that none is missing there; then the rest by lot.
     family_split = np.zeros((len(COLORS), len(COLORS) - 1), np.int32)
     family_split[np.arange(len(COLORS)), rng.integers(len(COLORS) - 1, size=len(COLORS))] = 2
     rest = rng.permutation(np.flatnonzero(family_split.ravel() == 0))
@@ -154,7 +155,9 @@ def _world() -> tuple[Subjects, np.ndarray]:
       ):
         proportions = rng.uniform(-1, 1, size=3)
         family_id = class_id * _FAMILIES_PER_CLASS + family
-        rows.append((len(rows), family_id, class_id, color1, color2, pattern, pattern_color, *proportions))
+        rows.append(
+          (len(rows), family_id, class_id, color1, color2, pattern, pattern_color, *proportions)
+        )
         split.append(family_split[color1, nth])
   columns = list(zip(*rows, strict=True))
   integers = [np.array(c, np.int32) for c in columns[:7]]
@@ -165,9 +168,10 @@ def _world() -> tuple[Subjects, np.ndarray]:
 def subjects(split: str) -> Subjects:
   """The whole, deterministic table of a split: 'train' (3520), 'validation' (360) or 'test' (520).
 
-  A family shares (class, color1, color2); its members differ in pattern, pattern colour and proportions.
-  Families, not subjects, are dealt to the splits, so no (class, color1, color2) of test or validation
-  occurs in train; every class occurs in each split, and every main colour of a class in test.
+  A family shares (class, color1, color2); its members differ in pattern, pattern colour and
+  proportions. Families, not subjects, are dealt to the splits, so no (class, color1, color2) of
+  test or validation occurs in train; every class occurs in each split, and every main colour of a
+  class in test.
 
   Raises:
     DataError: unknown split.
@@ -186,10 +190,12 @@ def concatenate(parts: list[Factors]) -> Factors:
 def sample_factors(
   rng: np.random.Generator, subjects: Subjects, *, ranges: str | Ranges | None = None, **overrides
 ) -> Factors:
-  """Draws pose, light and context for each subject; a field named in `overrides` is fixed (scalar or [n]).
+  """Draws pose, light and context for each subject.
 
   Args:
-    ranges: 'world' (default), 'calm', or a `Ranges`.
+    ranges: 'world' (default), 'calm', or a `Ranges`. Places of large subjects are drawn closer to
+      the middle, so that the border cuts few of them.
+    overrides: fields to fix, each a scalar or [n].
 
   Raises:
     DataError: unknown ranges or field.
@@ -199,7 +205,9 @@ def sample_factors(
   r = RANGES[ranges or "world"] if not isinstance(ranges, Ranges) else ranges
   unknown = set(overrides) - set(Factors._fields)
   if unknown:
-    raise DataError(f"unknown factor {sorted(unknown)[0]!r}: use one of {', '.join(Factors._fields)}")
+    raise DataError(
+      f"unknown factor {sorted(unknown)[0]!r}: use one of {', '.join(Factors._fields)}"
+    )
   n = len(subjects.class_id)
 
   def uniform(low_high):
@@ -211,7 +219,9 @@ def sample_factors(
   # A large subject is framed closer to the middle, or the border would cut it.
   room = np.clip(0.5 - _HALF_EXTENT * drawn["size"], 0.02, None)
   for name, (low, high) in (("x", r.x), ("y", r.y)):
-    drawn[name] = drawn[name] * np.minimum(1.0, room / max(abs(low), abs(high), 1e-6)).astype(np.float32)
+    drawn[name] = drawn[name] * np.minimum(1.0, room / max(abs(low), abs(high), 1e-6)).astype(
+      np.float32
+    )
   drawn["light_azimuth"] = uniform(r.light_azimuth)
   drawn["light_elevation"] = uniform(r.light_elevation)
   drawn["background_seed"] = rng.integers(2**32, size=n, dtype=np.uint32)

@@ -1,13 +1,16 @@
 """Pictures of subjects3d from factors: the same code on CPU, GPU and TPU, without tensorflow.
 
-On a CPU each class has its own jitted program with its table folded in (6 times faster per march step than
-gathering tables); on an accelerator one program renders any mixture of classes. Backgrounds and styles are
-further programs: a filter inside the render program would recompute the shading for each of its taps.
+On a CPU each class has its own jitted program with its table folded in (6 times faster per march
+step than gathering tables); on an accelerator one program renders any mixture of classes.
+Backgrounds and styles are further programs: a filter inside the render program would recompute the
+shading for each of its taps.
 """
 
 from __future__ import annotations
 
 import functools
+import os
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import jax
@@ -20,14 +23,18 @@ from data_pipeline.subjects3d import sdf, shading, shapes
 from data_pipeline.subjects3d.factors import Factors
 
 MARCH_STEPS = 24
-BATCH = {"cpu": 16}  # pictures a program renders at once; 256 on accelerators
+CPU_BATCH, ACCELERATOR_BATCH = 8, 256  # pictures that a program renders at once
 _MIXED = -1  # instead of a class: the program that gathers tables
+_COMPILED: set[tuple[int, int, int]] = set()  # (class, resolution, batch) rendered in this process
 
 
 class Rendered(NamedTuple):
-  """n pictures: image uint8 [n, H, W, 3]; mask uint8 [n, H, W], soft alpha of the subject with its hat;
-  coverage float32 [n, 4], the share of the picture covered by subject, main colour, second colour and
-  pattern colour."""
+  """n pictures.
+
+  image uint8 [n, H, W, 3]; mask uint8 [n, H, W], soft alpha of the subject with its hat; coverage
+  float32 [n, 4], the share of the picture covered by subject (with hat), main colour, second colour
+  and pattern colour.
+  """
 
   image: np.ndarray
   mask: np.ndarray
@@ -35,19 +42,25 @@ class Rendered(NamedTuple):
 
 
 @functools.cache
-def _subject_program(class_id: int, resolution: int, steps: int):
-  """jit: (factors [b], placing [b, 3]) -> ((r, g, b, alpha, shadow) each [b, H*W], coverage [b, 4])."""
+def _subject_program(class_id: int, resolution: int):
+  """jit: (factors [b], placing [b, 4], steps) -> 5 layers [b, H*W], coverage [b, 4]: `shading`."""
   tables = jnp.asarray(sdf.padded_tables()) if class_id == _MIXED else None
   maps = jnp.asarray(shapes.PATTERN_MAP)
 
-  def one(f: Factors, place):
+  def one(f: Factors, place, steps):
     if class_id == _MIXED:
-      rows, pattern_map = sdf.rows_of_table(tables[f.class_id], f.wide, f.tall, f.ratio), maps[f.class_id]
+      rows, pattern_map = (
+        sdf.rows_of_table(tables[f.class_id], f.wide, f.tall, f.ratio),
+        maps[f.class_id],
+      )
     else:
-      rows, pattern_map = sdf.rows_of_class(class_id, f.wide, f.tall, f.ratio), shapes.PATTERN_MAP[class_id]
+      rows, pattern_map = (
+        sdf.rows_of_class(class_id, f.wide, f.tall, f.ratio),
+        shapes.PATTERN_MAP[class_id],
+      )
     return shading.subject(f, place, rows, pattern_map, resolution=resolution, steps=steps)
 
-  return jax.jit(jax.vmap(one))
+  return jax.jit(jax.vmap(one, in_axes=(0, 0, None)))
 
 
 @functools.cache
@@ -74,18 +87,23 @@ def _finish_program(resolution: int):
   return jax.jit(jax.vmap(one))
 
 
-def _render_batch(f: Factors, place, class_id: int, resolution: int, steps: int, sequential: bool):
-  layers, coverage = _subject_program(class_id, resolution, steps)(f, place)
-  image = _compose_program(resolution, sequential)(f, layers)
-  image, mask = _finish_program(resolution)(f.style, image, layers[3])
-  return image, mask, coverage
+def _batches(factors: Factors, batch: int, per_class: bool):
+  """Yields (class or _MIXED, rows); the last batch of a class may be short."""
+  for class_id in np.unique(factors.class_id) if per_class else [_MIXED]:
+    rows = np.flatnonzero(factors.class_id == class_id) if per_class else np.arange(len(factors.x))
+    for start in range(0, len(rows), batch):
+      yield int(class_id), rows[start : start + batch]
 
 
 def render(
-  factors: Factors, *, resolution: int = 64, batch: int | None = None, steps: int = MARCH_STEPS,
+  factors: Factors,
+  *,
+  resolution: int = 64,
+  batch: int | None = None,
+  steps: int = MARCH_STEPS,
   per_class: bool | None = None,
-) -> Rendered:  # fmt: skip
-  """Renders one picture per row of `factors`, in their order; a row's picture does not depend on the others.
+) -> Rendered:
+  """Renders one picture per row of `factors`; a row's picture does not depend on the others.
 
   Args:
     batch: pictures a program renders at once (the last batch is padded, so nothing recompiles).
@@ -98,36 +116,53 @@ def render(
   n = len(factors.class_id)
   if n == 0:
     raise DataError("nothing to render: the table of factors is empty")
-  platform = jax.default_backend()
-  per_class = platform == "cpu" if per_class is None else per_class
-  batch = batch or BATCH.get(platform, 256)
+  on_cpu = jax.default_backend() == "cpu"
+  per_class = on_cpu if per_class is None else per_class
+  batch = batch or (CPU_BATCH if on_cpu else ACCELERATOR_BATCH)
   place = shapes.placing(factors)
   out = Rendered(
     np.empty((n, resolution, resolution, 3), np.uint8),
     np.empty((n, resolution, resolution), np.uint8),
     np.empty((n, 4), np.float32),
   )
-  classes = np.unique(factors.class_id) if per_class else [_MIXED]
-  pending = []  # one batch computes while the previous one is copied
-  for class_id in classes:
-    members = np.flatnonzero(factors.class_id == class_id) if per_class else np.arange(n)
-    for start in range(0, len(members), batch):
-      rows = members[start : start + batch]
-      padded = np.concatenate([rows, np.repeat(rows[-1:], batch - len(rows))])
-      parts = _render_batch(
-        factors.take(padded), place[padded], int(class_id), resolution, steps, platform == "cpu"
-      )
-      pending.append((rows, parts))
-      if len(pending) > 1:
-        _collect(out, *pending.pop(0))
-  for rows, parts in pending:
-    _collect(out, rows, parts)
+
+  def padded(rows):
+    return np.concatenate([rows, np.repeat(rows[-1:], batch - len(rows))])
+
+  def draw(job):
+    class_id, rows = job
+    rows = padded(rows)
+    return _subject_program(class_id, resolution)(factors.take(rows), place[rows], steps)
+
+  def finish(rows, layers, coverage):
+    f = factors.take(padded(rows))
+    image = _compose_program(resolution, on_cpu)(f, layers)
+    return *_finish_program(resolution)(f.style, image, layers[3]), coverage
+
+  def collect(rows, pictures):
+    for column, part in zip(out, pictures, strict=True):
+      column[rows] = np.asarray(part)[: len(rows)]
+
+  jobs = list(_batches(factors, batch, per_class))
+  # The first batch of each class not seen before: compiled side by side, seconds each.
+  fresh = [job for job in jobs if (job[0], resolution, batch) not in _COMPILED]
+  fresh = list({job[0]: job for job in reversed(fresh)}.values())
+  with ThreadPoolExecutor(max(1, min(len(fresh), os.cpu_count() or 1))) as pool:
+    for (class_id, rows), drawn in zip(fresh, pool.map(draw, fresh), strict=True):
+      collect(rows, finish(rows, *drawn))
+      _COMPILED.add((class_id, resolution, batch))
+  done = {(class_id, rows[0]) for class_id, rows in fresh}
+  pending = None  # one batch computes while the one before is copied
+  for class_id, rows in jobs:
+    if (class_id, rows[0]) in done:
+      continue
+    pictures = finish(rows, *draw((class_id, rows)))
+    if pending is not None:
+      collect(*pending)
+    pending = (rows, pictures)
+  if pending is not None:
+    collect(*pending)
   return out
-
-
-def _collect(out: Rendered, rows, parts) -> None:
-  for column, part in zip(out, parts, strict=True):
-    column[rows] = np.asarray(part)[: len(rows)]
 
 
 def render_many(
@@ -135,9 +170,15 @@ def render_many(
 ) -> Rendered:
   """`render` for bulk: the same pictures, by several single-threaded processes on a CPU.
 
+  The processes are spawned: a script that calls this needs `if __name__ == "__main__":`.
+
   Args:
-    processes: default one per core this process may use; 1, few pictures, or an accelerator stay in process.
+    processes: by default one per core for many pictures, none for few. An accelerator renders in
+      this process in any case.
     progress: a bar with rate and time left.
+
+  Raises:
+    DataError: a process died.
   """
   from data_pipeline.subjects3d import bulk
 

@@ -1,7 +1,8 @@
 """The ten backgrounds, one picture at a time, in pure JAX.
 
-Everything is of low frequency: noise-like grounds, stars and flowers eat the capacity of a small VAE and tell
-nothing (lab.md). The ground is a plane in perspective under a horizon that rises with the camera.
+Everything is of low frequency: noise-like grounds, stars and flowers eat the capacity of a small
+VAE and tell nothing. The ground is a plane in perspective under a horizon that rises with the
+camera.
 """
 
 from __future__ import annotations
@@ -14,7 +15,11 @@ from data_pipeline.subjects3d import factors
 
 def _hash(ix, iy, seed):
   """Integer hash -> [0, 1); noise made of sines costs more and differs between devices."""
-  h = ix.astype(jnp.uint32) * jnp.uint32(0x8DA6B343) ^ iy.astype(jnp.uint32) * jnp.uint32(0xD8163841) ^ seed
+  h = (
+    ix.astype(jnp.uint32) * jnp.uint32(0x8DA6B343)
+    ^ iy.astype(jnp.uint32) * jnp.uint32(0xD8163841)
+    ^ seed
+  )
   h = (h ^ (h >> 15)) * jnp.uint32(0x2C1B3C6D)
   h = (h ^ (h >> 12)) * jnp.uint32(0x297A2D39)
   return (h ^ (h >> 15)).astype(jnp.float32) * (1.0 / 2**32)
@@ -74,7 +79,9 @@ class _View:
 
   def patches(self, frequency, k=11):
     """Soft patches on the ground, fading towards the horizon."""
-    return _noise(self.gx * frequency, self.gz * frequency, self.seed + k) * (0.25 + 0.75 * self.near)
+    return _noise(self.gx * frequency, self.gz * frequency, self.seed + k) * (
+      0.25 + 0.75 * self.near
+    )
 
   def sky(self, top, bottom, clouds=0.0):
     color = _mix(top, bottom, jnp.clip(self.v / 0.4, 0.0, 1.0))
@@ -85,7 +92,9 @@ class _View:
 
   def ridge(self, frequency, height, k=21):
     """Height above the horizon of a rolling skyline, as a mask."""
-    line = self.horizon - height * (0.6 + 0.5 * _noise(self.u * frequency + self.shift, self.u * 0 + 0.5, self.seed + k))
+    line = self.horizon - height * (
+      0.6 + 0.5 * _noise(self.u * frequency + self.shift, self.u * 0 + 0.5, self.seed + k)
+    )
     return _step(line, self.v, 1.5 * self.pixel)
 
 
@@ -105,7 +114,11 @@ def _beach(w):
   n = w.patches(1.2)
   sand = _mix(_rgb(226, 200, 142), _rgb(250, 230, 178), 0.5 + 0.5 * n)
   sand = _mix(_rgb(196, 164, 108), sand, _step(shore + 0.07, w.v, 0.06))
-  ground = _mix(_mix(sea, (1.0, 1.0, 1.0), _step(shore - 0.012, w.v, 0.015)), sand, _step(shore + 0.02, w.v, 0.02))
+  ground = _mix(
+    _mix(sea, (1.0, 1.0, 1.0), _step(shore - 0.012, w.v, 0.015)),
+    sand,
+    _step(shore + 0.02, w.v, 0.02),
+  )
   return w.ground(sky, ground)
 
 
@@ -123,13 +136,17 @@ def _snow(w):
 def _desert(w):
   sky = w.sky(_rgb(246, 190, 110), _rgb(255, 232, 176))
   sky = _mix(sky, _rgb(206, 124, 62), w.ridge(2.2, 0.12))
-  ripple = jnp.sin(w.gz * 5.0 + 2.2 * _noise(w.gx * 0.8, w.gz * 0.8, w.seed + 9)) * (0.2 + 0.8 * w.near)
+  ripple = jnp.sin(w.gz * 5.0 + 2.2 * _noise(w.gx * 0.8, w.gz * 0.8, w.seed + 9)) * (
+    0.2 + 0.8 * w.near
+  )
   return w.ground(sky, _mix(_rgb(212, 128, 56), _rgb(240, 166, 84), 0.5 + 0.5 * ripple))
 
 
 def _sea(w):
   sky = w.sky(_rgb(140, 205, 250), _rgb(232, 246, 255), clouds=0.9)
-  swell = jnp.sin(w.gz * 4.5 + 3.0 * _noise(w.gx * 0.9, w.gz * 0.9, w.seed + 9)) * (0.25 + 0.75 * w.near)
+  swell = jnp.sin(w.gz * 4.5 + 3.0 * _noise(w.gx * 0.9, w.gz * 0.9, w.seed + 9)) * (
+    0.25 + 0.75 * w.near
+  )
   water = _mix(_rgb(8, 78, 150), _rgb(36, 142, 204), 0.5 + 0.5 * swell)
   water = _mix(water, _rgb(170, 226, 245), 0.75 * _step(0.86, swell, 0.2))
   return w.ground(sky, water)
@@ -231,6 +248,8 @@ def background(scene, elevation, seed, *, resolution: int):
   seed = seed.astype(jnp.uint32)
 
   def branch(scene_fn):
-    return lambda: tuple(jnp.broadcast_to(c, u.shape) for c in scene_fn(_View(u, v, elevation, seed, pixel)))
+    return lambda: tuple(
+      jnp.broadcast_to(c, u.shape) for c in scene_fn(_View(u, v, elevation, seed, pixel))
+    )
 
   return lax.switch(scene, [branch(f) for f in _SCENES])

@@ -1,8 +1,8 @@
-"""The signed distance of an individual, marched by rays: pure JAX, one image; the renderer maps it over a batch.
+"""The signed distance of one individual and its ray march, pure JAX; the renderer adds the batch.
 
-A table entry is either a Python float, folded into the program (one jit per class on a CPU), or a traced
-scalar (tables gathered by class on accelerators). One set of formulas serves both: where an entry is the
-Python float 0 its work is left out, which never changes the value.
+A table entry is either a Python float, folded into the program (one jit per class on a CPU), or a
+traced scalar (tables gathered by class on accelerators). One set of formulas serves both: where an
+entry is the Python float 0 its work is left out, which never changes the value.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def rows_of_class(class_id: int, wide, tall, ratio) -> list[list]:
 
 
 def padded_tables() -> np.ndarray:
-  """[classes, P, 17, 4]: all tables with P rows; the last of the added rows' bodies lie far away."""
+  """[classes, P, 17, 4]: all tables with P rows; the solids of the added rows lie far away."""
   most = max(len(t) for t in shapes.TABLES)
   out = np.zeros((len(shapes.TABLES), most, *shapes.TABLES[0].shape[1:]), np.float32)
   scale, centre = shapes.FIELDS.index("sx"), shapes.FIELDS.index("cy")
@@ -48,21 +48,26 @@ def padded_tables() -> np.ndarray:
   return out
 
 
-def rows_of_table(table: jax.Array, wide, tall, ratio) -> list[list]:
-  """The same from a gathered table [P, 17, 4]."""
+def rows_of_table(table: jax.Array, wide, tall, ratio) -> list[jax.Array]:
+  """The same from a gathered table [P, 17, 4]: all solids as one row of 17 arrays [P, 1]."""
   values = table[..., 0] + table[..., 1] * wide + table[..., 2] * tall + table[..., 3] * ratio
-  return [list(row) for row in values]
+  return list(values.T[..., None])
 
 
 def _tilt(a, b, angle):
-  cos, sin = (np.cos(angle), np.sin(angle)) if isinstance(angle, float) else (jnp.cos(angle), jnp.sin(angle))
   if isinstance(angle, float):
-    cos, sin = float(cos), float(sin)
+    cos, sin = float(np.cos(angle)), float(np.sin(angle))
+  else:
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
   return a * cos + b * sin, b * cos - a * sin
 
 
 def primitive(x, y, z, row):
-  """Distance (a lower bound where scales differ) to one solid; `shapes.FIELDS` names the numbers of `row`."""
+  """Distance (a lower bound where scales differ) to one solid.
+
+  Args:
+    x, y, z: points, arrays of one shape. row: the 17 numbers of `shapes.FIELDS`.
+  """
   cx, cy, cz, rx, rz, sx, sy, sz, bx, bz, h, r, rnd, taper, ring, mirror, _ = row
   if isinstance(mirror, float):
     x = jnp.abs(x) if mirror >= 1 else x
@@ -89,7 +94,9 @@ def primitive(x, y, z, row):
     half = jnp.maximum(h, 1e-6)
     shrink = 1.0 - taper * jnp.clip(y * (0.5 / half) + 0.5, 0.0, 1.0)
     slope = taper * jnp.maximum(jnp.maximum(bx, bz), r) * (0.5 / half)
-    smallest = smallest * lax.rsqrt(1.0 + slope * slope)  # the side is steep: distances shrink by its cosine
+    smallest = smallest * lax.rsqrt(
+      1.0 + slope * slope
+    )  # the side is steep: distances shrink by its cosine
   qx = x if _zero(bx) else jnp.maximum(jnp.abs(x) - bx * shrink, 0.0)
   qz = z if _zero(bz) else jnp.maximum(jnp.abs(z) - bz * shrink, 0.0)
   qy = y if _zero(h) and _zero(r) else jnp.abs(y) - h
@@ -105,32 +112,38 @@ def primitive(x, y, z, row):
   return (d - rnd) * smallest
 
 
+def _gathered(rows) -> bool:
+  return not isinstance(rows[0], list)
+
+
 def distance(x, y, z, rows, no_hat):
-  """Signed distance to the individual; `no_hat` is 0, or a large number that moves the hat away."""
+  """Signed distance to the individual at points [H*W].
+
+  Args:
+    rows: of `rows_of_class` or `rows_of_table`.
+    no_hat: 0, or a large number that moves the hat away.
+  """
+  if _gathered(rows):
+    return jnp.min(primitive(x, y, z, rows) + (rows[-1] == shapes.HAT) * no_hat, axis=0)
   d = None
   for row in rows:
-    one = primitive(x, y, z, row)
-    material = row[-1]
-    if isinstance(material, float):
-      one = one + no_hat if material == shapes.HAT else one
-    else:
-      one = one + jnp.where(material == shapes.HAT, no_hat, 0.0)
+    one = primitive(x, y, z, row) + (no_hat if row[-1] == shapes.HAT else 0.0)
     d = one if d is None else jnp.minimum(d, one)
   return d
 
 
 def nearest_material(x, y, z, rows, no_hat):
-  """(distance, material) of the nearest solid."""
+  """(distance, material) of the nearest solid; arguments as of `distance`."""
+  if _gathered(rows):
+    each = primitive(x, y, z, rows) + (rows[-1] == shapes.HAT) * no_hat
+    return jnp.min(each, axis=0), rows[-1][jnp.argmin(each, axis=0), 0]
   d = material = None
   for row in rows:
-    one = primitive(x, y, z, row)
-    kind = row[-1]
-    hat = (no_hat if kind == shapes.HAT else 0.0) if isinstance(kind, float) else jnp.where(kind == shapes.HAT, no_hat, 0.0)
-    one = one + hat
+    one = primitive(x, y, z, row) + (no_hat if row[-1] == shapes.HAT else 0.0)
     if d is None:
-      d, material = one, jnp.full_like(one, kind)
+      d, material = one, jnp.full_like(one, row[-1])
     else:
-      material = jnp.where(one < d, kind, material)
+      material = jnp.where(one < d, row[-1], material)
       d = jnp.minimum(d, one)
   return d, material
 
@@ -160,8 +173,8 @@ def march(origin, direction, start, end, rows, no_hat, *, steps: int):
 def normal_and_material(x, y, z, rows, no_hat, eps):
   """Unit normal (tetrahedron differences) and material of the nearest solid at points [H*W].
 
-  A loop, so that XLA computes each tap once: unrolled it would be fused into, and repeated for, every
-  channel of the picture.
+  A loop, so that XLA computes each tap once: unrolled it would be fused into, and repeated for,
+  every channel of the picture.
   """
   offsets = jnp.asarray(_TETRAHEDRON)
 

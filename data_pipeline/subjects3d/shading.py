@@ -1,4 +1,4 @@
-"""From factors to a lit picture of one individual, and the filters that turn a picture into a drawing."""
+"""From factors to a lit picture of one individual, and the filters that make drawings of it."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ _TAU = 2 * np.pi
 
 
 def _triangle(x):
-  """Triangle wave of period 1 between -0.25 and 0.25, positive in [0, 0.5): a signed distance to the flip."""
+  """Triangle wave of period 1, positive in (0, 0.5): the signed distance to the next flip."""
   return 0.25 - jnp.abs((x + 0.25) - jnp.floor(x + 0.25) - 0.5)
 
 
 def _pattern_weight(kind, x, y, z, normal, pattern_map, pixel):
   """[H*W] weight of the pattern colour in [0, 1], softened over a pixel.
 
-  Round classes are wrapped by angle and height, flat ones are mapped face by face; a swirl is always wound
-  around the body. `pattern_map`: see `shapes.PATTERN_MAP`.
+  Round classes are wrapped by angle and height, flat ones are mapped face by face; a swirl is
+  always wound around the body. `pattern_map`: see `shapes.PATTERN_MAP`.
   """
   flat, phase, per_height, around = (pattern_map[k] for k in range(4))
   angle = jnp.arctan2(x, z) / _TAU
@@ -40,7 +40,9 @@ def _pattern_weight(kind, x, y, z, normal, pattern_map, pixel):
   a, b = _triangle(u * 0.5), _triangle(v * 0.5)
   checks = 2 * jnp.minimum(jnp.abs(a), jnp.abs(b)) * jnp.sign(a) * jnp.sign(b)
   swirl = _triangle(angle * 2.0 + y * per_height * 0.62)
-  signed = jnp.where(kind == 1, stripes, jnp.where(kind == 2, dots, jnp.where(kind == 3, checks, swirl)))
+  signed = jnp.where(
+    kind == 1, stripes, jnp.where(kind == 2, dots, jnp.where(kind == 3, checks, swirl))
+  )
   return jnp.where(kind == 0, 0.0, jnp.clip(signed / cell + 0.5, 0.0, 1.0))
 
 
@@ -52,8 +54,8 @@ def subject(f, place, rows, pattern_map, *, resolution: int, steps: int):
     pattern_map: [4] of `shapes.PATTERN_MAP`.
 
   Returns:
-    (red, green, blue, alpha, shadow), arrays [H*W] in [0, 1]: shadow is the share of light that the ground
-    loses; and coverage [4]: shares of the picture of subject, main, second and pattern colour.
+    (red, green, blue, alpha, shadow), arrays [H*W] in [0, 1]: shadow is the share of light that the
+    ground loses; and coverage [4]: shares of the picture of subject, main, second, pattern colour.
   """
   scale, middle, bound = place[0] * f.size, place[1], place[2]
   pixel = 1.0 / (resolution * scale)  # object units at the subject's depth
@@ -64,7 +66,12 @@ def subject(f, place, rows, pattern_map, *, resolution: int, steps: int):
   a, b, a_level, b_level = a * cos - b * sin, a * sin + b * cos, a, b
 
   # The camera circles the subject, which keeps the table's frame.
-  ca, sa, ce, se = jnp.cos(f.azimuth), jnp.sin(f.azimuth), jnp.cos(f.elevation), jnp.sin(f.elevation)
+  ca, sa, ce, se = (
+    jnp.cos(f.azimuth),
+    jnp.sin(f.azimuth),
+    jnp.cos(f.elevation),
+    jnp.sin(f.elevation),
+  )
   right, up, back = (ca, 0.0, sa), (sa * se, ce, -ca * se), (-sa * ce, se, ca * ce)
   origin = tuple(CAMERA_DISTANCE * k for k in back)
   origin = (origin[0], origin[1] + middle, origin[2])
@@ -90,11 +97,15 @@ def subject(f, place, rows, pattern_map, *, resolution: int, steps: int):
   ink = jnp.where(is_dark, jnp.array([0.95, 0.95, 0.95]), jnp.array([0.05, 0.05, 0.06]))
   weight = _pattern_weight(f.pattern, x, y, z, normal, pattern_map, pixel)
 
-  # Light: a key lamp relative to the camera, a sky, a rim that lifts dark subjects off dark grounds.
+  # A key lamp relative to the camera, a sky, a rim that lifts dark subjects off dark grounds.
   la, le = f.light_azimuth, f.light_elevation
   lamp = (jnp.sin(la) * jnp.cos(le), jnp.sin(le), jnp.cos(la) * jnp.cos(le))
   cam = (ca, sa), (-sa, ca)  # horizontal part of right and of back
-  lamp = (lamp[0] * cam[0][0] + lamp[2] * cam[1][0], lamp[1], lamp[0] * cam[0][1] + lamp[2] * cam[1][1])
+  lamp = (
+    lamp[0] * cam[0][0] + lamp[2] * cam[1][0],
+    lamp[1],
+    lamp[0] * cam[0][1] + lamp[2] * cam[1][1],
+  )
   lambert = jnp.maximum(sum(n * k for n, k in zip(normal, lamp, strict=True)), 0.0)
   facing = jnp.maximum(-sum(n * k for n, k in zip(normal, direction, strict=True)), 0.0)
   night = (f.scene == _NIGHT) * 1.0
@@ -112,14 +123,16 @@ def subject(f, place, rows, pattern_map, *, resolution: int, steps: int):
     for kind, rgb in shapes.FIXED_RGB.items():
       color = jnp.where(material == kind, rgb[k] / 255.0, color)
     tint = 1.0 - night * (0.14, 0.12, 0.0)[k]
-    channels.append(jnp.clip(color * light * tint + gloss + rim * (0.8, 0.85, 1.0)[k] + 0.015, 0.0, 1.0))
+    channels.append(
+      jnp.clip(color * light * tint + gloss + rim * (0.8, 0.85, 1.0)[k] + 0.015, 0.0, 1.0)
+    )
 
   # Blob shadow: where the unrolled ray meets the ground, away from the lamp.
   gx, gy, gz = rays(a_level, b_level)
   reach = -origin[1] / jnp.minimum(gy, -1e-3)
   sx, sz = origin[0] + reach * gx + 0.25 * lamp[0], origin[2] + reach * gz + 0.25 * lamp[2]
   radius = 0.72 * bound
-  shadow = jnp.exp(-((sx * sx + sz * sz) / (0.55 * radius * radius)) ** 1.5) * (gy < -1e-3)
+  shadow = jnp.exp(-(((sx * sx + sz * sz) / (0.55 * radius * radius)) ** 1.5)) * (gy < -1e-3)
   shadow = shadow * jnp.where(f.scene == _SEA, 0.3, 0.5)
 
   is_main = alpha * (material == shapes.MAIN)
@@ -129,7 +142,7 @@ def subject(f, place, rows, pattern_map, *, resolution: int, steps: int):
 
 
 def compose(f, layers, *, resolution: int):
-  """Lays a subject's (red, green, blue, alpha, shadow) [H*W] on its background: RGB [H, W, 3] in [0, 1]."""
+  """Lays a subject's layers [H*W] on its background: RGB [H, W, 3] in [0, 1]."""
   red, green, blue, alpha, shadow = layers
   ground = scenes.background(f.scene, f.elevation, f.background_seed, resolution=resolution)
   out = [
@@ -169,7 +182,10 @@ def _sketch(image):
 
 
 def _watercolour(image):
-  """Soft washes: lightness in a few steps (steps in each channel would lose the subject), darker edges, paper."""
+  """Soft washes on paper: darker contours, lightness in a few steps, a white margin.
+
+  Steps of lightness, not of each channel, which would lose the subject.
+  """
   soft = _blur(image)
   gray = soft @ jnp.array([0.3, 0.59, 0.11])
   level = gray * 5.0
@@ -190,6 +206,6 @@ def _watercolour(image):
 
 
 def stylise(style, image):
-  """Photo, sketch or watercolour of one picture [H, W, 3] in [0, 1]; `factors.STYLES` gives the order."""
+  """Photo, sketch or watercolour (`factors.STYLES`) of one picture [H, W, 3] in [0, 1]."""
   drawn = jnp.where(style == 1, _sketch(image), _watercolour(image))
   return jnp.where(style == 0, image, jnp.clip(drawn, 0.0, 1.0))

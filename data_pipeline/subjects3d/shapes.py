@@ -1,11 +1,12 @@
 """The ten classes as tables of super-primitives (numpy only).
 
-A row of 17 numbers is one solid: centre, two rotations, three scales, horizontal box half-extents, half
-height, radius, rounding, taper, ring radius, mirroring, material. It gives sphere, ellipsoid, (rounded,
-tapered) box, cylinder, capsule, cone, torus and band. A proportion (wide, tall, ratio in [-1, 1]) is a linear
-change of the table: table = base + wide * d_wide + tall * d_tall + ratio * d_ratio.
+A row of 17 numbers is one solid: centre, two rotations, three scales, horizontal box half-extents,
+half height, radius, rounding, taper, ring radius, mirroring, material. It gives sphere, ellipsoid,
+(rounded, tapered) box, cylinder, capsule, cone, torus and band. A proportion (wide, tall, ratio in
+[-1, 1]) is a linear change: table = base + wide * d_wide + tall * d_tall + ratio * d_ratio.
 
-Object frame: y up, ground at y = 0, front towards +z, picture's right = +x when the front faces the camera.
+Object frame: y up, ground at y = 0, front towards +z, and +x to the picture's right when the front
+faces the camera.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ FIELDS = (
   "mat",
 )  # fmt: skip
 MAIN, SECOND, HAT, INK, WHITE, ORANGE, LAMP, TAIL_LAMP, GLASS, DARK = range(10)
-FIXED_RGB = {  # materials that are the same on every individual; INK is black, or white on a dark subject
+# Materials that are the same on every individual. INK is black, or white on a dark subject.
+FIXED_RGB = {
   WHITE: (245, 245, 245), ORANGE: (255, 140, 0), LAMP: (255, 250, 170), TAIL_LAMP: (255, 20, 20),
   GLASS: (178, 222, 245), DARK: (46, 46, 52),
 }  # fmt: skip
@@ -48,7 +50,15 @@ def _hat(y, *, z=0.0, size=1.0, wide=0.0, tall=0.0, ratio=0.0):
   moves = {"wide": {"cy": wide}, "tall": {"cy": tall}, "ratio": {"cy": ratio}}
   return [
     _row(HAT, (0, y, z), r=0.5 * size, h=0.01, rnd=0.045 * size, **moves),
-    _row(HAT, (0, y + 0.2 * size, z), r=0.24 * size, h=0.14 * size, rnd=0.09 * size, taper=0.15, **moves),
+    _row(
+      HAT,
+      (0, y + 0.2 * size, z),
+      r=0.24 * size,
+      h=0.14 * size,
+      rnd=0.09 * size,
+      taper=0.15,
+      **moves,
+    ),
   ]
 
 
@@ -249,8 +259,8 @@ PATTERN_MAP = np.array([
   (_ROUND, 0.1, 1.5, 6), (_ROUND, 0.1, 1.6, 8), (_ROUND, 0.0, 1.5, 8), (_FLAT, 0.0, 1.5, 1.5),
   (_FLAT, 0.25, 1.7, 1.7), (_ROUND, 0.0, 1.5, 8),
 ], np.float32)  # fmt: skip
-# Per class, measured on pictures of 400 individuals each: the size at which no side is cut, and by how much
-# the middle of the silhouette lies below that of the solid, in canvas widths at size 1.
+# Per class, measured on pictures of 400 individuals each: the size at which hardly any side is cut,
+# and how far the silhouette's middle lies below that of the solid, in canvas widths at size 1.
 FIT = np.array([1.12, 1.08, 1.02, 1.01, 1.05, 1.05, 1.13, 0.91, 0.97, 0.99], np.float32)
 LIFT = np.array([20, -4, 18, 6, 26, 16, 7, 40, 29, 12], np.float32) * 1e-3
 
@@ -262,7 +272,7 @@ def _turned(a, b, angle):
 
 
 def extents(subjects: factors.Subjects | factors.Factors) -> np.ndarray:
-  """[n, 4]: half width (x), half depth (z), bottom and top (y) of individuals without hat, object units.
+  """[n, 4]: half width (x), half depth (z), bottom and top (y) without hat, in object units.
 
   Bounds of the turned boxes around the solids: a little too large for round ones, but always alike.
   """
@@ -286,8 +296,8 @@ def extents(subjects: factors.Subjects | factors.Factors) -> np.ndarray:
 
 
 def placing(f: factors.Factors) -> np.ndarray:
-  """[n, 4]: canvas widths per object unit at size 1, height of the centre, bounding radius (hat included),
-  and the share of the canvas by which the centre is raised at size 1."""
+  """[n, 4]: canvas widths per object unit at size 1, height of the centre in object units, bounding
+  radius (with hat), and the canvas widths by which the centre is raised at size 1."""
   e = extents(f)
   half_height = (e[:, 3] - e[:, 2]) / 2
   half_width = np.hypot(e[:, 0], e[:, 1]) * 0.8
