@@ -12,10 +12,15 @@ class UserError(Exception):
   """A user's mistake. The message is one line: what is wrong, and the remedy."""
 
 
-def run(main: Callable[[Sequence[str]], None]) -> None:
+def run(main: Callable[[Sequence[str]], None], define: Callable[[], None] = lambda: None) -> None:
   """Runs `main(argv)` under absl; a user's mistake becomes one line on stderr and exit code 1.
 
   Everything else keeps its traceback: it is our mistake, and the traceback is how it gets fixed.
+
+  Args:
+    main: the program.
+    define: defines its flags. Do it here: a config flag with a default file reads the overrides
+      on the command line as soon as it is defined.
   """
 
   def wrapped(argv: Sequence[str]) -> None:
@@ -25,15 +30,29 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
       main(argv)
     except (UserError, DataError) as error:
       _stop(str(error))
+    except KeyboardInterrupt:
+      _stop("interrupted; the same command goes on from the last save")
 
   def parse(argv: Sequence[str]) -> list[str]:
     try:
-      return flags.FLAGS(list(argv))
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, SyntaxError) as error:
-      # ml_collections raises its own kinds for an unknown key or a wrong type.
-      _stop(" ".join(str(error).split()) or type(error).__name__)
+      define()
+      rest = flags.FLAGS(list(argv))
+      if "config" in flags.FLAGS:
+        _ = flags.FLAGS.config.items  # a file that cannot be read fails when one looks into it
+      return rest
+    except (AttributeError, KeyError) as error:
+      # ml_collections' error for an unknown key, quoted twice: 'stepz' Did you mean "steps" ...?
+      text = _one_line(error).replace("\\n", " ")
+      key, _, hint = text.replace("\\", "").replace("'", "").partition(" ")
+      _stop(f"the config has no key {key}. {hint or 'The config file lists all keys.'}")
+    except (flags.Error, TypeError, ValueError, OSError, SyntaxError) as error:
+      _stop(_one_line(error))
 
   app.run(wrapped, flags_parser=parse)
+
+
+def _one_line(error: Exception) -> str:
+  return " ".join(str(error).split()) or type(error).__name__
 
 
 def _stop(message: str) -> None:

@@ -17,8 +17,9 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float
 
 from cc_jax import sharding
+from cc_jax.assemble import Params
 from cc_jax.objectives.diffusion import per_sample_mse
-from cc_jax.step import Batch, Method, Params, denoise, unit
+from cc_jax.step import Batch, Method, denoise, unit
 
 NOISE_LEVEL = 0.85  # t / T: late enough that the picture itself says little (lab.md's value)
 NumpyBatch = dict[str, np.ndarray]
@@ -27,7 +28,7 @@ NumpyBatch = dict[str, np.ndarray]
 def sample_losses(
   method: Method, adapter: Params, frozen: Params, batch: Batch
 ) -> Float[Array, " b"]:
-  """Diffusion loss of each sample at t = 0.85 T, with reference and prompt, always the same noise."""
+  """Diffusion loss of each sample at t = 0.85 T, with reference, prompt and one noise."""
   model = method.model(adapter, frozen)
   size = batch["target"].shape[0]
   t = jnp.full((size,), int(NOISE_LEVEL * method.schedule.num_train_timesteps), jnp.int32)

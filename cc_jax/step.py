@@ -1,7 +1,7 @@
 """One training step of CustomContrast as a pure function, and the state that it turns over.
 
-Modules end here: `split` cuts the model once into its definition and two flat dictionaries
-`dotted path -> array`, the adapter's and the frozen base's, and what follows is plain jax.
+The adapter and the frozen base come as flat dictionaries (`cc_jax.assemble`); a module exists only
+inside `loss`, where its methods are called.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from cc_jax import optimizer, sharding
-from cc_jax.customcontrast.model import CustomContrast, is_trainable
+from cc_jax.assemble import Params, join
+from cc_jax.customcontrast.model import CustomContrast
 from cc_jax.diffusion.schedule import NoiseSchedule
 from cc_jax.errors import UserError
 from cc_jax.objectives.cscl import cscl
 from cc_jax.objectives.diffusion import diffusion_loss, min_snr_weights
 from cc_jax.objectives.macl import cosine_similarity_matrix, macl
 
-Params = dict[str, Array]
 Batch = Mapping[str, Array]
 Metrics = dict[str, Float[Array, ""]]
 CSCL_FRAMES = ("same_frame", "cross_frame")
@@ -64,28 +64,6 @@ class Method:
   def model(self, *parts: Params) -> CustomContrast:
     """The CustomContrast module with these weights (adapter's and base's)."""
     return join(self.definition, *parts)
-
-
-def split(model: CustomContrast) -> tuple[nnx.GraphDef, Params, Params]:
-  """(definition, trainable, frozen); the parts flat: dotted path -> array or abstract array."""
-  definition, *states = nnx.split(model, is_trainable, ...)
-  return definition, *(
-    {".".join(map(str, path)): leaf.get_value() for path, leaf in nnx.to_flat_state(state)}
-    for state in states
-  )
-
-
-def join(definition: nnx.GraphDef, *parts: Params) -> CustomContrast:
-  """The inverse of `split`."""
-  tree: dict[Any, Any] = {}
-  for part in parts:
-    for name, leaf in part.items():
-      *folders, last = (int(k) if k.isdigit() else k for k in name.split("."))
-      node = tree
-      for folder in folders:
-        node = node.setdefault(folder, {})
-      node[last] = leaf
-  return nnx.merge(definition, tree)
 
 
 def init_state(trainable: Params, config: ml_collections.ConfigDict) -> TrainState:
@@ -233,16 +211,22 @@ def contrastive(
 def train_step(
   method: Method, state: TrainState, frozen: Params, batch: Batch
 ) -> tuple[TrainState, Metrics]:
-  """One update. All randomness is fold_in(seed, step): a step is a function of its arguments.
-
-  A loss or gradient that is not finite changes nothing but the counters; the decision is made on
-  the device, so that the loop need not wait for it.
-  """
-  train = method.config.train
+  """One update. All randomness is fold_in(seed, step): a step is a function of its arguments."""
   key = jax.random.fold_in(jax.random.key(method.config.seed), state.step)
   (_, metrics), gradients = jax.value_and_grad(loss, argnums=1, has_aux=True)(
     method, state.trainable, frozen, batch, key
   )
+  return update(method.config.train, state, gradients, metrics)
+
+
+def update(
+  train: ml_collections.ConfigDict, state: TrainState, gradients: Params, metrics: Metrics
+) -> tuple[TrainState, Metrics]:
+  """The state after these gradients, and the metrics with norms, rate and bad steps added.
+
+  A loss or gradient that is not finite changes nothing but the counters; the decision is made on
+  the device, so that the loop need not wait for it.
+  """
   rate = optimizer.learning_rate(train, state.step)
   gradient_norm = optax.global_norm(gradients)
   directions, opt_state = optimizer.make_optimizer(train).update(
@@ -258,13 +242,13 @@ def train_step(
     (state.trainable, state.opt_state, state.ema),
   )
   bad_steps = jnp.where(good, 0, state.bad_steps + 1)
-  metrics |= {
+  added = {
     "norm/gradient": gradient_norm,
     "norm/update": jnp.where(good, optax.global_norm(change), 0.0),
     "learning_rate": rate,
     "bad_steps": bad_steps,
   }
-  return TrainState(*kept, state.step + 1, bad_steps), metrics
+  return TrainState(*kept, state.step + 1, bad_steps), {**metrics, **added}
 
 
 def make_train_step(method: Method, mesh: Mesh) -> Callable[..., tuple[TrainState, Metrics]]:

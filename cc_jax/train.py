@@ -25,6 +25,7 @@ from ml_collections import config_flags
 
 import data_pipeline
 from cc_jax import errors, gaps, hub, sharding
+from cc_jax.assemble import Params, abstractly, assemble
 from cc_jax.checkpoint import Checkpoints, config_changes, jsonable
 from cc_jax.customcontrast.adapter_file import save_adapter
 from cc_jax.customcontrast.injection import InjectionConfig
@@ -32,7 +33,7 @@ from cc_jax.customcontrast.mfi_encoder import MFIEncoderConfig
 from cc_jax.customcontrast.model import CustomContrast
 from cc_jax.diffusion.schedule import NoiseSchedule
 from cc_jax.errors import UserError
-from cc_jax.step import Method, Params, TrainState, init_state, make_train_step, split
+from cc_jax.step import Method, TrainState, init_state, make_train_step
 from cc_jax.telemetry import Telemetry
 from data_pipeline.subjects3d.factors import SCENES
 from data_pipeline.tokens import empty_prompt
@@ -70,13 +71,11 @@ def train(
   leader = jax.process_index() == 0
 
   # The base and the adapter; from here on, plain pytrees on the mesh.
-  base = hub.load_base(
-    config.base,
-    dtype=jnp.dtype(settings.dtype),
-    param_dtype=jnp.dtype(settings.base_dtype),
-    image_encoder=config.encoder.image_encoder or None,
+  encoder, injection = networks(config)
+  base = hub.load_base(config.base, **storage(config))
+  definition, trainable, frozen = assemble(
+    base, encoder, injection, dtype=settings.dtype, seed=config.seed
   )
-  definition, trainable, frozen = split(build(config, base))
   method = make_method(config, definition, base)
   frozen = sharding.put_replicated(frozen, mesh)
   state = sharding.put_replicated(init_state(trainable, config), mesh)
@@ -160,8 +159,8 @@ def train(
     save_adapter(
       workdir / "adapter.safetensors",
       state.ema,
-      encoder=MFIEncoderConfig.from_config(config.encoder),
-      injection=InjectionConfig.from_config(config.injection),
+      encoder=encoder,
+      injection=injection,
       base_name=base.name,
       base_hash=base.hash,
       notes={"steps": str(int(state.step)), "data": f"{config.data.source} {config.data.name}"},
@@ -171,15 +170,17 @@ def train(
   return state
 
 
-def build(config: ml_collections.ConfigDict, base: hub.Base) -> CustomContrast:
-  """The adapter, new, around the base. Raises UserError for a wrong encoder or injection value."""
-  return CustomContrast(
-    base,
-    MFIEncoderConfig.from_config(config.encoder),
-    InjectionConfig.from_config(config.injection),
+def networks(config: ml_collections.ConfigDict) -> tuple[MFIEncoderConfig, InjectionConfig]:
+  """The adapter's two sections, checked. Raises UserError for a wrong key, type or choice."""
+  return MFIEncoderConfig.from_config(config.encoder), InjectionConfig.from_config(config.injection)
+
+
+def storage(config: ml_collections.ConfigDict) -> dict[str, Any]:
+  """How the base is computed with and kept."""
+  return dict(
     dtype=jnp.dtype(config.train.dtype),
-    param_dtype=jnp.float32,
-    rngs=nnx.Rngs(config.seed),
+    param_dtype=jnp.dtype(config.train.base_dtype),
+    image_encoder=config.encoder.image_encoder or None,
   )
 
 
@@ -244,18 +245,20 @@ def due(step: int, *every: int) -> bool:
 
 
 def table(config: ml_collections.ConfigDict) -> str:
-  """The parameter table of a config whose base may have no weights: `--abstract`."""
+  """The parameter table of a config: `--abstract`.
+
+  The base needs no weights, and a known one not even a folder: its config.json files lie in
+  assets/architectures.
+  """
   check(config)
-
-  def new() -> CustomContrast:
-    base = hub.random_base(
-      config.base,
-      param_dtype=jnp.dtype(config.train.base_dtype),
-      image_encoder=config.encoder.image_encoder or None,
-    )
-    return build(config, base)
-
-  definition, trainable, frozen = split(nnx.eval_shape(new))
+  config = config.copy_and_resolve_references()
+  config.base = _known(config.base)
+  config.encoder.image_encoder = _known(config.encoder.image_encoder)
+  base = hub.abstract_base(config.base, **storage(config))
+  _, trainable, frozen = assemble(
+    base, *networks(config), dtype=config.train.dtype, transform=abstractly
+  )
+  NoiseSchedule.from_config(base.scheduler_config)
   state = jax.eval_shape(lambda t: init_state(t, config), trainable)
   rows = [("part", "", "tensors", "parameters", "MiB")]
   for kind, params in (("trained", trainable), ("frozen", frozen)):
@@ -276,6 +279,12 @@ def table(config: ml_collections.ConfigDict) -> str:
     )
     for row in rows
   )
+
+
+def _known(folder: str) -> str:
+  """The folder itself, or, if it is not there, the one with the shapes of the model it names."""
+  shapes = hub.ASSETS / "architectures" / folder
+  return str(shapes) if folder and not epath.Path(folder).is_dir() and shapes.is_dir() else folder
 
 
 def _sizes(arrays) -> tuple[str, str, str]:
@@ -306,13 +315,16 @@ def main(argv: Sequence[str]) -> None:
     return
   if not workdir:
     raise UserError("no --workdir given; name a folder for checkpoints and logs")
-  from cc_jax import evaluate
+  from cc_jax import evaluate  # lazily: it imports the judge and the plots
 
   train(config, workdir, Views(evaluate.draw, evaluate.finish))
 
 
-if __name__ == "__main__":
+def define_flags() -> None:
   config_flags.DEFINE_config_file("config", "configs/subjects3d.py")
   flags.DEFINE_string("workdir", "", "Folder of checkpoints, logs and the adapter.")
   flags.DEFINE_bool("abstract", False, "Print the parameter table and end; needs no weights.")
-  errors.run(main)
+
+
+if __name__ == "__main__":
+  errors.run(main, define_flags)

@@ -9,3 +9,37 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["NO_GCE_CHECK"] = "true"  # TFDS would look for cloud storage at import
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("TQDM_DISABLE", "1")
+
+import pytest  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory):
+  """A random base in the hub's layout; see tests/tiny.py."""
+  import tiny
+
+  return tiny.tiny_base(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def quick_compile(tmp_path_factory):
+  """A test compiles more than it computes: few optimizations, and never the same program twice.
+
+  Returns the folder of compiled programs, for processes that the test starts.
+  """
+  import jax
+  from jax.experimental.compilation_cache import compilation_cache
+
+  folder = tmp_path_factory.mktemp("compiled")
+  changes = {
+    "jax_disable_most_optimizations": (True, False),
+    "jax_compilation_cache_dir": (str(folder), None),
+    "jax_persistent_cache_min_compile_time_secs": (0.2, 1.0),
+  }
+  for key, (now, _) in changes.items():
+    jax.config.update(key, now)
+  compilation_cache.reset_cache()
+  yield folder
+  for key, (_, after) in changes.items():
+    jax.config.update(key, after)
+  compilation_cache.reset_cache()

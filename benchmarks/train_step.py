@@ -1,0 +1,85 @@
+"""Time of one training step of the main job, data and compiling left out.
+
+    python benchmarks/train_step.py [--config=configs/subjects3d.py] [--base=...] [--steps=20]
+
+The batch is noise in the loader's shapes: a step's time does not depend on what it sees. `--base` is a
+folder; one with config.json files alone is filled with random weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cc_jax import hub, sharding, step, train
+from cc_jax.assemble import assemble
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument("--config", default="configs/subjects3d.py")
+  parser.add_argument("--base", default="")
+  parser.add_argument("--batch_size", type=int, default=0)
+  parser.add_argument("--steps", type=int, default=20)
+  arguments = parser.parse_args()
+  name = Path(arguments.config).with_suffix("").as_posix().replace("/", ".")
+  config = importlib.import_module(name).get_config()
+  config.base = arguments.base or config.base
+  config.train.batch_size = arguments.batch_size or config.train.batch_size
+
+  size = config.train.batch_size
+  sharding.set_cpu_devices(config.mesh, size)
+  mesh = sharding.make_mesh(config.mesh, size)
+  weights = any(hub.resolve_base(config.base).glob("unet/*.safetensors"))
+  base = (hub.load_base if weights else hub.random_base)(config.base, **train.storage(config))
+  definition, trainable, frozen = assemble(
+    base, *train.networks(config), dtype=config.train.dtype, seed=config.seed
+  )
+  method = train.make_method(config, definition, base)
+  state = sharding.put_replicated(step.init_state(trainable, config), mesh)
+  frozen = sharding.put_replicated(frozen, mesh)
+  batch = sharding.put_batch(noise(size, config.data.image_size, len(method.empty_prompt)), mesh)
+
+  began = time.perf_counter()
+  compiled = step.make_train_step(method, mesh).lower(state, frozen, batch).compile()
+  print(f"{mesh.size} x {mesh.devices.flat[0].device_kind}, batch {size}, {config.train.dtype}")
+  print(f"compile    {time.perf_counter() - began:8.1f} s")
+  times = []
+  for _ in range(arguments.steps + 2):
+    began = time.perf_counter()
+    state, metrics = compiled(state, frozen, batch)
+    jax.block_until_ready(metrics)
+    times.append(time.perf_counter() - began)
+  times = np.sort(times[2:])
+  middle = float(np.median(times))
+  print(f"step       {1e3 * middle:8.1f} ms (median of {len(times)}; best {1e3 * times[0]:.1f})")
+  print(f"throughput {size / middle:8.1f} images/s")
+  assert jnp.isfinite(metrics["loss"])
+
+
+def noise(size: int, side: int, tokens: int) -> dict[str, np.ndarray]:
+  """A batch in the loader's shapes and dtypes."""
+  rng = np.random.default_rng(0)
+  pictures = {
+    name: rng.integers(0, 256, (size, side, side, 3), dtype=np.uint8)
+    for name in ("positive", "reference", "target")
+  }
+  return pictures | {
+    "target_mask": rng.integers(0, 256, (size, side, side), dtype=np.uint8),
+    "input_ids": rng.integers(1, 90, (size, tokens), dtype=np.int32),
+    "slot": np.full(size, 3, np.int32),
+    "noun_span": np.tile(np.asarray([2, 3], np.int32), (size, 1)),
+    "subject_id": np.arange(size, dtype=np.int32),
+    "family_id": np.arange(size, dtype=np.int32),
+    "class_id": np.zeros(size, np.int32),
+  }
+
+
+if __name__ == "__main__":
+  main()

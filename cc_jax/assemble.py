@@ -1,0 +1,99 @@
+"""From modules to plain pytrees and back: the border between NNX and everything around it.
+
+`assemble` builds CustomContrast around a base and cuts it once into its definition and two flat
+dictionaries `dotted path -> array`, the adapter's and the frozen base's. `join` is the way back,
+inside a jitted function.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array
+
+from cc_jax.customcontrast.injection import InjectionConfig
+from cc_jax.customcontrast.mfi_encoder import MFIEncoderConfig
+from cc_jax.customcontrast.model import CustomContrast, is_trainable
+from cc_jax.hub import Base
+from cc_jax.models.keys import Keys
+
+Params = dict[str, Array]
+
+
+def split(model: CustomContrast) -> tuple[nnx.GraphDef, Params, Params]:
+  """(definition, trainable, frozen); the parts flat: dotted path -> array or abstract array."""
+  definition, *states = nnx.split(model, is_trainable, ...)
+  return definition, *(
+    {".".join(map(str, path)): leaf.get_value() for path, leaf in nnx.to_flat_state(state)}
+    for state in states
+  )
+
+
+def join(definition: nnx.GraphDef, *parts: Params) -> CustomContrast:
+  """The inverse of `split`."""
+  tree: dict[Any, Any] = {}
+  for part in parts:
+    for name, leaf in part.items():
+      *folders, last = (int(k) if k.isdigit() else k for k in name.split("."))
+      node = tree
+      for folder in folders:
+        node = node.setdefault(folder, {})
+      node[last] = leaf
+  return nnx.merge(definition, tree)
+
+
+def assemble(
+  base: Base,
+  encoder: MFIEncoderConfig,
+  injection: InjectionConfig,
+  *,
+  dtype: Any = jnp.float32,
+  seed: int = 0,
+  transform: Callable[[Callable], Callable] = jax.jit,
+) -> tuple[nnx.GraphDef, Params, Params]:
+  """A new adapter around the base: (definition, trainable, frozen).
+
+  The frozen arrays are the base's own, not copies; the base's modules stay as they are.
+
+  Args:
+    dtype: in which the adapter computes; it is stored in float32.
+    transform: jax.jit compiles all initialisers at once; `abstractly` is for a base without weights
+      or an adapter whose values come from a file.
+
+  Raises:
+    UserError: the encoder's or the injection's settings do not fit the base.
+  """
+  structure, arrays = nnx.split((base.unet, base.vae, base.text_encoders, base.image_encoder))
+  inputs = jax.tree.leaves(arrays)
+  found: dict[str, Any] = {}
+
+  def create(arrays) -> tuple[Params, Params]:
+    unet, vae, text_encoders, image_encoder = nnx.merge(structure, arrays)
+    networks = dict(unet=unet, vae=vae, text_encoders=text_encoders, image_encoder=image_encoder)
+    model = CustomContrast(
+      dataclasses.replace(base, **networks),
+      encoder,
+      injection,
+      dtype=jnp.dtype(dtype),
+      param_dtype=jnp.float32,
+      rngs=Keys(seed),
+    )
+    found["definition"], trainable, frozen = split(model)
+    # A jitted function copies what it only passes on, so the frozen arrays stay outside.
+    number = {id(leaf): i for i, leaf in enumerate(jax.tree.leaves(arrays))}
+    found["frozen"] = {path: number[id(x)] for path, x in frozen.items() if id(x) in number}
+    return trainable, {path: x for path, x in frozen.items() if path not in found["frozen"]}
+
+  trainable, new = transform(create)(arrays)
+  old = {path: inputs[i] for path, i in found["frozen"].items()}
+  return found["definition"], trainable, {**old, **new}
+
+
+def abstractly(function: Callable) -> Callable:
+  """A function that returns the shapes and dtypes of `function`'s results, and computes nothing."""
+  return lambda *args: jax.eval_shape(function, *args)

@@ -1,0 +1,460 @@
+"""The training step and loop on the tiny base: kills, skipped updates, every objective, errors."""
+
+import dataclasses
+import os
+import re
+import signal
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import pytest
+import tiny
+from orbax.checkpoint import v1 as ocp
+
+import data_pipeline
+from cc_jax import gaps, hub, sharding, step, telemetry, train
+from cc_jax.assemble import assemble
+from cc_jax.checkpoint import Checkpoints
+from cc_jax.customcontrast.model import CustomContrast
+from cc_jax.errors import UserError
+from cc_jax.objectives import macl as macl_lib
+
+ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+
+# A run that is killed and started again equals one that is not.
+
+
+def run(base, workdir, cache, kill=""):
+  environment = {
+    **os.environ,
+    "KILL": kill,
+    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+    "JAX_COMPILATION_CACHE_DIR": str(cache),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
+  }
+  flags = dict(steps=8, save_every=3, log_every=2, gaps_every=4)
+  return subprocess.run(
+    [
+      sys.executable,
+      Path(__file__).parent / "run_train.py",
+      base,
+      workdir,
+      *(f"--config.train.{key}={value}" for key, value in flags.items()),
+    ],
+    env=environment,
+    capture_output=True,
+    text=True,
+    timeout=300,
+  )
+
+
+def test_killed_runs_go_on_bit_for_bit(tiny_folder, tmp_path, quick_compile):
+  whole, killed = tmp_path / "whole", tmp_path / "killed"
+  done = run(tiny_folder, whole, quick_compile)
+  assert done.returncode == 0, done.stderr
+
+  between = run(tiny_folder, killed, quick_compile, kill="step:5")
+  assert between.returncode == -signal.SIGKILL, between.stderr
+  assert os.listdir(killed / "checkpoints") == ["3"]
+  during = run(tiny_folder, killed, quick_compile, kill="save:6")
+  assert during.returncode == -signal.SIGKILL, during.stderr
+  assert sorted(p.split(".")[0] for p in os.listdir(killed / "checkpoints")) == ["3", "6"]
+  assert not (killed / "checkpoints" / "6").exists()  # there is only the unfinished one
+  after = run(tiny_folder, killed, quick_compile)
+  assert after.returncode == 0, after.stderr
+
+  a, b = (ocp.load(path / "checkpoints" / "8") for path in (whole, killed))
+  assert a.keys() == b.keys()
+  assert {key.split("/")[0] for key in a} == {
+    "trainable", "opt_state", "ema", "step", "bad_steps",
+  }  # fmt: skip
+  for key in a:
+    assert np.asarray(a[key]).tobytes() == np.asarray(b[key]).tobytes(), key
+  logs = [telemetry.read(path / "metrics.jsonl") for path in (whole, killed)]
+  assert logs[0] == logs[1]
+  assert [line["step"] for line in logs[0]] == [2, 4, 4, 6, 8, 8]
+  assert {"gap/class", "gap/scene"} <= logs[0][2].keys()
+  adapters = [(path / "adapter.safetensors").read_bytes() for path in (whole, killed)]
+  assert adapters[0] == adapters[1]
+
+
+# The step.
+
+
+@dataclasses.dataclass
+class Setup:
+  config: ml_collections.ConfigDict
+  base: hub.Base
+  definition: object
+  trainable: dict
+  frozen: dict
+
+  def method(self, **changes):
+    config = self.config.copy_and_resolve_references()
+    config.update_from_flattened_dict({k.replace("__", "."): v for k, v in changes.items()})
+    return train.make_method(config, self.definition, self.base)
+
+  def state(self):
+    return step.init_state(jax.tree.map(jnp.copy, self.trainable), self.config)
+
+  def batches(self, size=4, seed=0):
+    for batch in tiny.batches(self.base.tokenizers[0], size, seed=seed):
+      # float, so that a picture can hold a NaN
+      yield {**batch, "target": batch["target"].astype(np.float32)}
+
+
+@pytest.fixture(scope="module")
+def setup(tiny_folder):
+  config = tiny.tiny_config(tiny_folder)
+  base = hub.load_base(tiny_folder)
+  parts = assemble(base, *train.networks(config))
+  return Setup(config, base, *parts)
+
+
+@pytest.fixture(scope="module")
+def compiled(setup, quick_compile):
+  """The whole step: cross_frame, soft targets, min-SNR and everything else that is on."""
+  method = setup.method(
+    objective__cscl_frame="cross_frame",
+    objective__macl_scaling="soft_target",
+    objective__macl_symmetric=True,
+    objective__min_snr_gamma=5.0,
+  )
+  mesh = sharding.make_mesh(setup.config.mesh, 4)
+  frozen = sharding.put_replicated(setup.frozen, mesh)
+  state = sharding.put_replicated(setup.state(), mesh)
+  batch = sharding.put_batch(next(setup.batches()), mesh)
+  function = step.make_train_step(method, mesh).lower(state, frozen, batch).compile()
+
+  def one(state, frozen, batch):
+    state, frozen = sharding.put_replicated((state, frozen), mesh)
+    return function(state, frozen, sharding.put_batch(batch, mesh))
+
+  return one
+
+
+def test_a_step_is_a_function_of_its_arguments_and_leaves_the_base_alone(setup, compiled):
+  before = jax.tree.map(np.array, setup.frozen)
+  batch = next(setup.batches())
+  one, metrics = compiled(setup.state(), setup.frozen, batch)
+  two, again = compiled(setup.state(), setup.frozen, batch)
+  assert jax.tree.all(jax.tree.map(jnp.array_equal, (one, metrics), (two, again)))
+  # Another step has other noise.
+  later = setup.state()._replace(step=jnp.asarray(1, jnp.int32))
+  assert compiled(later, setup.frozen, batch)[1]["loss/diffusion"] != metrics["loss/diffusion"]
+  assert jax.tree.all(jax.tree.map(np.array_equal, before, jax.tree.map(np.array, setup.frozen)))
+
+  objective = setup.config.objective
+  total = (
+    metrics["loss/diffusion"]
+    + objective.lambda_cscl * metrics["loss/cscl"]
+    + objective.lambda_macl * metrics["loss/macl"]
+  )
+  np.testing.assert_allclose(metrics["loss"], total, rtol=1e-6)
+  # The gates start at 0, so that only they, and what S+ and contrast reach, can move at first.
+  moved = {k for k, v in one.trainable.items() if not np.array_equal(v, setup.trainable[k])}
+  assert any(k.startswith("mfi_encoder") for k in moved) and any(k.endswith("gate") for k in moved)
+
+
+def test_a_nan_batch_changes_nothing_but_the_counters(setup, compiled):
+  state, _ = compiled(setup.state(), setup.frozen, next(setup.batches()))
+  before = jax.tree.map(np.array, state)
+  batch = next(setup.batches())
+  batch["target"][0, 0, 0, 0] = np.nan
+  state, metrics = compiled(state, setup.frozen, batch)
+  assert np.isnan(metrics["loss"]) and metrics["bad_steps"] == 1 and metrics["norm/update"] == 0
+  for name in ("trainable", "opt_state", "ema"):
+    old, new = getattr(before, name), getattr(state, name)
+    assert jax.tree.all(jax.tree.map(np.array_equal, old, jax.tree.map(np.array, new))), name
+  assert state.step == 2
+  state, metrics = compiled(state, setup.frozen, batch)
+  assert metrics["bad_steps"] == 2
+  state, metrics = compiled(state, setup.frozen, next(setup.batches()))
+  assert metrics["bad_steps"] == 0 and np.isfinite(metrics["loss"])
+
+
+# Every choice of config.objective, each in one of these.
+ALTERNATIVES = [
+  {"macl_scaling": "inverse"},
+  {"macl_scaling": "complement", "macl_symmetric": True},
+  {"macl_scaling": "two_minus", "macl_pooling": "per_token"},
+  {"macl_scaling": "log_complement", "cscl_frame": "cross_frame"},
+  {"macl_scaling": "literal", "lambda_cscl": 0.0},
+  {"macl_scaling": "none", "min_snr_gamma": 5.0},
+  {"macl_scaling": "soft_target"},
+  {"lambda_macl": 0.0},
+]
+
+
+def test_every_objective_trains_two_steps(setup, monkeypatch):
+  """The frozen networks are replaced by sums, so that so many compilations stay affordable."""
+
+  def denoise(method, model, batch, features, key, t, keep):
+    said = model.encode(features, t, keep[1])
+    target = jax.random.normal(key, (len(t), 8, 8, 4))
+    words = said.words[0].mean((0, 2, 3)) + said.fused.mean((0, 2, 3))
+    return 0.1 * target + words[:, None, None, None], target
+
+  def image_features(model, pixels):
+    flat = pixels.reshape(len(pixels), -1)
+    width = model.image_tokens * model.image_width
+    tokens = flat[:, :width].reshape(-1, model.image_tokens, model.image_width) - 0.5
+    return tokens, flat[:, -10:]
+
+  monkeypatch.setattr(step, "denoise", denoise)
+  monkeypatch.setattr(CustomContrast, "image_features", image_features)
+  assert {a["macl_scaling"] for a in ALTERNATIVES if "macl_scaling" in a} == set(macl_lib.SCALINGS)
+  update = jax.jit(lambda *args: step.update(setup.config.train, *args))
+  losses = []
+  for changes in ALTERNATIVES:
+    method = setup.method(**{f"objective__{k}": v for k, v in changes.items()})
+    gradient = jax.jit(
+      jax.grad(lambda *args, m=method: step.loss(m, *args), argnums=0, has_aux=True)
+    )
+    state, batches = setup.state(), setup.batches()
+    for number in range(2):
+      key = jax.random.key(number)
+      gradients, metrics = gradient(state.trainable, setup.frozen, next(batches), key)
+      state, metrics = update(state, gradients, metrics)
+      assert metrics["bad_steps"] == 0 and metrics["norm/update"] > 0, changes
+      losses += [float(metrics["loss"])]
+  assert len(set(losses)) == 2 * len(ALTERNATIVES), losses  # no choice is ignored
+
+
+def test_conditions_are_dropped_at_their_shares():
+  objective = ml_collections.ConfigDict(dict(drop_text=0.1, drop_image=0.2, drop_both=0.3))
+  text, image = step.keep_conditions(jax.random.key(0), 20_000, objective)
+  shares = [np.mean(x) for x in (~text & image, text & ~image, ~text & ~image, text & image)]
+  np.testing.assert_allclose(shares, [0.1, 0.2, 0.3, 0.4], atol=0.015)
+
+
+def test_latents_are_a_sample_of_the_posterior_in_the_unets_units():
+  class Vae:
+    config = ml_collections.ConfigDict({"scaling_factor": 3.0, "shift_factor": 0.25})
+
+    def encode(self, x):
+      return x, jnp.full_like(x, 2 * np.log(0.1))
+
+  images = jnp.tile(jnp.asarray([0, 255, 51], jnp.uint8), (4, 32, 32, 1))
+  z = step.to_latents(Vae(), images, jax.random.key(0))
+  expected = (np.asarray([-1, 1, -0.6]) - 0.25) * 3
+  np.testing.assert_allclose(z.mean((0, 1, 2)), expected, atol=0.02)
+  np.testing.assert_allclose(z.std((0, 1, 2)), 0.3, atol=0.02)
+
+
+# The loop.
+
+
+@pytest.fixture
+def stub(monkeypatch, setup):
+  """The loader's place is taken by tests/tiny.py's batches; `bad` holds steps with a NaN."""
+  bad = set()
+
+  def loader(_, tokenizer, *, batch_size, seed, start_step=0, **kwargs):
+    batches = tiny.batches(tokenizer, batch_size, seed=seed, start=start_step)
+    for number, batch in enumerate(batches, start=start_step):
+      target = batch["target"].astype(np.float32)
+      if number in bad and seed == setup.config.seed:
+        target[:] = np.nan
+      yield {**batch, "target": target}
+
+  monkeypatch.setattr(data_pipeline, "make_loader", loader)
+  return bad
+
+
+def test_stops_after_max_bad_steps_with_the_last_good_checkpoint(
+  setup, compiled, stub, tmp_path, monkeypatch
+):
+  lowered = types.SimpleNamespace(compile=lambda: compiled)  # has compiled once
+  jitted = types.SimpleNamespace(lower=lambda *args: lowered)
+  monkeypatch.setattr(train, "make_train_step", lambda method, mesh: jitted)
+  stub.update({1, 4, 5})
+  config = tiny.tiny_config(
+    setup.config.base, train__max_bad_steps=2, train__steps=9, train__save_every=2
+  )
+  with pytest.raises(UserError, match="2 steps in a row up to step 6; .*step 4 is intact; lower"):
+    train.train(config, tmp_path)
+  # Step 6 was never saved, and step 4 holds no NaN.
+  assert sorted(os.listdir(tmp_path / "checkpoints")) == ["2", "4"]
+  for value in ocp.load(tmp_path / "checkpoints" / "4").values():
+    assert np.isfinite(np.asarray(value)).all()
+  stub.clear()  # the data were mended: the same command goes on
+  seen = []
+  views = train.Views(lambda *a: seen.append(a[-1].name), lambda *a: seen.append("end"))
+  config.train.sample_every = 4
+  state = train.train(config, tmp_path, views)
+  assert state.step == 9 and seen == ["0000008.png", "end"]
+  assert (tmp_path / "adapter.safetensors").exists()
+  steps = [line["step"] for line in telemetry.read(tmp_path / "metrics.jsonl")]
+  assert steps == [1, 2, 3, 4, 5, 6, 7, 8, 9]
+
+
+def test_a_checkpoint_of_another_base_or_model_is_refused(setup, tmp_path, tiny_folder):
+  state = sharding.put_replicated(setup.state(), sharding.make_mesh(setup.config.mesh, 4))
+  checkpoints = Checkpoints(tmp_path / "checkpoints", keep=1)
+  record = {"base_hash": "0" * 64, "config": setup.config.to_dict(), "telemetry": {}}
+  checkpoints.save(1, state, record)
+  checkpoints.close()
+  with pytest.raises(UserError, match="belongs to the base .* use that base or choose another"):
+    train.train(setup.config, tmp_path)
+  config = tiny.tiny_config(tiny_folder, encoder__depth=2)
+  record = {"base_hash": setup.base.hash, "config": setup.config.to_dict(), "telemetry": {}}
+  checkpoints = Checkpoints(tmp_path / "checkpoints", keep=1)
+  checkpoints.save(2, state, record)
+  checkpoints.close()
+  with pytest.raises(UserError, match="encoder.depth=1 and the config now says 2"):
+    train.train(config, tmp_path)
+
+
+def test_a_workdir_that_cannot_be_written(setup, tmp_path):
+  (tmp_path / "file").write_text("")
+  with pytest.raises(UserError, match="cannot write to .*choose another --workdir"):
+    train.train(setup.config, tmp_path / "file" / "run")
+
+
+@pytest.mark.parametrize(
+  ("key", "value", "message"),
+  [
+    ("train.steps", 0, "train.steps is 0; it must be at least 1"),
+    ("train.dtype", "float16", "float32, bfloat16"),
+    ("train.ema", 1.0, r"lie in \[0, 1\)"),
+    ("train.schedule", "linear", "cosine, constant"),
+    ("objective.cscl_frame", "other", "same_frame, cross_frame"),
+    ("objective.drop_text", 0.95, "sum to at most 1"),
+    ("mesh.data", 3, "mesh.data is 3 but there are"),
+  ],
+)
+def test_values_that_make_no_sense(setup, tmp_path, key, value, message, stub):
+  config = setup.config.copy_and_resolve_references()
+  config.update_from_flattened_dict({key: value})
+  with pytest.raises(UserError, match=message):
+    train.train(config, tmp_path)
+
+
+# Wrong-word gaps.
+
+
+def captions(setup, *texts_and_nouns):
+  from data_pipeline.tokens import encode_prompt
+
+  tokenizer = setup.base.tokenizers[0]
+  rows = [encode_prompt(tokenizer, text, noun, 2) for text, noun in texts_and_nouns]
+  ids, slots, spans = zip(*rows)
+  return {"input_ids": np.stack(ids), "slot": np.asarray(slots), "noun_span": np.stack(spans)}
+
+
+def test_wrong_words_replace_what_they_should(setup):
+  tokenizer = setup.base.tokenizers[0]
+  right = captions(
+    setup,
+    ("a duck on the beach", "duck"),
+    ("in the snow a teddy bear", "teddy bear"),
+    ("a photo of a duck", "duck"),
+  )
+  wrong, changed = gaps.wrong_nouns(right, tokenizer, 2)
+  expected = captions(
+    setup,
+    ("a teddy bear on the beach", "teddy bear"),
+    ("in the snow a duck", "duck"),
+    ("a photo of a teddy bear", "teddy bear"),
+  )
+  assert changed.all()
+  for key in expected:
+    np.testing.assert_array_equal(wrong[key], expected[key], err_msg=key)
+
+  scenes = ("beach", "snow", "teddy night")  # the last one has two words
+  wrong, changed = gaps.wrong_phrases(right, scenes, tokenizer, 2)
+  expected = captions(
+    setup,
+    ("a duck on the snow", "duck"),
+    ("in the teddy night a teddy bear", "teddy bear"),
+    ("a photo of a duck", "duck"),
+  )
+  expected["slot"][1], expected["noun_span"][1] = right["slot"][1] + 1, right["noun_span"][1] + 1
+  np.testing.assert_array_equal(changed, [True, True, False])
+  for key in expected:
+    np.testing.assert_array_equal(wrong[key], expected[key], err_msg=key)
+
+
+def test_a_wrong_word_that_leaves_no_room_for_s_plus_is_left_out(setup):
+  right = captions(setup, ("duck " * 11 + "a car", "car"), ("a teddy bear", "teddy bear"))
+  assert (right["input_ids"][0] != setup.base.tokenizers[0].pad_token_id).sum() == 14  # full
+  wrong, changed = gaps.wrong_nouns(right, setup.base.tokenizers[0], 2)
+  np.testing.assert_array_equal(changed, [False, True])
+  np.testing.assert_array_equal(wrong["input_ids"][0], right["input_ids"][0])
+
+
+def test_relative_rise_counts_changed_samples_only():
+  rise = gaps.relative_rise(
+    jnp.asarray([1.0, 2.0, 9.0]), jnp.asarray([2.0, 2.5, 99.0]), jnp.asarray([True, True, False])
+  )
+  assert float(rise) == 0.5
+  assert float(gaps.relative_rise(jnp.ones(2), jnp.ones(2), jnp.zeros(2, bool))) == 0.0
+
+
+# The command line and the config.
+
+
+def test_every_config_key_is_read():
+  """By name, after a dot or in quotes, in a file of the program (not in a config)."""
+  source = "\n".join(
+    path.read_text()
+    for folder in ("cc_jax", "data_pipeline")
+    for path in sorted((ROOT / folder).rglob("*.py"))
+    if path.name not in ("pretrain.py", "fitting.py")
+  )
+  unread = []
+  for section, keys in tiny.subjects3d.get_config().items():
+    names = keys.keys() if isinstance(keys, ml_collections.ConfigDict) else [section]
+    for key in names:
+      # encoder and injection are read whole, field by field, into dataclasses
+      pattern = rf"(\.{key}\b|[\"']{key}[\"']|^  {key}: )"
+      if not re.search(pattern, source, re.MULTILINE):
+        unread.append(f"{section}.{key}")
+  assert not unread
+
+
+def test_mistakes_on_the_command_line_are_one_line(tmp_path):
+  """Each in a process of its own, all at once: flags are global."""
+  cases = {
+    "--config.train.stepz=3": "no key stepz",
+    "--bogus=3": "bogus",
+    "--config.train.steps=many": "steps",
+    "--config=configs/nowhere.py": "nowhere.py",
+    "--config.base=nowhere": "base 'nowhere' is no folder",
+    "train.steps=3": "unexpected argument",
+    "--workdir=": "no --workdir",
+  }
+  processes = {
+    flag: subprocess.Popen(
+      [sys.executable, "-m", "cc_jax.train", f"--workdir={tmp_path}", flag],
+      cwd=ROOT,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
+      text=True,
+    )
+    for flag in cases
+  }
+  for flag, process in processes.items():
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 1, (flag, err)
+    assert cases[flag] in err and err.startswith("error: ") and err.count("\n") == 1, (flag, err)
+
+
+def test_the_table_of_stable_diffusion_1_5_needs_no_weights():
+  from configs import sd15
+
+  rows = {
+    tuple(line.split()[:2]): line.split()[2:] for line in train.table(sd15.get_config()).split("\n")
+  }
+  assert rows["unet", "frozen"] == ["686", "859,520,964", "1,639.4"]  # as published, in bfloat16
+  assert rows["text_encoders", "frozen"][1] == "123,060,480"
+  assert rows["vae", "frozen"][1] == "83,653,863"
