@@ -1,0 +1,67 @@
+"""Trials and scores of the evaluation."""
+
+import ml_collections
+import numpy as np
+import pytest
+
+from cc_jax import evaluate
+from cc_jax.errors import UserError
+from cc_jax.metrics import factors as judging
+from data_pipeline.subjects3d import factors as world
+
+
+@pytest.fixture(scope="module")
+def trials():
+  return evaluate.make_trials("test", 2)
+
+
+def test_trials_are_unseen_subjects_in_another_scene(trials):
+  train = world.subjects("train")
+  seen = set(zip(train.class_id, train.color1, train.color2))
+  for i in range(2):
+    f = trials.factors.take(i)
+    assert (f.class_id, f.color1, f.color2) not in seen
+    assert trials.nouns[i] == world.CLASSES[f.class_id] and trials.nouns[i] in trials.prompts[i]
+    assert trials.scenes[i] != f.scene
+    assert not set(world.COLORS) & set(trials.prompts[i].split())
+  assert trials.factors.class_id[0] != trials.factors.class_id[1]
+  assert (trials.factors.hat == 0).all() and (trials.factors.style == 0).all()
+  border = np.concatenate([trials.references[:, 0], trials.references[:, -1]])
+  assert (border == 255).all()  # cut out, on white
+  again = evaluate.make_trials("test", 2)
+  np.testing.assert_array_equal(again.references, trials.references)
+  assert again.prompts == trials.prompts
+
+
+def test_scores_count_agreement_where_the_reference_shows_it(trials, monkeypatch):
+  f = trials.factors
+  reading = {name: getattr(f, name).copy() for name in judging.CATEGORIES}
+  reading["scene"] = trials.scenes.copy()
+  reading["scene"][0] = f.scene[0]  # the reference's scene, copied
+  reading["color1"] = (f.color1 + np.array([0, 1])) % 11
+  reading |= {name: -getattr(f, name) for name in judging.CONTINUOUS}
+  monkeypatch.setattr(judging, "read", lambda judge, images: reading)
+  hidden = {**trials.seen, "color1": np.array([True, False])}
+  scores = evaluate.score(trials.references, trials._replace(seen=hidden), None)
+  assert scores["scene"] == 0.5 and scores["class_id"] == 1 and scores["color1"] == 1
+  assert evaluate.score(trials.references, trials, None)["color1"] == 0.5
+  assert scores["copied_size"] == pytest.approx(-1)
+
+
+def test_errors():
+  with pytest.raises(UserError, match="test has 1 to"):
+    evaluate.make_trials("test", 10**6)
+
+
+def test_base_prompts_spread_over_all_values():
+  texts, factors = evaluate.base_prompts(110)
+  assert (np.bincount(factors.class_id) == 11).all() and (np.bincount(factors.color1) == 10).all()
+  for i, text in enumerate(texts):
+    assert world.COLORS[factors.color1[i]] in text.split()
+    assert world.CLASSES[factors.class_id[i]] in text
+
+
+def test_other_data_are_not_scored(tmp_path, capsys):
+  config = ml_collections.ConfigDict(dict(data=dict(source="folder", name="mine"), base="b"))
+  assert evaluate.finish(config, None, None, tmp_path) is None
+  assert "the judge knows subjects3d only" in capsys.readouterr().out
