@@ -113,7 +113,12 @@ def place_on_white(
   an empty mask or shapes that do not fit.
   """
   mask = _checked_mask(image, mask)
-  x0, y0, x1, y1 = bounding_box(mask)
+  return _place(image, mask, bounding_box(mask), size, share, centre)
+
+
+def _place(image, mask, box: tuple[int, int, int, int], size: int, share: float, centre):
+  """`place_on_white` of a checked mask and its bounding box."""
+  x0, y0, x1, y1 = box
   side = max(x1 - x0, y1 - y0) / share  # the canvas, measured in the picture's pixels
   left = (x0 + x1) / 2 - centre[0] * side
   top = (y0 + y1) / 2 - centre[1] * side
@@ -139,13 +144,13 @@ def square(
 ) -> tuple[UInt8[np.ndarray, "s s 3"], UInt8[np.ndarray, "s s"]]:
   """The largest square of the picture, as near to its subject's middle as it goes, resized."""
   mask = _checked_mask(image, mask)
-  height, width = mask.shape
   x0, y0, x1, y1 = bounding_box(mask)
+  height, width = mask.shape
+  if height == width == size:
+    return image, mask
   side = min(height, width)
   left = min(max((x0 + x1 - side) / 2, 0), width - side)
   top = min(max((y0 + y1 - side) / 2, 0), height - side)
-  if height == width == size:
-    return image, mask
   box = (left, top, left + side, top + side)
   resize = lambda a, how: np.asarray(Image.fromarray(a).resize((size, size), how, box=box))  # noqa: E731
   return resize(image, Image.Resampling.BICUBIC), resize(mask, Image.Resampling.BILINEAR)
@@ -173,10 +178,11 @@ def bounding_box(mask: UInt8[np.ndarray, "h w"]) -> tuple[int, int, int, int]:
 
 def _place_at(image, mask, size: int, share: float, place: np.ndarray) -> np.ndarray:
   """`place` (x, y) in [0, 1] is from edge to edge of the canvas, the subject always inside."""
-  x0, y0, x1, y1 = bounding_box(_checked_mask(image, mask))
+  mask = _checked_mask(image, mask)
+  x0, y0, x1, y1 = box = bounding_box(mask)
   extent = share * np.array([x1 - x0, y1 - y0]) / max(x1 - x0, y1 - y0)
   x, y = extent / 2 + place * (1 - extent)
-  return place_on_white(image, mask, size, share, (x, y))
+  return _place(image, mask, box, size, share, (x, y))
 
 
 def _checked_mask(image: np.ndarray, mask: np.ndarray) -> np.ndarray:

@@ -139,12 +139,12 @@ def build(name: str, data_dir: str = "") -> Subjects3d:
   root = Path(data_dir or tfds.core.constants.DATA_DIR).expanduser()
   try:
     root.mkdir(parents=True, exist_ok=True)
-    builder = Subjects3d(config=config, data_dir=str(root))
-    if not builder.is_prepared():
-      with _lock(root / ".subjects3d.lock"):
-        builder = Subjects3d(config=config, data_dir=str(root))
-        _write(builder)
-        verify(builder)
+    with _quiet_tfds():
+      builder = Subjects3d(config=config, data_dir=str(root))
+      if not builder.is_prepared():
+        with _lock(root / ".subjects3d.lock"):
+          builder = Subjects3d(config=config, data_dir=str(root))
+          _write(builder)
   except OSError as error:
     raise DataError(
       f"cannot write subjects3d into {root} ({error.strerror or error}); set data.data_dir"
@@ -153,14 +153,23 @@ def build(name: str, data_dir: str = "") -> Subjects3d:
 
 
 def _write(builder: Subjects3d) -> None:
-  """download_and_prepare, with the renderer's progress bar instead of TFDS's words."""
+  """Renders and writes, unless another process has done it while we waited for the lock."""
+  if builder.is_prepared():
+    return
   print(f"writing {builder.info.full_name} to {builder.data_path} (once)", file=sys.stderr)
-  tfds.disable_progress_bar()
+  tfds.disable_progress_bar()  # the renderer shows its own, with the time left
+  with contextlib.redirect_stdout(io.StringIO()):
+    builder.download_and_prepare()
+  verify(builder)
+
+
+@contextlib.contextmanager
+def _quiet_tfds():
+  """Without its warnings that a folder, which it is about to write, is not there."""
   verbosity = logging.get_verbosity()
-  logging.set_verbosity(logging.ERROR)  # it warns that the folder, which it writes, is not there
+  logging.set_verbosity(logging.ERROR)
   try:
-    with contextlib.redirect_stdout(io.StringIO()):
-      builder.download_and_prepare()
+    yield
   finally:
     logging.set_verbosity(verbosity)
 

@@ -13,19 +13,19 @@ import numpy as np
 
 from data_pipeline.errors import DataError
 from data_pipeline.subjects3d.factors import (
-    CLASSES,
-    SPLITS,
-    Factors,
-    Subjects,
-    sample_factors,
-    subjects,
+  CLASSES,
+  SPLITS,
+  Factors,
+  Subjects,
+  sample_factors,
+  subjects,
 )
 
 # (subjects, frames of each) by configuration and split.
 CONFIGS = {
-    "tiny": {"train": (12, 5), "validation": (3, 4), "test": (3, 4)},  # for tests
-    "small": {"train": (600, 8), "validation": (100, 4), "test": (150, 4)},
-    "full": {"train": (3520, 16), "validation": (360, 8), "test": (520, 8)},
+  "tiny": {"train": (12, 5), "validation": (3, 4), "test": (3, 4)},  # for tests
+  "small": {"train": (600, 8), "validation": (100, 4), "test": (150, 4)},
+  "full": {"train": (3520, 16), "validation": (360, 8), "test": (520, 8)},
 }
 RESOLUTION = 64
 # The first frames of a subject can serve as a reference: photo style, no hat. Three of them leave
@@ -91,12 +91,12 @@ def render_subjects(name: str, split: str, count: int | None = None) -> MultiVie
   factors, texts = factors.take(slice(count)), texts[:count]
   rendered = render_many(flat(factors), resolution=RESOLUTION, progress=False)
   return MultiView(
-      frames=rendered.image.reshape(*factors.class_id.shape, *rendered.image.shape[1:]),
-      masks=rendered.mask.reshape(*factors.class_id.shape, *rendered.mask.shape[1:]),
-      captions=tuple(tuple(row) for row in texts),
-      class_noun=tuple(CLASSES[c] for c in factors.class_id[:, 0]),
-      is_reference=is_reference(factors),
-      factors=factors,
+    frames=rendered.image.reshape(*factors.class_id.shape, *rendered.image.shape[1:]),
+    masks=rendered.mask.reshape(*factors.class_id.shape, *rendered.mask.shape[1:]),
+    captions=tuple(tuple(row) for row in texts),
+    class_noun=tuple(CLASSES[c] for c in factors.class_id[:, 0]),
+    is_reference=is_reference(factors),
+    factors=factors,
   )
 
 
