@@ -195,10 +195,11 @@ FORMS = {
   "complementary": {},
   "visual_only": dict(
     form="visual_only", location=False, low_rank=2, width=8, timestep_layer="none",
-    textual_cls="last", s_plus_space="shared", s_plus_norm="free",
+    s_plus_space="shared", s_plus_norm="free",
   ),
   "shared": dict(
-    form="shared", fusion="visual_tokens", layer_groups=(1, 3), s_words=1, s_plus_pooled="s_plus"
+    form="shared", fusion="visual_tokens", layer_groups=(1, 3), s_words=1, s_plus_pooled="s_plus",
+    textual_cls="last",
   ),
 }
 
@@ -370,6 +371,11 @@ def test_groups_shared_words_and_pooling(x):
   assert all(same(layer.visual, c.context[0].visual) for layer in c.context)
   mean = (np.asarray(c.context[0].text) + c.context[1].text) / 2  # over groups
   np.testing.assert_allclose(c.text, mean, atol=1e-5)
+  model = nnx.merge(graphdef, trainable, frozen)
+  for cls_from, holds in (("last", True), ("mean", False)):  # what they are: the parts' tests
+    model.mfi_encoder.textual.cls_from = cls_from
+    encode = jax.jit(lambda pixels: model.encode(model.image_features(pixels)[0], x["t"]))
+    assert np.allclose(c.textual_cls, encode(x["pixels"]).textual_cls, atol=1e-5) == holds
 
 
 def test_maps_and_visual_tokens_of_a_whole_trajectory(default, x):
