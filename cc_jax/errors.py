@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Callable, Sequence
 
-from absl import app, flags
+from absl import app, flags, logging
 
 from data_pipeline.errors import DataError
 
@@ -24,6 +24,8 @@ def run(main: Callable[[Sequence[str]], None], define: Callable[[], None] = lamb
   """
 
   def wrapped(argv: Sequence[str]) -> None:
+    if not flags.FLAGS["verbosity"].present:
+      logging.set_verbosity(logging.WARNING)  # orbax tells its every step at INFO
     if len(argv) > 1:
       _stop(f"unexpected argument {argv[1]!r}; flags are written --name=value")
     try:
