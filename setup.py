@@ -1,4 +1,4 @@
-"""Packaging of cc_jax. `pip install -e .` for the runtime, `pip install -e '.[test]'` for the tests."""
+"""Packaging: `pip install -e .` for the runtime, `pip install -e '.[test]'` for the tests."""
 
 import re
 from pathlib import Path
@@ -11,7 +11,7 @@ VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "cc_jax/__init__.py").read_
 setup(
     name="cc_jax",
     version=VERSION,
-    description="CustomContrast (AAAI 2025) in JAX/Flax: subject-driven text-to-image customization",
+    description="CustomContrast (AAAI 2025) in JAX/Flax: subject-driven text-to-image drawing",
     long_description=(ROOT / "README.md").read_text(),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
@@ -43,6 +43,8 @@ setup(
         "test": ["pytest>=8,<10", "pytest-xdist>=3.6,<4", "torch==2.13.0", "ruff"],
         "tpu": ["jax[tpu]>=0.10.2,<0.12"],
         "cuda": ["jax[cuda13]>=0.10.2,<0.12"],
+        # What the command `tfds` imports and does not install.
+        "tfds": ["apache-beam", "mlcroissant"],
         "notebooks": ["jupyterlab>=4", "ipywidgets>=8"],
     },
 )

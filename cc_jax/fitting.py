@@ -67,7 +67,8 @@ def fit(
               0.01 * config.learning_rate),
           b2=config.beta2, weight_decay=config.weight_decay,
           mask=lambda tree: jax.tree.map(lambda leaf: leaf.ndim > 1, tree)))
-  state = FitState(params, tx.init(params), jax.tree.map(jnp.array, params), jnp.zeros((), jnp.int32))
+  ema = jax.tree.map(jnp.array, params)
+  state = FitState(params, tx.init(params), ema, jnp.zeros((), jnp.int32))
   file = workdir / f"{name}.state.safetensors"
   if file.exists():
     state = _load(file, state)
@@ -124,7 +125,7 @@ def fit(
 def batched(
     function: Callable, params: Tree, mesh: jax.sharding.Mesh, *, size: int, label: str
 ) -> Callable:
-  """`apply(array [n, ...])` that runs jitted `function(params, rows)` in equal chunks over the mesh."""
+  """`apply(array [n, ...])`: jitted `function(params, rows)` in equal chunks over the mesh."""
   params = jax.device_put(params, sharding.replicated(mesh))
 
   def apply(array: np.ndarray) -> np.ndarray:
@@ -144,7 +145,8 @@ def _name(path) -> str:
 
 
 def _save(file: Path, state: FitState) -> None:
-  flat = {_name(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(state)}
+  leaves = jax.tree_util.tree_leaves_with_path(state)
+  flat = {_name(path): np.asarray(leaf) for path, leaf in leaves}
   temporary = file.with_suffix(".tmp")
   save_file(flat, temporary)
   temporary.replace(file)  # a kill leaves the earlier save whole

@@ -1,1 +1,1 @@
-"""ml_collections configs; each docstring has the command, the hardware, the time and the result to expect."""
+"""ml_collections configs; each docstring has the command, the hardware, the time and the result."""

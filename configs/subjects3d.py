@@ -30,15 +30,17 @@ def get_config() -> ml_collections.ConfigDict:
   c.encoder.visual_queries = 8
   c.encoder.textual_queries = 4
   c.encoder.s_words = 2  # W: the first W textual tokens of a layer are its pseudo-words [R]
-  c.encoder.timestep_layer = "fourier_mlp"  # 'fourier_mlp' | 'none': how (t, l) enters the queries [R]
+  # How (t, l) enters the queries: 'fourier_mlp' | 'none' [R].
+  c.encoder.timestep_layer = "fourier_mlp"
   c.encoder.textual_cls = "mean"  # 'mean' over layers | 'last' [R]
   c.encoder.s_plus_space = "per_layer"  # 'per_layer' | 'shared' by all layers [R]
   c.encoder.s_plus_norm = "class_noun"  # 'class_noun' | 'free' [R]
   # The pooled text (or, for addition_embed_type 'text', the whole text) that goes to the time
-  # embedding comes from the prompt without S+ ('plain') or from the mean over layers ('s_plus') [R].
+  # embedding: from the prompt without S+ ('plain') or the mean over layers with it ('s_plus') [R].
   c.encoder.s_plus_pooled = "plain"
-  c.encoder.fusion = "tv_fusion"  # 'tv_fusion' | 'visual_tokens' (no fusion, the lab's control) [R]
-  c.encoder.layer_groups = ()  # SDXL: sizes of the groups of layers that share an S+; () = each its own
+  c.encoder.fusion = "tv_fusion"  # 'tv_fusion' | 'visual_tokens' (the lab's control) [R]
+  # Sizes of the groups of layers that share an S+ (SDXL has 70 layers); () = each its own.
+  c.encoder.layer_groups = ()
 
   c.injection = ml_collections.ConfigDict()
   c.injection.form = "complementary"  # 'complementary' | 'visual_only' | 'shared' [R]
@@ -52,7 +54,8 @@ def get_config() -> ml_collections.ConfigDict:
   c.objective.cscl_frame = "same_frame"  # 'same_frame' | 'cross_frame' [R]
   c.objective.lambda_macl = 0.1  # [R]
   c.objective.macl_temperature = 0.07  # [R]
-  # 'inverse' | 'complement' | 'two_minus' | 'log_complement' | 'literal' | 'none' | 'soft_target' [R]
+  # [R] 'inverse' | 'complement' | 'two_minus' | 'log_complement' | 'literal' | 'none' |
+  # 'soft_target'
   c.objective.macl_scaling = "inverse"
   c.objective.macl_soft_temperature = 0.07
   c.objective.macl_symmetric = False  # [R]

@@ -15,7 +15,7 @@ from data_pipeline.subjects3d import renderer
 
 
 class Pictures(NamedTuple):
-  """`n` pictures: images uint8 [n,64,64,3] and masks uint8 [n,64,64] (memory-mapped), coverage [n,4].
+  """n pictures: images uint8 [n,h,w,3], masks uint8 [n,h,w] (memory-mapped), coverage [n,4].
 
   calm marks the pictures whose irrelevant factors vary little.
   """
@@ -37,7 +37,7 @@ def prerender(
   processes: int | None = None,
   resolution: int = 64,
 ) -> Pictures:
-  """Renders `count` pictures of random subjects of `split` into `folder`, or opens those found there.
+  """Renders `count` pictures of random subjects of `split` into `folder`, or opens those there.
 
   The folder remembers the arguments; a folder made with other ones is rendered again.
   """
