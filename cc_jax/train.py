@@ -163,7 +163,11 @@ def train(
       injection=injection,
       base_name=base.name,
       base_hash=base.hash,
-      notes={"steps": str(int(state.step)), "data": f"{config.data.source} {config.data.name}"},
+      notes={
+        "steps": str(int(state.step)),
+        "data": f"{config.data.source} {config.data.name}",
+        "reference_share": str(config.data.reference_share),  # how generate cuts references out
+      },
     )
     if views.finish:
       views.finish(config, base, model(), workdir)
