@@ -2,8 +2,8 @@
 
     python benchmarks/train_step.py [--config=configs/subjects3d.py] [--base=...] [--steps=20]
 
-The batch is noise in the loader's shapes: a step's time does not depend on what it sees. `--base` is a
-folder; one with config.json files alone is filled with random weights.
+The batch is noise in the loader's shapes: a step's time does not depend on what it sees. `--base`
+is a folder; one with config.json files alone is filled with random weights.
 """
 
 from __future__ import annotations

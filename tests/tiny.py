@@ -158,16 +158,18 @@ def tiny_config(base: str | Path, **changes) -> ml_collections.ConfigDict:
 
 
 def batches(tokenizer, size: int, *, seed: int = 0, start: int = 0):
-  """Stands for data_pipeline.make_loader: noise pictures, a pure function of (seed, step)."""
+  """Stands for data_pipeline.make_loader: coloured blocks, a pure function of (seed, step)."""
   from data_pipeline.tokens import encode_prompt
 
   step = start
   while True:
     rng = np.random.default_rng([seed, step])
+    # Blocks of a patch's size: single noisy pixels would average out to equal features.
     batch = {
-      name: rng.integers(0, 256, (size, IMAGE, IMAGE, 3), dtype=np.uint8)
+      name: rng.integers(0, 256, (size, 2, 2, 3), dtype=np.uint8).repeat(8, 1).repeat(8, 2)
       for name in ("positive", "reference", "target")
     }
+    batch["target"] = batch["target"].astype(np.float32)  # so that a picture can hold a NaN
     batch["target_mask"] = rng.integers(0, 256, (size, IMAGE, IMAGE), dtype=np.uint8)
     nouns = rng.integers(len(NOUNS), size=size)
     rows = [
