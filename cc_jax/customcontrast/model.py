@@ -287,14 +287,16 @@ class CustomContrast(nnx.Module):
         if needs_plain:  # the unmodified prompt rides in the same batch
           sequences = jnp.concatenate([sequences, embeddings[None]])
           pool_ids = jnp.concatenate([pool_ids, ids_BxT[None]])
+      # Sample by sample, not layer by layer: a batch that is cut over devices then stays cut.
+      sequences, pool_ids = jnp.moveaxis(sequences, 0, 1), jnp.moveaxis(pool_ids, 0, 1)
       lead = sequences.shape[:2]
       out = tower(
         inputs_embeds=sequences.reshape(-1, *sequences.shape[2:]),
         pool_ids=pool_ids.reshape(-1, pool_ids.shape[-1]),
       )
       state = out.hidden_states[-2] if several else out.last_hidden_state
-      state = state.reshape(*lead, *state.shape[1:])
-      pools = out.pooled.reshape(*lead, -1)
+      state = jnp.moveaxis(state.reshape(*lead, *state.shape[1:]), 0, 1)
+      pools = jnp.moveaxis(out.pooled.reshape(*lead, -1), 0, 1)
       if pooled_s_plus:  # mean over the layers' sequences
         plain, pooled = jnp.mean(state, axis=0), jnp.mean(pools, axis=0)
       else:
