@@ -18,7 +18,7 @@ from orbax.checkpoint import v1 as ocp
 
 import data_pipeline
 from cc_jax import gaps, hub, sharding, step, telemetry, train
-from cc_jax.assemble import assemble
+from cc_jax.assemble import abstractly, assemble
 from cc_jax.checkpoint import Checkpoints
 from cc_jax.customcontrast.adapter_file import load_adapter
 from cc_jax.customcontrast.model import CustomContrast
@@ -469,3 +469,33 @@ def test_the_table_of_stable_diffusion_1_5_needs_no_weights():
   assert rows["unet", "frozen"] == ["686", "859,520,964", "1,639.4"]  # as published, in bfloat16
   assert rows["text_encoders", "frozen"][1] == "123,060,480"
   assert rows["vae", "frozen"][1] == "83,653,863"
+
+
+def test_bfloat16_computes_in_it_and_keeps_float32_where_it_learns(setup):
+  """Shapes and dtypes only: nothing is compiled."""
+  config = setup.config.copy_and_resolve_references()
+  config.train.update(dtype="bfloat16", base_dtype="bfloat16")
+  base = hub.abstract_base(config.base, **train.storage(config))
+  definition, trainable, frozen = assemble(
+    base, *train.networks(config), dtype=config.train.dtype, transform=abstractly
+  )
+  assert {x.dtype for x in frozen.values()} == {jnp.dtype(jnp.bfloat16)}
+  assert {x.dtype for x in trainable.values()} == {jnp.dtype(jnp.float32)}
+  method = train.make_method(config, definition, base)
+  state = jax.eval_shape(lambda t: step.init_state(t, config), trainable)
+  seen = []
+  real = CustomContrast.predict
+
+  def predict(model, latents, t, conditioning):
+    seen.extend(layer.visual.dtype for layer in conditioning.context)
+    return real(model, latents, t, conditioning)
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(CustomContrast, "predict", predict)
+    after, metrics = jax.eval_shape(
+      lambda *args: step.train_step(method, *args), state, frozen, next(setup.batches())
+    )
+  assert set(seen) == {jnp.dtype(jnp.bfloat16)}
+  same = jax.tree.map(lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype), state, after)
+  assert jax.tree.all(same)
+  assert metrics["loss"].dtype == jnp.float32
