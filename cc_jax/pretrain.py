@@ -4,7 +4,7 @@
 
 Stages run in the order of `config.stages`; a stage whose result lies in the workdir is skipped, an
 interrupted one goes on where its last save was. The result is `workdir/base`, a folder in the
-diffusers layout. A user of CustomContrast needs none of this: the base ships with the package.
+diffusers layout, and the same in float16, `workdir/subjects3d-base`. A user of CustomContrast needs none of this: the base ships with the package.
 """
 
 import math
@@ -323,6 +323,8 @@ def train_unet(config, workdir: Path, pictures: Pictures, mesh) -> None:
   unet = nnx.merge(graph, params)
   hub.save_module(unet, workdir / "base" / "unet")
   hub.finish_base(workdir / "base", _plain(c.scheduler))
+  # What ships as cc_jax/assets/subjects3d-base.
+  hub.save_base(hub.load_base(workdir / "base"), workdir / "subjects3d-base", dtype="float16")
 
 
 def encode_all(vae: AutoencoderKL, pictures: Pictures, file: Path, mesh) -> np.ndarray:
