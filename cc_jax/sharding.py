@@ -31,6 +31,10 @@ def set_cpu_devices(mesh: ml_collections.ConfigDict, batch_size: int) -> None:
     count = max(n for n in range(1, cores + 1) if batch_size % n == 0)
   if count < 1:
     raise UserError(f"mesh.cpu_devices is {count}; use -1 (one per core) or a positive number")
+  # A busy or sleeping laptop must not be taken for a deadlock between the virtual devices.
+  patience = "--xla_cpu_collective_call_terminate_timeout_seconds"
+  if patience not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {patience}=3600".strip()
   try:
     jax.config.update("jax_num_cpu_devices", count)
   except RuntimeError:

@@ -172,11 +172,11 @@ def test_a_log_that_was_cut_equals_one_that_was_not(tmp_path):
   (tmp_path / "a").mkdir()
   (tmp_path / "b").mkdir()
   follow(tmp_path / "a", 0, 10)
-  sums = json.loads(json.dumps(follow(tmp_path / "b", 0, 6)))  # as a checkpoint's record
-  follow(tmp_path / "b", 6, 9, sums)  # lost
+  sums = json.loads(json.dumps(follow(tmp_path / "b", 0, 7)))  # as a checkpoint's record
+  follow(tmp_path / "b", 7, 9, sums)  # lost, and with it the line of step 8
   with (tmp_path / "b" / "metrics.jsonl").open("a") as file:
     file.write('{"step": 9, "lo')
-  follow(tmp_path / "b", 6, 10, sums)
+  follow(tmp_path / "b", 7, 10, sums)
   a, b = (telemetry.read(tmp_path / x / "metrics.jsonl") for x in "ab")
   assert a == b
   assert [line["step"] for line in a] == [4, 8]
