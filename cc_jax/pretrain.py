@@ -4,7 +4,8 @@
 
 Stages run in the order of `config.stages`; a stage whose result lies in the workdir is skipped, an
 interrupted one goes on where its last save was. The result is `workdir/base`, a folder in the
-diffusers layout, and the same in float16, `workdir/subjects3d-base`. A user of CustomContrast needs none of this: the base ships with the package.
+diffusers layout, and the same in float16, `workdir/subjects3d-base`. A user of CustomContrast needs
+none of this: the base ships with the package.
 """
 
 import math
