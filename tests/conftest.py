@@ -13,6 +13,21 @@ os.environ.setdefault("TQDM_DISABLE", "1")
 import pytest  # noqa: E402
 
 
+# Modules that compute more than they compile: they render.
+RENDERING = ("test_subjects3d", "test_sources", "test_evaluate")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_optimizations(request):
+  """Most tests compile much and compute little: XLA may leave out most of its optimizations."""
+  import jax
+
+  quick = request.module.__name__ not in RENDERING
+  jax.config.update("jax_disable_most_optimizations", quick)
+  yield
+  jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory):
   """A random base in the hub's layout; see tests/tiny.py."""
