@@ -9,9 +9,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["NO_GCE_CHECK"] = "true"  # TFDS would look for cloud storage at import
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("TQDM_DISABLE", "1")
+# As cc_jax.sharding sets it: from the start, so that all processes share their compiled programs.
+os.environ.setdefault("XLA_FLAGS", "--xla_cpu_collective_call_terminate_timeout_seconds=3600")
 
 import pytest  # noqa: E402
-
 
 # Modules that compute more than they compile: they render.
 RENDERING = ("test_subjects3d", "test_sources", "test_evaluate")
