@@ -386,3 +386,16 @@ def test_extents_bound_the_solids():
   e = shapes.extents(f)
   assert (e[:, 2] < 0.15).all() and (e[:, 2] > -0.15).all()  # they stand on the ground
   assert e[CLASSES.index("tree"), 0] == pytest.approx(1.12 + 0.05)  # r + rnd
+
+
+def test_main_colour_is_told_from_the_patterns():
+  """A pattern covers a third: half and half, nobody could say which colour is the main one."""
+  table = factors.subjects("train")
+  teapots = np.flatnonzero(table.class_id == 0)  # one class: each compiles for seconds
+  for kind, name in enumerate(factors.PATTERNS):
+    if name == "plain":
+      continue
+    subjects = table.take(teapots[table.pattern[teapots] == kind][:16])
+    f = factors.sample_factors(np.random.default_rng(0), subjects, hat=0, style=0)
+    main, pattern = renderer.render(f).coverage.mean(0)[[1, 3]]
+    assert 1.5 < main / pattern < 3.5, (name, main / pattern)

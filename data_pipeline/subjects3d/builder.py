@@ -43,8 +43,11 @@ class Subjects3d(tfds.core.GeneratorBasedBuilder):
   name = "subjects3d"
   # TFDS 4.9.10 would look it up by importlib_resources, on which it does not depend.
   code_path = epath.Path(__file__)
-  VERSION = tfds.core.Version("1.0.0")
-  RELEASE_NOTES = {"1.0.0": "First version."}
+  VERSION = tfds.core.Version("1.1.0")
+  RELEASE_NOTES = {
+    "1.1.0": "Patterns cover a third of the main part.",
+    "1.0.0": "First version.",
+  }
   BUILDER_CONFIGS = [
     tfds.core.BuilderConfig(name=name, description=f"(subjects, frames of each): {sizes}")
     for name, sizes in multi_view.CONFIGS.items()

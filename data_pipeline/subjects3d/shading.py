@@ -11,6 +11,9 @@ CAMERA_DISTANCE = 7.0  # object units: a mild perspective
 _PALETTE = np.array(list(factors.COLOR_RGB.values()), np.float32) / 255.0
 _NIGHT, _SEA = factors.SCENES.index("night"), factors.SCENES.index("sea")
 _TAU = 2 * np.pi
+# How far a pattern keeps from half of the surface, in cells: it covers about a third, so that one
+# can tell the main colour from the pattern's. Of a triangle wave 1/2 - 2 x 0.083, of checks less.
+_STRIPE_GAP, _CHECK_GAP = 0.083, 0.09
 
 
 def _triangle(x):
@@ -32,14 +35,14 @@ def _pattern_weight(kind, x, y, z, normal, pattern_map, pixel):
   v = jnp.where((flat > 0) & upwards, z * around, y * per_height + phase)
   u = jnp.where(flat > 0, across, angle * around)
   cell = pixel * per_height  # a pixel in cells
-  stripes = _triangle(y * per_height + phase)
+  stripes = _triangle(y * per_height + phase) - _STRIPE_GAP
   row = jnp.floor(v)
   shifted = u + 0.5 * (row - 2 * jnp.floor(row * 0.5))
   du, dv = shifted - jnp.floor(shifted) - 0.5, v - row - 0.5
   dots = 0.34 - jnp.sqrt(du * du + dv * dv)
   a, b = _triangle(u * 0.5), _triangle(v * 0.5)
-  checks = 2 * jnp.minimum(jnp.abs(a), jnp.abs(b)) * jnp.sign(a) * jnp.sign(b)
-  swirl = _triangle(angle * 2.0 + y * per_height * 0.62)
+  checks = 2 * jnp.minimum(jnp.abs(a), jnp.abs(b)) * jnp.sign(a) * jnp.sign(b) - _CHECK_GAP
+  swirl = _triangle(angle * 2.0 + y * per_height * 0.62) - _STRIPE_GAP
   signed = jnp.where(
     kind == 1, stripes, jnp.where(kind == 2, dots, jnp.where(kind == 3, checks, swirl))
   )

@@ -257,7 +257,7 @@ _ROUND, _FLAT = 0.0, 1.0
 PATTERN_MAP = np.array([
   (_ROUND, 0.02, 1.5, 8), (_ROUND, 0.0, 1.4, 8), (_ROUND, 0.1, 1.5, 8), (_FLAT, 0.1, 1.6, 1.6),
   (_ROUND, 0.1, 1.5, 6), (_ROUND, 0.1, 1.6, 8), (_ROUND, 0.0, 1.5, 8), (_FLAT, 0.0, 1.5, 1.5),
-  (_FLAT, 0.25, 1.7, 1.7), (_ROUND, 0.0, 1.5, 8),
+  (_FLAT, 0.85, 1.7, 1.7), (_ROUND, 0.0, 1.5, 8),
 ], np.float32)  # fmt: skip
 # Per class, measured on pictures of 400 individuals each: the size at which hardly any side is cut,
 # and how far the silhouette's middle lies below that of the solid, in canvas widths at size 1.
