@@ -20,8 +20,9 @@ import optax
 from safetensors.numpy import load_file, save_file
 from tqdm import tqdm
 
-from cc_jax import sharding
+from cc_jax import optimizer, sharding
 from cc_jax.errors import UserError
+from cc_jax.models.weights import replacing
 
 Tree = Any
 
@@ -81,9 +82,7 @@ def fit(
         state.params, frozen, batch, key)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    # A short memory at first, so that the average does not start from the random weights.
-    decay = jnp.minimum(config.ema, (1 + state.step) / (10 + state.step))
-    ema = jax.tree.map(lambda e, p: e + (1 - decay) * (p - e), state.ema, params)
+    ema = optimizer.ema(state.ema, params, config.ema, state.step)
     return FitState(params, opt_state, ema, state.step + 1), dict(metrics, loss=loss)
 
   def make(step: int):
@@ -147,9 +146,8 @@ def _name(path) -> str:
 def _save(file: Path, state: FitState) -> None:
   leaves = jax.tree_util.tree_leaves_with_path(state)
   flat = {_name(path): np.asarray(leaf) for path, leaf in leaves}
-  temporary = file.with_suffix(".tmp")
-  save_file(flat, temporary)
-  temporary.replace(file)  # a kill leaves the earlier save whole
+  with replacing(file) as temporary:  # a kill leaves the earlier save whole
+    save_file(flat, temporary)
 
 
 def _load(file: Path, like: FitState) -> FitState:
