@@ -177,15 +177,19 @@ def finish(config: ml_collections.ConfigDict, base: hub.Base, model: CustomContr
   trials = make_trials(c.split, c.subjects, share=config.data.reference_share,
                        size=config.data.image_size)
   drawer, batch = _drawer(config, base, model, c.subjects)
-  common = dict(settings=c, batch_size=batch, s_words=config.encoder.s_words)
-  images = draw_trials(drawer, base.tokenizers, trials, scale=c.scale, **common)
-  plain = draw_trials(drawer, base.tokenizers, trials, scale=0.0, **common)
-  return report(trials, images, plain, workdir)
+  return compare(drawer, base.tokenizers, trials, c, workdir, batch_size=batch, scale=c.scale,
+                 s_words=config.encoder.s_words)
 
 
-def report(trials: Trials, images, plain, workdir) -> dict[str, dict[str, float]]:
-  """Scores both sets of pictures, prints and writes them with the contact sheet."""
-  judge, _ = judging.load_judge()
+def compare(drawer: Drawer, tokenizers, trials: Trials, settings, workdir, *, scale: float,
+            **rest) -> dict[str, dict[str, float]]:
+  """Draws all trials with the adapter and with the base; scores, prints and writes both.
+
+  `rest`: batch_size and s_words of `draw_trials`.
+  """
+  judge, _ = judging.load_judge()  # before the drawing, which takes longer
+  images = draw_trials(drawer, tokenizers, trials, settings, scale=scale, **rest)
+  plain = draw_trials(drawer, tokenizers, trials, settings, scale=0.0, **rest)
   scores = {"adapter": score(images, trials, judge), "base": score(plain, trials, judge)}
   count = len(images)
   print(f"{count} unseen subjects, one reference each, 'a <class> <scene>':")
@@ -292,11 +296,8 @@ def main(argv: Sequence[str]) -> None:
   trials = make_trials(f.split, f.count or 100, share=share, size=min(pipe.size))
   settings = ml_collections.ConfigDict(dict(
     guidance=f.guidance, image_guidance=f.image_guidance, steps=f.steps, sampler="default"))
-  drawer, tokenizers = pipe.drawer, pipe.base.tokenizers
-  common = dict(settings=settings, batch_size=8 * len(jax.devices()), s_words=pipe.s_words)
-  images = draw_trials(drawer, tokenizers, trials, scale=f.scale, **common)
-  plain = draw_trials(drawer, tokenizers, trials, scale=0.0, **common)
-  report(trials, images, plain, f.workdir)
+  compare(pipe.drawer, pipe.base.tokenizers, trials, settings, f.workdir, scale=f.scale,
+          batch_size=8 * len(jax.devices()), s_words=pipe.s_words)
 
 
 if __name__ == "__main__":
