@@ -54,9 +54,21 @@ def decayed(params: Params) -> dict[str, bool]:
   return {path: matrix(path, value) for path, value in params.items()}
 
 
-def apply(params: Any, directions: Any, rate: Float[Array, ""]) -> tuple[Any, Any]:
-  """(params - rate * directions, the change itself)."""
-  change = jax.tree.map(lambda d: -rate * d, directions)
+def apply(
+  params: Params, directions: Params, rate: Float[Array, ""], gate_rate: float = 1.0
+) -> tuple[Params, Params]:
+  """(params - rate * directions, the change itself); the injection's gates move gate_rate as fast.
+
+  A gate starts at 0 and Adam moves it by at most the rate a step, while the projections behind it
+  get gradients in proportion to it: at rate 1e-3 the first thousand steps of an adapter would be
+  spent on opening it.
+  """
+
+  def moved(path: str, direction: Array) -> Array:
+    own = rate * gate_rate if path.rsplit(".", 1)[-1] == "gate" else rate
+    return -own * direction
+
+  change = {path: moved(path, direction) for path, direction in directions.items()}
   return optax.apply_updates(params, change), change
 
 

@@ -391,9 +391,13 @@ def train_judge(config, workdir: Path, pictures: Pictures, mesh) -> None:
   def batch_fn(rng, step):
     del step
     index = np.sort(rng.integers(0, len(pictures.images), c.train.batch))
-    return dict(images=pictures.images[index],
-                targets={name: value[index] for name, value in targets.items()},
-                seen={name: seen[name][index] for name in names})
+    flip = rng.random(c.train.batch) < 0.5  # a mirrored picture shows the mirrored pose
+    chosen = {name: value[index] for name, value in targets.items()}
+    for name in ("azimuth", "x"):
+      chosen[name] = np.where(flip, -chosen[name], chosen[name])
+    images = pictures.images[index]
+    return dict(images=np.where(flip[:, None, None, None], images[:, :, ::-1], images),
+                targets=chosen, seen={name: seen[name][index] for name in names})
 
   params = fitting.fit("judge", loss_fn, params, {}, batch_fn, c.train, workdir, config.seed, mesh)
   judge = nnx.merge(graph, params)

@@ -33,6 +33,9 @@ def get_config() -> ml_collections.ConfigDict:
   c.encoder.textual_queries = 16
   c.injection.location_width = 64
 
+  c.objective.timestep_shift = 1.0  # IP-Adapter's plain loss
+  c.objective.subject_weight = 0.0
+
   c.train.batch_size = 64
   c.train.learning_rate = 1e-4  # IP-Adapter's, as are batch and weight decay
   c.train.steps = 100_000

@@ -61,6 +61,8 @@ def get_config() -> ml_collections.ConfigDict:
   c.objective.macl_symmetric = False  # [R]
   c.objective.macl_pooling = "mean"  # 'mean' | 'per_token' [R]
   c.objective.min_snr_gamma = 0.0  # 0 = plain loss
+  c.objective.timestep_shift = 2.0  # > 1: more of the noisy timesteps; 1 = uniform [R]
+  c.objective.subject_weight = 2.0  # diffusion loss weighs 1 + this where the subject is [R]
   c.objective.drop_text = 0.05
   c.objective.drop_image = 0.05
   c.objective.drop_both = 0.05
@@ -69,6 +71,7 @@ def get_config() -> ml_collections.ConfigDict:
   c.train.steps = 1500
   c.train.batch_size = 32  # global
   c.train.learning_rate = 1e-3
+  c.train.gate_rate = 10.0  # the gates' learning rate over the others'
   c.train.schedule = "cosine"  # 'cosine' | 'constant', after the warm-up
   c.train.warmup_steps = 100
   c.train.weight_decay = 0.01

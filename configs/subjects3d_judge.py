@@ -10,7 +10,7 @@ def get_config() -> ml_collections.ConfigDict:
   c.stages = ("judge",)
 
   c.world = ml_collections.ConfigDict()
-  c.world.images = 60_000
+  c.world.images = 110_000
   c.world.calm_share = 0.1
   c.world.split = "train"
   c.world.processes = 0  # 0 = one per core
@@ -19,7 +19,7 @@ def get_config() -> ml_collections.ConfigDict:
   c.judge.width = 32
   c.judge.fresh = 2000  # fresh pictures of test subjects on which it is measured
   c.judge.train = ml_collections.ConfigDict(dict(
-      steps=4000, batch=64, learning_rate=1.5e-3, ema=0.995, warmup=200, beta2=0.99,
+      steps=6000, batch=64, learning_rate=1.5e-3, ema=0.995, warmup=200, beta2=0.99,
       weight_decay=0.05, clip_norm=1.0, save_every=1000))
 
   c.mesh = ml_collections.ConfigDict()

@@ -203,7 +203,8 @@ def test_adamw_and_ema_against_numpy():
     )
   )  # fmt: skip
   rng = np.random.default_rng(0)
-  params = {"w.kernel": rng.normal(size=(3, 2)), "w.bias": rng.normal(size=2), "g": np.float64(0.3)}
+  params = {"w.kernel": rng.normal(size=(3, 2)), "w.bias": rng.normal(size=2),
+            "a.gate": np.float64(0.3)}  # fmt: skip
   gradients = [{k: rng.normal(size=np.shape(v)) for k, v in params.items()} for _ in range(6)]
 
   ours = average = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params)
@@ -211,7 +212,7 @@ def test_adamw_and_ema_against_numpy():
   state = tx.init(ours)
   for n, g in enumerate(gradients):
     directions, state = tx.update(jax.tree.map(jnp.asarray, g), state, ours)
-    ours, change = optimizer.apply(ours, directions, optimizer.learning_rate(train, n))
+    ours, change = optimizer.apply(ours, directions, optimizer.learning_rate(train, n), 4.0)
     average = optimizer.ema(average, ours, train.ema, n)
 
   m = {k: 0.0 for k in params}
@@ -227,7 +228,8 @@ def test_adamw_and_ema_against_numpy():
       v[k] = 0.99 * v[k] + 0.01 * x**2
       direction = m[k] / (1 - 0.9 ** (n + 1)) / (np.sqrt(v[k] / (1 - 0.99 ** (n + 1))) + 1e-8)
       decay = 0.1 if k == "w.kernel" else 0.0
-      params[k] = params[k] - rate * (direction + decay * params[k])
+      own = 4 * rate if k == "a.gate" else rate
+      params[k] = params[k] - own * (direction + decay * params[k])
       d = min(0.2, (1 + n) / (10 + n))
       mean[k] = d * mean[k] + (1 - d) * params[k]
   for k in params:

@@ -268,6 +268,26 @@ def test_conditions_are_dropped_at_their_shares():
   np.testing.assert_allclose(shares, [0.1, 0.2, 0.3, 0.4], atol=0.015)
 
 
+def test_timesteps_move_towards_noise():
+  t = np.asarray(step.sample_timesteps(jax.random.key(0), 40_000, 1000, 1.0))
+  assert t.min() == 0 and t.max() == 999 and abs(t.mean() - 499.5) < 5
+  t = np.asarray(step.sample_timesteps(jax.random.key(0), 40_000, 1000, 3.0))
+  # u' = 3u / (1 + 2u): half of the draws lie above 3/4.
+  assert t.min() >= 0 and t.max() == 999 and abs(np.median(t) - 750) < 5
+
+
+def test_the_subject_weighs_more():
+  masks = np.zeros((2, 4, 4), np.uint8)
+  masks[0, :2, :2] = 255
+  weights = step.subject_weights(jnp.asarray(masks), (4, 4), 3.0)
+  np.testing.assert_allclose(weights, 1 + 3 * (masks / 255), rtol=1e-6)
+  assert step.subject_weights(jnp.asarray(masks), (2, 2), 0.0) is None
+  half = step.subject_weights(jnp.asarray(masks), (2, 2), 1.0)
+  # A triangle two pixels wide on either side: 3/7 + 3/7 of it lie on the mask, in each direction.
+  np.testing.assert_allclose(half[0, 0, 0], 1 + (6 / 7) ** 2, rtol=1e-6)
+  assert np.all(half[1] == 1)
+
+
 def test_latents_are_a_sample_of_the_posterior_in_the_unets_units():
   class Vae:
     config = ml_collections.ConfigDict({"scaling_factor": 3.0, "shift_factor": 0.25})
@@ -338,6 +358,8 @@ def test_a_workdir_that_cannot_be_written(setup, tmp_path):
     ("train.schedule", "linear", "cosine, constant"),
     ("objective.cscl_frame", "other", "same_frame, cross_frame"),
     ("objective.drop_text", 0.95, "sum to at most 1"),
+    ("objective.timestep_shift", 0.0, "must be positive"),
+    ("objective.subject_weight", -1.0, "not negative"),
     ("mesh.data", 3, "mesh.data is 3 but there are"),
   ],
 )

@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from cc_jax.errors import UserError
+from cc_jax.models.layers import GroupNorm
 from data_pipeline.subjects3d import factors as world
 
 SHIPPED = Path(__file__).parents[1] / "assets" / "subjects3d-judge.safetensors"
@@ -32,14 +33,18 @@ CONTINUOUS = ("size", "x", "y")
 AZIMUTH_BINS = 8
 
 
+def _norm(channels: int, rngs: nnx.Rngs) -> GroupNorm:
+  return GroupNorm(channels, groups=8, epsilon=1e-6, dtype=None, param_dtype=jnp.float32, rngs=rngs)
+
+
 class ResBlock(nnx.Module):
   """Pre-activation residual block; `stride` 2 halves the picture."""
 
   def __init__(self, channels_in: int, channels: int, stride: int, *, rngs: nnx.Rngs):
     conv = functools.partial(nnx.Conv, kernel_size=(3, 3), rngs=rngs)
-    self.norm1 = nnx.GroupNorm(channels_in, num_groups=8, rngs=rngs)
+    self.norm1 = _norm(channels_in, rngs)
     self.conv1 = conv(channels_in, channels, strides=stride)
-    self.norm2 = nnx.GroupNorm(channels, num_groups=8, rngs=rngs)
+    self.norm2 = _norm(channels, rngs)
     self.conv2 = conv(channels, channels)
     self.skip = nnx.Conv(channels_in, channels, (1, 1), strides=stride, rngs=rngs)
 
@@ -57,7 +62,7 @@ class FactorJudge(nnx.Module):
     shapes = [(width, width, 1), (width, 2 * width, 2), (2 * width, 2 * width, 1),
               (2 * width, 4 * width, 2), (4 * width, 4 * width, 1)]
     self.blocks = nnx.List([ResBlock(*shape, rngs=rngs) for shape in shapes])
-    self.norm = nnx.GroupNorm(4 * width, num_groups=8, rngs=rngs)
+    self.norm = _norm(4 * width, rngs)
     # 8x8 places matter for size and place, so they are kept, in few channels.
     self.reduce = nnx.Conv(4 * width, 8, (1, 1), rngs=rngs)
     self.hidden = nnx.Linear(8 * 4 * width + 8 * 64, 256, rngs=rngs)

@@ -43,7 +43,7 @@ class Subjects3d(tfds.core.GeneratorBasedBuilder):
   name = "subjects3d"
   # TFDS 4.9.10 would look it up by importlib_resources, on which it does not depend.
   code_path = epath.Path(__file__)
-  VERSION = tfds.core.Version("1.1.0")
+  VERSION = tfds.core.Version(factors_lib.VERSION)
   RELEASE_NOTES = {
     "1.1.0": "Patterns cover a third of the main part.",
     "1.0.0": "First version.",

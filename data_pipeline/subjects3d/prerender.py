@@ -39,10 +39,12 @@ def prerender(
 ) -> Pictures:
   """Renders `count` pictures of random subjects of `split` into `folder`, or opens those there.
 
-  The folder remembers the arguments; a folder made with other ones is rendered again.
+  The folder remembers the arguments and the world's version; one made with others is rendered
+  again.
   """
   folder = Path(folder)
-  recipe = dict(count=count, seed=seed, split=split, calm_share=calm_share, resolution=resolution)
+  recipe = dict(count=count, seed=seed, split=split, calm_share=calm_share, resolution=resolution,
+                world=factors_lib.VERSION)
   recipe_file = folder / "recipe.json"
   if not (recipe_file.exists() and json.loads(recipe_file.read_text()) == recipe):
     folder.mkdir(parents=True, exist_ok=True)
