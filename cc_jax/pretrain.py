@@ -162,11 +162,12 @@ def train_vae(config, workdir: Path, pictures: Pictures, mesh) -> None:
   vae = make_vae(config)
   if config.init_from:
     vae = hub.load_base(config.init_from).vae
-  graph, params = nnx.split(vae)
+  # A changed encoder would make every latent that the UNet has learned from another one.
+  fixed = ("encoder", "quant_conv") if c.freeze_encoder else ()
+  graph, frozen, params = nnx.split(vae, lambda path, _: path[0] in fixed, ...)
 
   def loss_fn(params, frozen, batch, key):
-    del frozen
-    vae = nnx.merge(graph, params)
+    vae = nnx.merge(graph, frozen, params)
     x = to_unit(batch["images"])
     mean, logvar = vae.encode(x)
     z = mean + jnp.exp(0.5 * logvar) * jax.random.normal(key, mean.shape)
@@ -183,9 +184,11 @@ def train_vae(config, workdir: Path, pictures: Pictures, mesh) -> None:
     flip = rng.random(len(images)) < 0.5
     return dict(images=np.where(flip[:, None, None, None], images[:, :, ::-1], images))
 
-  params = fitting.fit("vae", loss_fn, params, {}, batch_fn, c.train, workdir, config.seed, mesh)
-  vae = nnx.merge(graph, params)
-  whiten(vae, pictures.images[:: max(1, len(pictures.images) // 2000)])
+  params = fitting.fit(
+      "vae", loss_fn, params, frozen, batch_fn, c.train, workdir, config.seed, mesh)
+  vae = nnx.merge(graph, frozen, params)
+  if not fixed:
+    whiten(vae, pictures.images[:: max(1, len(pictures.images) // 2000)])
   hub.save_module(vae, workdir / "base" / "vae")
 
 
@@ -233,7 +236,9 @@ def train_clip(config, workdir: Path, pictures: Pictures, mesh) -> None:
   if config.init_from:
     base = hub.load_base(config.init_from)
     towers = nnx.Dict(text=base.text_encoders[0], vision=base.image_encoder)
-  graph, params = nnx.split(towers)
+  # A changed text encoder would speak to the UNet in other words.
+  fixed = ("text",) if c.freeze_text else ()
+  graph, frozen, params = nnx.split(towers, lambda path, _: path[0] in fixed, ...)
   params = dict(towers=params, log_scale=jnp.log(10.0))
   plain = captioned(tokenizer, pictures, config.world.captions, config.seed, MENTIONS)
   everything = {part: 0.9 for part in MENTIONS}
@@ -243,8 +248,8 @@ def train_clip(config, workdir: Path, pictures: Pictures, mesh) -> None:
                     everything | dict(scene=0.0, size=0.0))
 
   def loss_fn(params, frozen, batch, key):
-    del frozen, key
-    towers = nnx.merge(graph, params["towers"])
+    del key
+    towers = nnx.merge(graph, frozen, params["towers"])
     text = towers.text(batch["ids"]).pooled
     pixels = hub.clip_pixels(batch["images"].astype(jnp.float32) / 255, processor)
     image = towers.vision(pixels).image_embeds
@@ -264,8 +269,9 @@ def train_clip(config, workdir: Path, pictures: Pictures, mesh) -> None:
     ids = np.where(cut[:, None], white[phrasing, index], plain[phrasing, index])
     return dict(images=images, ids=ids)
 
-  params = fitting.fit("clip", loss_fn, params, {}, batch_fn, c.train, workdir, config.seed, mesh)
-  towers = nnx.merge(graph, params["towers"])
+  params = fitting.fit(
+      "clip", loss_fn, params, frozen, batch_fn, c.train, workdir, config.seed, mesh)
+  towers = nnx.merge(graph, frozen, params["towers"])
   hub.save_module(towers.text, workdir / "base" / "text_encoder")
   hub.save_module(towers.vision, workdir / "base" / "image_encoder")
 

@@ -30,6 +30,7 @@ def get_config() -> ml_collections.ConfigDict:
       mid_block_add_attention=False, scaling_factor=1.0, act_fn="silu"))
   c.vae.train = _train(steps=1400, batch=32, learning_rate=2e-3)
   c.vae.kl = 1e-5
+  c.vae.freeze_encoder = False  # with init_from: train the decoder alone; the latents stay
 
   c.clip = ml_collections.ConfigDict()
   c.clip.text = ml_collections.ConfigDict(dict(
@@ -39,6 +40,7 @@ def get_config() -> ml_collections.ConfigDict:
       hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4,
       hidden_act="gelu", projection_dim=128, image_size=64, patch_size=8))
   c.clip.white_share = 0.5  # pictures cut out on white: what the adapter will show the encoder
+  c.clip.freeze_text = False  # with init_from: train the image encoder alone
   c.clip.train = _train(steps=700, batch=192, learning_rate=1.5e-3)
 
   c.unet = ml_collections.ConfigDict()

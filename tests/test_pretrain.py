@@ -1,6 +1,7 @@
 """Pretraining: the loop that goes on where it stopped, whitening, captions."""
 
 import json
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from flax import nnx
 from cc_jax import fitting, pretrain, sharding
 from cc_jax.errors import UserError
 from cc_jax.models.vae import AutoencoderKL, AutoencoderKLConfig
+from configs import subjects3d_base
 from data_pipeline.subjects3d import factors as world
 
 
@@ -118,3 +120,23 @@ def test_on_white_keeps_the_subject_only():
   masks = np.array([[[0, 255], [0, 51]]], np.uint8)
   cut = pretrain.on_white(images, masks)
   assert cut[0, :, :, 0].tolist() == [[255, 100], [255, 224]]
+
+
+def test_a_frozen_encoder_keeps_its_latents_while_the_decoder_learns(tmp_path, mesh, monkeypatch):
+  config = subjects3d_base.get_config()
+  config.vae.freeze_encoder, config.init_from = True, "somewhere"
+  config.vae.model.update(block_out_channels=(4, 8), norm_num_groups=2, latent_channels=2,
+                          down_block_types=("DownEncoderBlock2D",) * 2,
+                          up_block_types=("UpDecoderBlock2D",) * 2)
+  config.vae.train.update(steps=2, batch=2, warmup=0)
+  before = pretrain.make_vae(config)
+  monkeypatch.setattr(pretrain.hub, "load_base", lambda _: SimpleNamespace(vae=before))
+  images = np.random.default_rng(0).integers(0, 256, (4, 16, 16, 3), dtype=np.uint8)
+  pictures = SimpleNamespace(images=images)
+  x = pretrain.to_unit(jnp.asarray(images))
+  latents = before.encode(x)[0]
+  decoded = before.decode(latents)  # now: the training gives up the arrays
+  pretrain.train_vae(config, tmp_path, pictures, mesh)
+  after = pretrain.hub.load_module(tmp_path / "base" / "vae", AutoencoderKL)
+  np.testing.assert_allclose(after.encode(x)[0], latents, rtol=1e-5, atol=1e-6)
+  assert np.abs(after.decode(latents) - decoded).max() > 1e-3
