@@ -34,6 +34,7 @@ from cc_jax.models.clip_pixels import (
 )
 from cc_jax.models.clip_text import CLIPTextConfig, CLIPTextModel
 from cc_jax.models.clip_vision import CLIPVisionConfig, CLIPVisionModel
+from cc_jax.models.dino import Dino, DinoConfig
 from cc_jax.models.keys import Keys
 from cc_jax.models.tokenizer import load_tokenizer, save_tokenizer
 from cc_jax.models.unet import UNet2DCondition
@@ -57,6 +58,7 @@ _NETWORKS = {
   CLIPVisionModel: (
     CLIPVisionConfig, "model", ("CLIPVisionModel", "CLIPVisionModelWithProjection"),
   ),
+  Dino: (DinoConfig, "model", ("ViTModel", "Dinov2Model")),
 }  # fmt: skip
 _COMPONENTS = {
   "unet": UNet2DCondition,
