@@ -55,7 +55,8 @@ def run(config: ml_collections.ConfigDict, workdir: Path) -> None:
   mesh = sharding.make_mesh(config.mesh, _common_batch(config))
   pictures = prerender(
       workdir / "world", world.images, seed=config.seed, split=world.split,
-      calm_share=world.calm_share, processes=world.processes or None)
+      calm_share=world.calm_share, plain_share=world.plain_share,
+      processes=world.processes or None)
   for stage in config.stages:
     done = workdir / f"{stage}.done"
     if done.exists():
@@ -292,6 +293,7 @@ def train_unet(config, workdir: Path, pictures: Pictures, mesh) -> None:
   latents = encode_all(vae, pictures, workdir / "latents.npy", mesh)
   n, side = latents.shape[:2]
   masks = np.asarray(pictures.masks).reshape(n, side, -1, side, 64 // side).mean((2, 4)) / 255
+  masks = widened(masks).astype(np.float16)
   ids = captioned(tokenizer, pictures, config.world.captions, config.seed + 2, MENTIONS)
   empty = tokenize(tokenizer, [""])[0]
   calm, wide = np.flatnonzero(pictures.calm), np.flatnonzero(~pictures.calm)
@@ -342,6 +344,13 @@ def encode_all(vae: AutoencoderKL, pictures: Pictures, file: Path, mesh) -> np.n
     encode = fitting.batched(encode, params, mesh, size=200, label="latents")
     np.save(file, encode(pictures.images).astype(np.float16))
   return np.load(file)
+
+
+def widened(masks: np.ndarray) -> np.ndarray:
+  """Masks [n, h, w] grown by one place to all sides: a shape is where it ends, too."""
+  h, w = masks.shape[1:]
+  padded = np.pad(masks, ((0, 0), (1, 1), (1, 1)))
+  return np.max([padded[:, i : i + h, j : j + w] for i in range(3) for j in range(3)], axis=0)
 
 
 def word_gaps(config, tokenizer, pictures, latents, schedule, predict) -> Callable:

@@ -6,6 +6,7 @@ the placement of a jitted function's arguments and inserts the collectives.
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -35,10 +36,27 @@ def set_cpu_devices(mesh: ml_collections.ConfigDict, batch_size: int) -> None:
   patience = "--xla_cpu_collective_call_terminate_timeout_seconds"
   if patience not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {patience}=3600".strip()
+  keep_freed_memory()
   try:
     jax.config.update("jax_num_cpu_devices", count)
   except RuntimeError:
     pass  # jax already runs (a notebook, a test): make_mesh takes the devices that there are
+
+
+def keep_freed_memory() -> None:
+  """Tells glibc to keep freed memory for the next step instead of handing it to the kernel.
+
+  By default every large buffer of a CPU program is mapped anew each step, and the kernel zeroes its
+  pages one fault at a time: a fifth of the time of a small training. No effect elsewhere.
+  """
+  try:
+    mallopt = ctypes.CDLL("libc.so.6").mallopt
+  except (OSError, AttributeError):
+    return
+  mallopt(-4, 0)  # M_MMAP_MAX: no mappings of single buffers
+  mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD, bytes at the heap's end before it shrinks
+  mallopt(-2, 2**26)  # M_TOP_PAD: grow by 64 MiB at a time
+  mallopt(-8, 1)  # M_ARENA_MAX: other arenas fall back on mappings for all that is large
 
 
 def make_mesh(mesh: ml_collections.ConfigDict, batch_size: int) -> Mesh:

@@ -11,8 +11,9 @@ def get_config() -> ml_collections.ConfigDict:
   c.init_from = ""  # a base folder whose weights the training goes on from; '' = random
 
   c.world = ml_collections.ConfigDict()  # what is rendered before the training starts
-  c.world.images = 40_000
-  c.world.calm_share = 0.35  # share with narrow irrelevant factors: the easy lessons
+  c.world.images = 60_000
+  c.world.calm_share = 0.5  # share with narrow irrelevant factors: the easy lessons
+  c.world.plain_share = 0.5  # share that loses its pattern: shapes are seen better
   c.world.split = "train"
   c.world.captions = 4  # phrasings per image
   c.world.processes = 0  # 0 = one per core
@@ -58,9 +59,9 @@ def get_config() -> ml_collections.ConfigDict:
       solver_order=2, steps_offset=1, clip_sample=False))
   c.unet.train = _train(steps=12_000, batch=48, learning_rate=1.1e-3, ema=0.998)
   c.unet.noise_shift = 2.0  # u -> s u / (1 + (s - 1) u): more of the noisy times
-  c.unet.mask_weight = 2.0  # loss weight 1 + mask_weight * subject mask
+  c.unet.mask_weight = 6.0  # loss weight 1 + mask_weight * subject mask, grown by one latent
   c.unet.drop_caption = 0.1
-  c.unet.calm_until = 0.5  # share of the steps over which calm pictures are favoured
+  c.unet.calm_until = 0.3  # share of the steps over which calm pictures are favoured
 
   c.mesh = ml_collections.ConfigDict()
   c.mesh.data = -1

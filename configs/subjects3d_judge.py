@@ -12,6 +12,7 @@ def get_config() -> ml_collections.ConfigDict:
   c.world = ml_collections.ConfigDict()
   c.world.images = 110_000
   c.world.calm_share = 0.1
+  c.world.plain_share = 0.0
   c.world.split = "train"
   c.world.processes = 0  # 0 = one per core
 

@@ -15,6 +15,7 @@ from cc_jax.errors import UserError
 from cc_jax.models.vae import AutoencoderKL, AutoencoderKLConfig
 from configs import subjects3d_base
 from data_pipeline.subjects3d import factors as world
+from data_pipeline.subjects3d import prerender
 
 
 def settings(steps: int) -> ml_collections.ConfigDict:
@@ -140,3 +141,17 @@ def test_a_frozen_encoder_keeps_its_latents_while_the_decoder_learns(tmp_path, m
   after = pretrain.hub.load_module(tmp_path / "base" / "vae", AutoencoderKL)
   np.testing.assert_allclose(after.encode(x)[0], latents, rtol=1e-5, atol=1e-6)
   assert np.abs(after.decode(latents) - decoded).max() > 1e-3
+
+
+def test_a_mask_grows_by_one_place_to_all_sides():
+  mask = np.zeros((1, 5, 5))
+  mask[0, 0, 1] = 0.5
+  expected = np.zeros((5, 5))
+  expected[:2, :3] = 0.5
+  np.testing.assert_array_equal(pretrain.widened(mask)[0], expected)
+
+
+def test_a_share_of_the_pictures_loses_its_pattern():
+  plain = [np.mean(prerender.sample(np.random.default_rng(0), 4000, "train", 1000, share).pattern
+                   == world.PATTERNS.index("plain")) for share in (0.0, 0.5, 1.0)]
+  np.testing.assert_allclose(plain, [0.2, 0.6, 1.0], atol=0.03)

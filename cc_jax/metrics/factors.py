@@ -165,9 +165,20 @@ def load_judge(file: Path = SHIPPED) -> tuple[FactorJudge, dict[str, float]]:
   return nnx.merge(graph, state), json.loads(metadata["accuracy"])
 
 
+def read_both_ways(judge: FactorJudge, x: Float[Array, "b 64 64 3"]) -> dict[str, Array]:
+  """The mean of what the judge says of a picture and of its mirror image, the latter turned back.
+
+  A mirrored subject is the same subject in the mirrored pose: azimuth and x change their signs.
+  """
+  plain, mirrored = judge(x), judge(x[:, :, ::-1])
+  mirrored["azimuth"] = mirrored["azimuth"] * jnp.asarray([1.0, -1.0])  # (cos, sin)
+  mirrored["x"] = -mirrored["x"]
+  return {name: (plain[name] + mirrored[name]) / 2 for name in plain}
+
+
 @functools.cache
 def _reader(graph):
-  return jax.jit(lambda state, x: nnx.merge(graph, state)(x))
+  return jax.jit(lambda state, x: read_both_ways(nnx.merge(graph, state), x))
 
 
 def read(judge: FactorJudge, images: np.ndarray, *, batch: int = 64) -> dict[str, np.ndarray]:

@@ -34,6 +34,7 @@ def prerender(
   seed: int,
   split: str = "train",
   calm_share: float = 0.0,
+  plain_share: float = 0.0,
   processes: int | None = None,
   resolution: int = 64,
 ) -> Pictures:
@@ -43,15 +44,15 @@ def prerender(
   again.
   """
   folder = Path(folder)
-  recipe = dict(count=count, seed=seed, split=split, calm_share=calm_share, resolution=resolution,
-                world=factors_lib.VERSION)
+  recipe = dict(count=count, seed=seed, split=split, calm_share=calm_share,
+                plain_share=plain_share, resolution=resolution, world=factors_lib.VERSION)
   recipe_file = folder / "recipe.json"
   if not (recipe_file.exists() and json.loads(recipe_file.read_text()) == recipe):
     folder.mkdir(parents=True, exist_ok=True)
     recipe_file.unlink(missing_ok=True)
     rng = np.random.Generator(np.random.Philox(key=[seed, 0x5EED]))
     calm_count = round(count * calm_share)
-    factors = sample(rng, count, split, calm_count)
+    factors = sample(rng, count, split, calm_count, plain_share)
     rendered = renderer.render_many(factors, processes=processes, resolution=resolution)
     np.save(folder / "images.npy", rendered.image)
     np.save(folder / "masks.npy", rendered.mask)
@@ -70,13 +71,20 @@ def prerender(
 
 
 def sample(
-  rng: np.random.Generator, count: int, split: str, calm_count: int
+  rng: np.random.Generator, count: int, split: str, calm_count: int, plain_share: float
 ) -> factors_lib.Factors:
-  """Factors of `count` pictures of random subjects, the first `calm_count` with calm ranges."""
+  """Factors of `count` pictures of random subjects, the first `calm_count` with calm ranges.
+
+  A share of them loses the pattern, besides the fifth of all subjects that have none.
+  """
   table = factors_lib.subjects(split)
   parts = []
   for n, ranges in ((calm_count, "calm"), (count - calm_count, "world")):
     chosen = rng.integers(0, len(table.subject_id), n)
     subjects = type(table)(*(column[chosen] for column in table))
     parts.append(factors_lib.sample_factors(rng, subjects, ranges=ranges))
-  return factors_lib.Factors(*(np.concatenate(columns) for columns in zip(*parts)))
+  factors = factors_lib.concatenate(parts)
+  plain = rng.random(count) < plain_share
+  return factors._replace(
+    pattern=np.where(plain, factors_lib.PATTERNS.index("plain"), factors.pattern).astype(np.int32)
+  )
