@@ -71,8 +71,8 @@ def assert_same(ours_fn, module, inputs, theirs_fn, torch_model) -> None:
   for index, (grad, tensor) in enumerate(zip(input_grads, tensors, strict=True)):
     assert relative_error(grad, tensor.grad) < TOLERANCE, f"gradient of input {index}"
 
-  wanted = {name: parameter.grad for name, parameter in torch_model.named_parameters()}
-  grads = {_plain(module, name): grad for name, grad in to_torch(param_grads).items()}
+  wanted = {name: tensor.grad for name, tensor in _named_as_ours(module, torch_model).items()}
+  grads = to_torch(param_grads)
   assert grads.keys() == wanted.keys()
   # The gradient of a key's bias is zero but for rounding; what counts is its size among the rest.
   floor = 1e-3 * max(float(grad.norm()) for grad in wanted.values())
@@ -83,17 +83,16 @@ def assert_same(ours_fn, module, inputs, theirs_fn, torch_model) -> None:
 
 def assert_same_names(cls, config, torch_model_fn) -> None:
   """Names and shapes of our abstract model are those of PyTorch's model on the meta device."""
-  with torch.device("meta"):
-    state = torch_model_fn().state_dict()
-  wanted = {name: tuple(tensor.shape) for name, tensor in state.items()}
   module = abstract(cls, config)
-  ours = torch_shapes(nnx.state(module, nnx.Param))
-  assert {_plain(module, name): shape for name, shape in ours.items()} == wanted
+  with torch.device("meta"):
+    theirs = _named_as_ours(module, torch_model_fn())
+  wanted = {name: tuple(tensor.shape) for name, tensor in theirs.items()}
+  assert torch_shapes(nnx.state(module, nnx.Param)) == wanted
 
 
-def _plain(module, name: str) -> str:
-  """transformers 5 has no `text_model.` in front of a tower without projection; the hub has."""
-  config = module.config
-  if hasattr(config, "with_projection") and not config.with_projection:
-    return name.removeprefix("text_model.").removeprefix("vision_model.")
-  return name
+def _named_as_ours(module, torch_model) -> dict[str, torch.nn.Parameter]:
+  """Inside transformers 5 some parameters are called otherwise than in the hub's files."""
+  hub_name = getattr(type(module), "hub_name", lambda name: name)
+  named = {hub_name(name): tensor for name, tensor in torch_model.named_parameters()}
+  named.pop(None, None)
+  return named

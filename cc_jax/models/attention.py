@@ -8,16 +8,26 @@ signature of `Attention` can stand there.
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from cc_jax.models.layers import GroupNorm, Identity, LayerNorm, conv1x1
 
 _TRANSFORMER_GROUP_NORM_EPSILON = 1e-6  # unlike the 1e-5 of the resnets around it
+
+
+class Masked(NamedTuple):
+  """A context of which `Attention` is to ignore some tokens, such as padding.
+
+  diffusers: `encoder_attention_mask`.
+  """
+
+  context: Float[Array, "b t d"]
+  mask: Bool[Array, "b t"]  # True where a token counts; at least one of each row
 
 
 def multi_head_attention(
@@ -26,15 +36,19 @@ def multi_head_attention(
   value: Float[Array, "b t c"],
   *,
   heads: int,
+  mask: Bool[Array, "b t"] | None = None,
   implementation: str = "xla",
 ) -> Float[Array, "b s c"]:
   """softmax(q kᵀ / √d) v for each head, heads merged again; softmax in float32.
 
   Scores accumulate in float32 whatever the inputs are, which is what `upcast_attention` asks of
-  PyTorch. `implementation`: 'xla', or 'cudnn' (half precision on an NVIDIA GPU).
+  PyTorch. `mask` says which keys count. `implementation`: 'xla', or 'cudnn' (half precision on an
+  NVIDIA GPU).
   """
   by_head = (x.reshape(*x.shape[:-1], heads, -1) for x in (query, key, value))
-  return jax.nn.dot_product_attention(*by_head, implementation=implementation).reshape(query.shape)
+  mask = None if mask is None else mask.astype(bool)[:, None, None, :]
+  out = jax.nn.dot_product_attention(*by_head, mask=mask, implementation=implementation)
+  return out.reshape(query.shape)
 
 
 class Attention(nnx.Module):
@@ -68,14 +82,15 @@ class Attention(nnx.Module):
   def __call__(
     self,
     hidden: Float[Array, "b s c"],
-    context: Float[Array, "b t d"] | None = None,
+    context: Float[Array, "b t d"] | Masked | None = None,
     temb: Float[Array, "b e"] | None = None,
     hw: tuple[int, int] | None = None,
   ) -> Float[Array, "b s c"]:
     """`temb` and `hw` are for modules that take this one's place; plain attention needs neither."""
     del temb, hw
+    context, mask = context if isinstance(context, Masked) else (context, None)
     context = hidden if context is None else context
-    merged = self.attend(self.to_q(hidden), self.to_k(context), self.to_v(context))
+    merged = self.attend(self.to_q(hidden), self.to_k(context), self.to_v(context), mask)
     return self.to_out[0](merged)
 
   def attend(
@@ -83,10 +98,11 @@ class Attention(nnx.Module):
     query: Float[Array, "b s c"],
     key: Float[Array, "b t c"],
     value: Float[Array, "b t c"],
+    mask: Bool[Array, "b t"] | None = None,
   ) -> Float[Array, "b s c"]:
     """Attention proper on projected inputs; the result has not gone through `to_out`."""
     return multi_head_attention(
-      query, key, value, heads=self.heads, implementation=self.implementation
+      query, key, value, heads=self.heads, mask=mask, implementation=self.implementation
     )
 
 

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import jax
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from cc_jax.errors import UserError
 
@@ -43,25 +43,32 @@ def config_from_dict(
   names = values.get("architectures") or [next(iter(architectures))]
   if len(names) != 1 or names[0] not in architectures:
     raise UserError(f"CLIP config: architectures is {names}; we implement {list(architectures)}")
-  taken: dict[str, Any] = {"with_projection": architectures[names[0]]}
+  values = {**values, "with_projection": architectures[names[0]]}
+  return checked_config(cls, values, what="CLIP config")
+
+
+def checked_config(cls: type[_Config], values: Mapping[str, Any], *, what: str) -> _Config:
+  """Builds the dataclass of a transformer from those of `values` that it has fields for.
+
+  Raises:
+    UserError: a value has the wrong type, or the transformer cannot be built; `what` begins it.
+  """
+  taken: dict[str, Any] = {}
   for field in dataclasses.fields(cls):
     if field.name not in values or values[field.name] is None:
       continue
-    value, default = values[field.name], field.default
-    number = isinstance(value, int) or (isinstance(value, float) and isinstance(default, float))
-    good = isinstance(value, str) if isinstance(default, str) else number
-    if not good or isinstance(value, bool):
-      kind = type(default).__name__
-      raise UserError(f"CLIP config: {field.name} is {value!r}, but must be of type {kind}")
+    value, kind = values[field.name], type(field.default)
+    if type(value) is not kind and not (kind is float and type(value) is int):
+      raise UserError(f"{what}: {field.name} is {value!r}, but must be of type {kind.__name__}")
     taken[field.name] = value
   config = cls(**taken)
   if config.hidden_act not in ACTIVATIONS:
     raise UserError(
-      f"CLIP config: hidden_act {config.hidden_act!r} is unknown; we have {list(ACTIVATIONS)}"
+      f"{what}: hidden_act {config.hidden_act!r} is unknown; we have {list(ACTIVATIONS)}"
     )
   if config.hidden_size % config.num_attention_heads:
     raise UserError(
-      f"CLIP config: hidden_size {config.hidden_size} is no multiple of num_attention_heads "
+      f"{what}: hidden_size {config.hidden_size} is no multiple of num_attention_heads "
       f"{config.num_attention_heads}"
     )
   return config
@@ -87,10 +94,13 @@ class CLIPAttention(nnx.Module):
     self.q_proj = nnx.Linear(width, width, **kwargs)
     self.out_proj = nnx.Linear(width, width, **kwargs)
 
-  def __call__(self, x: Float[Array, "b s d"], *, causal: bool) -> Float[Array, "b s d"]:
+  def __call__(
+    self, x: Float[Array, "b s d"], *, causal: bool, mask: Bool[Array, "b s"] | None
+  ) -> Float[Array, "b s d"]:
     split = (*x.shape[:2], self.heads, x.shape[2] // self.heads)
     q, k, v = (proj(x).reshape(split) for proj in (self.q_proj, self.k_proj, self.v_proj))
-    out = jax.nn.dot_product_attention(q, k, v, is_causal=causal)
+    mask = None if mask is None else mask.astype(bool)[:, None, None, :]
+    out = jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=causal)
     return self.out_proj(out.reshape(x.shape))
 
 
@@ -117,8 +127,8 @@ class CLIPEncoderLayer(nnx.Module):
     self.mlp = CLIPMLP(width, config.intermediate_size, config.hidden_act, **kwargs)
     self.layer_norm2 = layer_norm(width, config.layer_norm_eps, **kwargs)
 
-  def __call__(self, x: Float[Array, "b s d"], *, causal: bool) -> Float[Array, "b s d"]:
-    x = x + self.self_attn(self.layer_norm1(x), causal=causal)
+  def __call__(self, x: Float[Array, "b s d"], **attention) -> Float[Array, "b s d"]:
+    x = x + self.self_attn(self.layer_norm1(x), **attention)
     return x + self.mlp(self.layer_norm2(x))
 
 
@@ -132,11 +142,16 @@ class CLIPEncoder(nnx.Module):
     ])
 
   def __call__(
-    self, x: Float[Array, "b s d"], *, causal: bool
+    self,
+    x: Float[Array, "b s d"],
+    *,
+    causal: bool = False,
+    mask: Bool[Array, "b s"] | None = None,
   ) -> tuple[Float[Array, "b s d"], ...]:
+    """`causal`: a token sees none after it. `mask`: which tokens may be seen at all."""
     states = [x]
     for layer in self.layers:
-      states.append(layer(states[-1], causal=causal))
+      states.append(layer(states[-1], causal=causal, mask=mask))
     return tuple(states)
 
 

@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
+from cc_jax.errors import UserError
 from cc_jax.models.clip_layers import (
   CLIPEncoder,
   config_from_dict,
@@ -85,7 +86,7 @@ class CLIPTextTransformer(nnx.Module):
 
 
 class CLIPTextModel(nnx.Module):
-  """The text encoder of Stable Diffusion; causal attention, no padding mask (as in diffusers)."""
+  """The text encoder of Stable Diffusion; causal attention, padding counts unless masked."""
 
   def __init__(
     self, config: CLIPTextConfig, *, dtype=jnp.float32, param_dtype=jnp.float32, rngs: nnx.Rngs
@@ -109,6 +110,7 @@ class CLIPTextModel(nnx.Module):
     inputs_embeds: Float[Array, "b t d"] | None = None,
     *,
     pool_ids: Int[Array, "b t"] | None = None,
+    attention_mask: Bool[Array, "b t"] | Int[Array, "b t"] | None = None,
   ) -> CLIPTextOutput:
     """Encodes token ids, or embeddings to which positions have not been added yet.
 
@@ -116,6 +118,7 @@ class CLIPTextModel(nnx.Module):
       input_ids: padded to any length up to max_position_embeddings.
       inputs_embeds: instead of ids; `pool_ids` must then say which position is EOS.
       pool_ids: the ids in which EOS is looked for; default `input_ids`.
+      attention_mask: which tokens count; Stable Diffusion uses none.
     """
     if (input_ids is None) == (inputs_embeds is None):
       raise ValueError("give either input_ids or inputs_embeds")
@@ -125,12 +128,35 @@ class CLIPTextModel(nnx.Module):
     if inputs_embeds is None:
       inputs_embeds = self.token_embedding(input_ids)
     x = self.text_model.embeddings(jnp.asarray(inputs_embeds, self.dtype))
-    states = self.text_model.encoder(x, causal=True)
+    states = self.text_model.encoder(x, causal=True, mask=attention_mask)
     last = self.text_model.final_layer_norm(states[-1])
     pooled = jnp.take_along_axis(last, self.pool_position(pool_ids)[:, None, None], axis=1)[:, 0]
     if self.config.with_projection:
       pooled = self.text_projection(pooled)
     return CLIPTextOutput(last, pooled, states)
+
+  def context(
+    self, output: CLIPTextOutput, *, penultimate: bool = False, clip_skip: int = 0
+  ) -> Float[Array, "b t d"]:
+    """The text as cross-attention sees it (diffusers: `encode_prompt` of the two pipelines).
+
+    Args:
+      output: of this model.
+      penultimate: SDXL's way, the input of the last layer, without the final norm. Otherwise the
+        last layer's output, with it.
+      clip_skip: how many more layers to leave out at the end.
+
+    Raises:
+      UserError: there are not so many layers.
+    """
+    layers = len(output.hidden_states) - 1
+    if not 0 <= clip_skip <= layers - penultimate:
+      raise UserError(
+        f"clip_skip is {clip_skip} and the text encoder has {layers} layers; use 0 to "
+        f"{layers - penultimate}"
+      )
+    state = output.hidden_states[-1 - penultimate - clip_skip]
+    return state if penultimate else self.text_model.final_layer_norm(state)
 
   @staticmethod
   def hub_name(name: str) -> str | None:

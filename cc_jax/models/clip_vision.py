@@ -118,7 +118,7 @@ class CLIPVisionModel(nnx.Module):
     if pixel_values.shape[1:3] != (size, size):
       raise ValueError(f"pixels {pixel_values.shape}, but the image encoder takes {size}x{size}")
     tower = self.vision_model
-    states = tower.encoder(tower.pre_layrnorm(tower.embeddings(pixel_values)), causal=False)
+    states = tower.encoder(tower.pre_layrnorm(tower.embeddings(pixel_values)))
     pooled = tower.post_layernorm(states[-1][:, 0])
     embeds = self.visual_projection(pooled) if self.config.with_projection else None
     return CLIPVisionOutput(states[-1], states, pooled, embeds)
