@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
@@ -44,7 +45,7 @@ class AutoencoderKLConfig:
   sample_size: int = 32
   scaling_factor: float = 0.18215  # latents * scaling_factor is what the UNet sees
   shift_factor: float | None = None  # subtracted before the scaling, if set
-  force_upcast: bool = True  # float16 overflows in this VAE: decode in float32
+  force_upcast: bool = True  # float16 overflows in this VAE: it then computes in float32
   use_quant_conv: bool = True
   use_post_quant_conv: bool = True
   mid_block_add_attention: bool = True
@@ -214,6 +215,14 @@ class AutoencoderKL(nnx.Module):
   def __init__(
     self, config: AutoencoderKLConfig, *, dtype=jnp.float32, param_dtype=jnp.float32, rngs: nnx.Rngs
   ):
+    """Parameters are kept in `param_dtype`; the network computes, and answers, in `dtype`.
+
+    SDXL's activations pass float16's 65504. A config with `force_upcast` (also one that says
+    nothing, as in diffusers) therefore computes in float32 where float16 is asked for, in both
+    directions like diffusers' StableDiffusionXLImg2ImgPipeline. bfloat16 has float32's range.
+    """
+    if config.force_upcast and jnp.dtype(dtype) == jnp.float16:
+      dtype = jnp.float32
     kw = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
     self.config = config
     self.encoder = Encoder(config, **kw)
@@ -246,6 +255,13 @@ class AutoencoderKL(nnx.Module):
     if ".attentions." in name and module in _OLD_ATTENTION:
       return f"{path}.{_OLD_ATTENTION[module]}.{kind}"
     return name
+
+  @staticmethod
+  def hub_tensor(name: str, tensor: np.ndarray) -> np.ndarray:
+    """The attention's matrices without the window of one pixel that old files gave them."""
+    if ".attentions." in name and tensor.ndim > 2 and set(tensor.shape[2:]) == {1}:
+      return tensor.reshape(tensor.shape[:2])
+    return tensor
 
 
 def _resnet(c_in: int, c_out: int, config: AutoencoderKLConfig, **kw) -> ResnetBlock2D:

@@ -1,8 +1,8 @@
-"""One network and its safetensors file: reading and writing, strict in both directions.
+"""One network and its tensors in safetensors files: reading and writing, strict in both directions.
 
-Every tensor of the file must be used and every parameter found, with equal shapes; pickles are
-refused. Tensors are read one by one, straight into the wanted dtype, so loading needs little memory
-beyond the network itself.
+Every tensor must be used and every parameter found, with equal shapes; pickles are refused. Tensors
+are read one by one, straight into the wanted dtype and onto their devices, so loading needs little
+memory beyond the network itself.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors
@@ -25,35 +26,54 @@ from cc_jax.errors import UserError
 from cc_jax.models.torch_names import from_torch, to_torch
 
 Module = TypeVar("Module", bound=nnx.Module)
+Convert = Callable[[np.ndarray], np.ndarray]
+# (dotted path of a parameter, its shape in our layout) -> where it shall lie; None = the default.
+Sharding = Callable[[str, tuple[int, ...]], jax.sharding.Sharding | None]
 
 _STEMS = ("diffusion_pytorch_model", "model")  # diffusers' and transformers' names
 _PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".msgpack")
 
 
 def load_weights(
-  module: Module, path: str | Path, *, digests: dict[str, str] | None = None
+  module: Module,
+  source: str | Path | Mapping[str, np.ndarray],
+  *,
+  digests: dict[str, str] | None = None,
+  change: Callable[[Mapping[str, np.ndarray]], Mapping[str, np.ndarray]] = lambda tensors: tensors,
+  sharding: Sharding | None = None,
+  what: str = "",
 ) -> Module:
-  """Returns `module` with the parameters that are stored at `path`.
+  """Returns `module` with the parameters that are stored at `source`.
 
   Args:
     module: real or abstract (nnx.eval_shape); its parameters' dtypes are the wanted ones. Its class
-      may have a static `hub_name(name) -> str | None` that turns names of other files into ours;
-      None says that a tensor is no parameter.
-    path: a safetensors file, or a folder that holds one under the hub's names, perhaps in shards.
+      may have the static methods `hub_name(name) -> str | None`, which turns names of other files
+      into ours (None says that a tensor is no parameter), and `hub_tensor(name, array)`, which does
+      the same for shapes.
+    source: a safetensors file, a folder that holds one under the hub's names, perhaps in shards, or
+      the tensors themselves under our names in PyTorch's layout, which may be lazy.
     digests: receives, for each of our names, a hash of the tensor's dtype, shape and stored bytes.
+    change: what happens to the tensors after they were hashed (a LoRA is merged).
+    sharding: for each parameter (dotted path as in `nnx.to_flat_state`) where it shall lie.
+    what: names the source in error messages; default its path.
 
   Raises:
     UserError: nothing there, unreadable, a pickle, or other names or shapes than the module's.
   """
-  path = Path(path)
   graph, params, rest = nnx.split(module, nnx.Param, ...)
+
+  def place(path: tuple, array: np.ndarray, variable: nnx.Variable) -> jax.Array:
+    array = array.astype(variable.dtype, copy=False)
+    target = sharding and sharding(".".join(map(str, path)), array.shape)
+    return jnp.asarray(array) if target is None else jax.device_put(array, target)
+
   with contextlib.ExitStack() as stack:
-    tensors = _Tensors(
-      [_open(file, stack) for file in ([path] if path.is_file() else _weight_files(path))],
-      getattr(type(module), "hub_name", lambda name: name),
-      digests,
-    )
-    params = from_torch(tensors, params, what=f"the weights in {path}")
+    tensors = source
+    if not isinstance(source, Mapping):
+      what = what or f"the weights in {source}"
+      tensors = _named_as_ours(open_tensors(source, stack), type(module))
+    tensors = change(tensors if digests is None else _Hashed(tensors, digests))
+    params = from_torch(tensors, params, what=what or "these weights", place=place)
   return nnx.merge(graph, params, rest)
 
 
@@ -99,33 +119,22 @@ def replacing(path: Path) -> Iterator[Path]:
       temporary.unlink(missing_ok=True)
 
 
-class _Tensors(Mapping[str, np.ndarray]):
-  """The tensors of open files under our names, read when asked for."""
+class Tensors(Mapping[str, np.ndarray]):
+  """Tensors of open files, read when asked for and not kept."""
 
-  def __init__(
-    self,
-    files: list[Any],
-    rename: Callable[[str], str | None],
-    digests: dict[str, str] | None,
-  ):
-    self._digests = digests
-    self._where: dict[str, tuple[Any, str]] = {}
-    for file in files:
-      for stored in file.keys():
-        name = rename(stored)
-        if name in self._where:
-          raise UserError(f"the weights have {name} twice, as {self._where[name][1]} and {stored}")
-        if name is not None:
-          self._where[name] = (file, stored)
+  def __init__(self, where: dict[str, tuple[Any, str, Convert | None]], metadata: dict[str, str]):
+    """`where`: name -> (open file, name in that file, what is done to the tensor)."""
+    self._where = where
+    self.metadata = metadata
 
   def __getitem__(self, name: str) -> np.ndarray:
-    file, stored = self._where[name]
-    tensor = file.get_tensor(stored)
-    if self._digests is not None:
-      digest = hashlib.sha256(f"{tensor.dtype} {tensor.shape}\n".encode())
-      digest.update(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8))
-      self._digests[name] = digest.hexdigest()
-    return tensor
+    file, stored, convert = self._where[name]
+    try:
+      tensor = file.get_tensor(stored)
+    except (safetensors.SafetensorError, TypeError, ValueError, AttributeError) as error:
+      reason = _one_line(error)
+      raise UserError(f"{stored} cannot be read ({reason}); convert it to float16") from error
+    return tensor if convert is None else convert(tensor)
 
   def __iter__(self) -> Iterator[str]:
     return iter(self._where)
@@ -133,15 +142,92 @@ class _Tensors(Mapping[str, np.ndarray]):
   def __len__(self) -> int:
     return len(self._where)
 
+  def shapes(self) -> dict[str, tuple[int, ...]]:
+    """What the files' headers say; nothing is read or converted."""
+    return {
+      name: tuple(file.get_slice(stored).get_shape())
+      for name, (file, stored, _) in self._where.items()
+    }
+
+  def select(self, entries: Mapping[str, tuple[str, Convert | None]]) -> Tensors:
+    """Other names for some of these tensors: new name -> (present name, conversion)."""
+    where = {}
+    for name, (present, convert) in entries.items():
+      file, stored, before = self._where[present]
+      assert before is None or convert is None, name
+      where[name] = (file, stored, convert or before)
+    return Tensors(where, self.metadata)
+
+
+def open_tensors(path: str | Path, stack: contextlib.ExitStack) -> Tensors:
+  """The tensors of a safetensors file, or of the files in a folder, under their stored names.
+
+  Raises:
+    UserError: nothing there, unreadable, a pickle, or a name that two files have.
+  """
+  path = Path(path)
+  where: dict[str, tuple[Any, str, None]] = {}
+  metadata: dict[str, str] = {}
+  for name in [path] if path.is_file() else _weight_files(path):
+    file = _open(name, stack)
+    metadata |= file.metadata() or {}
+    for stored in file.keys():  # noqa: SIM118 (no mapping)
+      if stored in where:
+        raise UserError(f"{name} has {stored}, which another file beside it has too; keep one")
+      where[stored] = (file, stored, None)
+  return Tensors(where, metadata)
+
+
+class _Hashed(Mapping[str, np.ndarray]):
+  """The same tensors, noting a hash of each that is read."""
+
+  def __init__(self, tensors: Mapping[str, np.ndarray], digests: dict[str, str]):
+    self._tensors, self._digests = tensors, digests
+
+  def __getitem__(self, name: str) -> np.ndarray:
+    tensor = self._tensors[name]
+    digest = hashlib.sha256(f"{tensor.dtype} {tensor.shape}\n".encode())
+    digest.update(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8))
+    self._digests[name] = digest.hexdigest()
+    return tensor
+
+  def __iter__(self) -> Iterator[str]:
+    return iter(self._tensors)
+
+  def __len__(self) -> int:
+    return len(self._tensors)
+
+
+def _named_as_ours(tensors: Tensors, cls: type[nnx.Module]) -> Tensors:
+  rename = getattr(cls, "hub_name", lambda name: name)
+  reshape = getattr(cls, "hub_tensor", None)
+  entries: dict[str, tuple[str, Convert | None]] = {}
+  for stored in tensors:
+    name = rename(stored)
+    if name in entries:
+      raise UserError(f"the weights have {name} twice, as {entries[name][0]} and {stored}")
+    if name is not None:
+      convert = reshape and (lambda array, name=name: reshape(name, array))
+      entries[name] = (stored, convert)
+  return tensors.select(entries)
+
 
 def _open(file: Path, stack: contextlib.ExitStack) -> Any:
-  if file.suffix in _PICKLES:
-    raise UserError(f"{file} is a pickle, which can run code; convert it to safetensors")
+  refuse_pickle(file)
   try:
     return stack.enter_context(safetensors.safe_open(file, "numpy"))
   except (safetensors.SafetensorError, OSError) as error:
-    reason = " ".join(str(error).split())
+    reason = _one_line(error)
     raise UserError(f"{file} is truncated or not safetensors ({reason}); get it again") from error
+
+
+def refuse_pickle(file: Path) -> None:
+  """Raises UserError, with the way to convert it, for a file in one of PyTorch's own formats."""
+  if file.suffix in _PICKLES:
+    raise UserError(
+      f"{file} is a pickle, which can run code; take its .safetensors version, or convert it where "
+      "PyTorch is: safetensors.torch.save_file(torch.load(old, weights_only=True), new)"
+    )
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -151,14 +237,24 @@ def _weight_files(folder: Path) -> list[Path]:
     for name in (f"{stem}.safetensors", f"{stem}.fp16.safetensors"):
       if (folder / name).is_file():
         return [folder / name]
-    index = folder / f"{stem}.safetensors.index.json"
-    if index.is_file():
-      shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-      for shard in shards:
-        if not (folder / shard).is_file():
-          raise UserError(f"{folder / shard}, named in {index.name}, is missing; get it again")
-      return [folder / shard for shard in shards]
-  pickles = sorted(file for file in folder.iterdir() if file.suffix in _PICKLES)
-  if pickles:
-    raise UserError(f"{pickles[0]} is a pickle, which can run code; convert it to safetensors")
+    for index in (folder / f"{stem}.safetensors.index{v}.json" for v in ("", ".fp16")):
+      if index.is_file():
+        return _shards(index)
+  for file in sorted(folder.iterdir()):
+    refuse_pickle(file)
   raise UserError(f"{folder / _STEMS[0]}.safetensors (or {_STEMS[1]}.safetensors) is missing")
+
+
+def _shards(index: Path) -> list[Path]:
+  try:
+    names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+  except (ValueError, KeyError, AttributeError) as error:
+    raise UserError(f"{index} is no index of weight files; get it again") from error
+  for name in names:
+    if not (index.parent / name).is_file():
+      raise UserError(f"{index.parent / name}, named in {index.name}, is missing; get it again")
+  return [index.parent / name for name in names]
+
+
+def _one_line(error: Exception) -> str:
+  return " ".join(str(error).split())
