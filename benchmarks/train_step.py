@@ -4,6 +4,11 @@
 
 The batch is noise in the loader's shapes: a step's time does not depend on what it sees. `--base`
 is a folder; one with config.json files alone is filled with random weights.
+
+The peer in the same run, where torch and diffusers are installed and there is no accelerator:
+diffusers' UNet of the same base, forward and backward to its input at the same batch. Our step does
+more: VAE, image encoder, MFI-Encoder on three sets of images, text encoder for every layer's S+,
+objectives, optimizer, average. Both may use all cores.
 """
 
 from __future__ import annotations
@@ -61,6 +66,31 @@ def main() -> None:
   print(f"step       {1e3 * middle:8.1f} ms (median of {len(times)}; best {1e3 * times[0]:.1f})")
   print(f"throughput {size / middle:8.1f} images/s")
   assert jnp.isfinite(metrics["loss"])
+  if jax.default_backend() == "cpu" and weights:
+    peer = diffusers_unet(hub.resolve_base(config.base), size, arguments.steps)
+    if peer:
+      print(f"diffusers' UNet alone, forward and backward: {1e3 * peer:.1f} ms; "
+            f"our whole step takes {middle / peer:.2f} times that")
+
+
+def diffusers_unet(folder: Path, size: int, steps: int) -> float | None:
+  """Median seconds of forward and backward of PyTorch's UNet; None where it is not installed."""
+  try:
+    import torch
+    from diffusers import UNet2DConditionModel
+  except ImportError:
+    return None
+  unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet").requires_grad_(False)
+  c = unet.config
+  x = torch.randn(size, c.in_channels, c.sample_size, c.sample_size, requires_grad=True)
+  text = torch.randn(size, 32, c.cross_attention_dim, requires_grad=True)
+  t = torch.full((size,), 500)
+  times = []
+  for _ in range(steps + 2):
+    began = time.perf_counter()
+    unet(x, t, text).sample.square().mean().backward()
+    times.append(time.perf_counter() - began)
+  return float(np.median(times[2:]))
 
 
 def noise(size: int, side: int, tokens: int) -> dict[str, np.ndarray]:

@@ -19,7 +19,7 @@ from cc_jax.customcontrast.qformer import TextualQformer, fourier, perceiver_att
 from cc_jax.customcontrast.tv_fusion import TVFusion
 from cc_jax.errors import UserError
 from cc_jax.models.attention import Attention
-from configs import sd15, subjects3d
+from configs import sd15, sd21, sdxl, subjects3d
 
 RNG = np.random.default_rng(0)
 KINDS = dict(dtype=jnp.float32, param_dtype=jnp.float32)
@@ -317,7 +317,7 @@ def test_missing_key_and_layer_groups():
 
 
 def test_every_config_of_the_package_is_read_whole():
-  for module in (subjects3d, sd15):
+  for module in (subjects3d, sd15, sd21, sdxl):
     config = module.get_config()
     encoder = MFIEncoderConfig.from_config(config.encoder)
     injection = InjectionConfig.from_config(config.injection)

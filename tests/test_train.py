@@ -1,6 +1,7 @@
 """The training step and loop on the tiny base: kills, skipped updates, every objective, errors."""
 
 import dataclasses
+import importlib
 import os
 import re
 import signal
@@ -480,15 +481,27 @@ def test_mistakes_on_the_command_line_are_one_line(tmp_path):
     assert cases[flag] in err and err.startswith("error: ") and err.count("\n") == 1, (flag, err)
 
 
-def test_the_table_of_stable_diffusion_1_5_needs_no_weights():
-  from configs import sd15
-
-  rows = {
-    tuple(line.split()[:2]): line.split()[2:] for line in train.table(sd15.get_config()).split("\n")
-  }
-  assert rows["unet", "frozen"] == ["686", "859,520,964", "1,639.4"]  # as published, in bfloat16
-  assert rows["text_encoders", "frozen"][1] == "123,060,480"
+@pytest.mark.parametrize(
+  ("name", "unet", "text", "trained"),
+  [  # frozen counts as published
+    ("sd15", "859,520,964", "123,060,480", 120e6),
+    ("sd21", "865,910,724", "340,387,840", 150e6),
+    ("sdxl", "2,567,463,684", "817,720,320", 410e6),
+  ],
+)
+def test_the_tables_of_stable_diffusion_need_no_weights(name, unet, text, trained):
+  config = importlib.import_module(f"configs.{name}").get_config()
+  rows = {tuple(line.split()[:2]): line.split()[2:] for line in train.table(config).split("\n")}
+  assert rows["unet", "frozen"][1] == unet and rows["text_encoders", "frozen"][1] == text
   assert rows["vae", "frozen"][1] == "83,653,863"
+  frozen = [int(rows[part, "frozen"][1].replace(",", ""))
+            for part in ("unet", "text_encoders", "vae", "image_encoder")]
+  total, size = rows["all", "frozen"][1:]
+  assert int(total.replace(",", "")) == sum(frozen)
+  assert float(size.replace(",", "")) == pytest.approx(2 * sum(frozen) / 2**20, abs=0.1)  # bfloat16
+  count = int(rows["all", "trained"][1].replace(",", ""))
+  assert 0.7 * trained < count <= trained
+  assert int(rows["average", "state"][1].replace(",", "")) == count
 
 
 def test_bfloat16_computes_in_it_and_keeps_float32_where_it_learns(setup):

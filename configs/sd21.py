@@ -1,0 +1,21 @@
+"""CustomContrast on Stable Diffusion 2.1 (768 px, v-prediction).
+
+  python -m cc_jax.train --config=configs/sd21.py --abstract
+
+builds the whole training state abstractly and prints the parameter table. Not trained here, for the
+reason that configs/sd15.py gives.
+"""
+
+import ml_collections
+
+from configs import sd15
+
+
+def get_config() -> ml_collections.ConfigDict:
+  """Where it differs from configs/sd15.py."""
+  c = sd15.get_config()
+  c.base = "stable-diffusion-2-1"
+  c.data.image_size = 768
+  c.encoder.width = 1024  # that of the text encoder, so that W'_k, W'_v start from W_k, W_v
+  c.encoder.heads = 16
+  return c

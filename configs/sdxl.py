@@ -1,0 +1,29 @@
+"""CustomContrast on Stable Diffusion XL base 1.0 (1024 px).
+
+  python -m cc_jax.train --config=configs/sdxl.py --abstract
+
+builds the whole training state abstractly and prints the parameter table. Not trained here, for the
+reason that configs/sd15.py gives.
+"""
+
+import ml_collections
+
+from configs import sd15
+
+
+def get_config() -> ml_collections.ConfigDict:
+  """Where it differs from configs/sd15.py."""
+  c = sd15.get_config()
+  c.base = "stable-diffusion-xl-base-1.0"
+  c.data.image_size = 1024
+
+  # The resampler of IP-Adapter-plus for SDXL is as wide; W'_k, W'_v start at random, since the text
+  # is 2048 wide.
+  c.encoder.width = 1280
+  c.encoder.heads = 20
+  # 70 cross-attentions: the blocks of one transformer share an S+ (down 2 x 2 and 2 x 10, mid 10,
+  # up 3 x 10 and 3 x 2), 11 sequences through the text encoders instead of 70. [R]
+  c.encoder.layer_groups = (2, 2, 10, 10, 10, 10, 10, 10, 2, 2, 2)
+
+  c.sample.guidance = 5.0
+  return c
