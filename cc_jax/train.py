@@ -29,6 +29,7 @@ from cc_jax.assemble import Params, abstractly, assemble
 from cc_jax.checkpoint import Checkpoints, config_changes, jsonable
 from cc_jax.customcontrast.adapter_file import save_adapter
 from cc_jax.customcontrast.injection import InjectionConfig
+from cc_jax.customcontrast.ip_adapter import warm_start
 from cc_jax.customcontrast.mfi_encoder import MFIEncoderConfig
 from cc_jax.customcontrast.model import CustomContrast
 from cc_jax.diffusion.schedule import NoiseSchedule
@@ -76,6 +77,9 @@ def train(
   definition, trainable, frozen = assemble(
     base, encoder, injection, dtype=settings.dtype, seed=config.seed
   )
+  report = None
+  if settings.warm_start and checkpoints.latest_step() is None:
+    trainable, report = warm_start(trainable, settings.warm_start)
   method = make_method(config, definition, base)
   frozen = sharding.put_replicated(frozen, mesh)
   state = sharding.put_replicated(init_state(trainable, config), mesh)
@@ -97,6 +101,10 @@ def train(
     writes=leader,
   )
   log.say(f"{_count(trainable)} trained, {_count(frozen)} frozen parameters; {mesh.size} devices")
+  if report:
+    log.say(report.summary())
+    if leader:
+      (workdir / "warm_start.txt").write_text(str(report))
 
   def model() -> CustomContrast:
     return method.model(state.ema, frozen)

@@ -81,6 +81,7 @@ def get_config() -> ml_collections.ConfigDict:
   c.train.ema = 0.995
   c.train.dtype = "float32"  # compute: 'float32' | 'bfloat16'
   c.train.base_dtype = "float32"  # how the frozen base is stored
+  c.train.warm_start = ""  # an IP-Adapter(-plus) .safetensors file to start from; '' = random
   c.train.max_bad_steps = 1
   c.train.log_every = 50
   c.train.save_every = 500
