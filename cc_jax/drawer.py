@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from cc_jax import sharding
 from cc_jax.customcontrast.model import CustomContrast
-from cc_jax.diffusion.samplers import step_table
+from cc_jax.diffusion.samplers import adds_noise, step_table
 from cc_jax.diffusion.schedule import NoiseSchedule
 from cc_jax.drawing import EMPTY, FULL, TEXT, Plan, Prompts, Request, bundle, draw
 from cc_jax.errors import UserError
@@ -112,7 +112,7 @@ class Drawer:
     count = len(noise)
     scale = self._scale(scale, steps)
     check_guidance(guidance, image_guidance)
-    step_table(self.schedule, steps=steps, sampler=sampler)  # raises before anything is compiled
+    table = step_table(self.schedule, steps=steps, sampler=sampler)
     if not self.is_subject_model or not scale.any():
       references = None
     if references is None:
@@ -127,7 +127,7 @@ class Drawer:
       branches = (EMPTY, FULL)
     if maps and not self.is_subject_model:
       raise UserError("a plain base has no location maps; give an adapter")
-    plan = Plan(self.schedule, steps, sampler, branches, s_plus, maps)
+    plan = Plan(branches, adds_noise(table), s_plus, maps)
 
     rows = (prompts, references, np.asarray(use_image, bool), np.asarray(noise, np.float32))
     size = batch_size or count
@@ -146,6 +146,7 @@ class Drawer:
         scale,
         np.float32(guidance),
         np.float32(0.0 if image_guidance is None else image_guidance),
+        table,
       )
       drawing = self._draw(self.params if params is None else params, request, plan=plan, tick=tick)
       pixels = np.asarray(drawing.images)[:here]

@@ -18,8 +18,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from cc_jax.customcontrast.model import Conditioning, CustomContrast
 from cc_jax.diffusion.guidance import classifier_free
-from cc_jax.diffusion.samplers import sample, step_table
-from cc_jax.diffusion.schedule import NoiseSchedule
+from cc_jax.diffusion.samplers import StepTable, integrate, keyed_noise
 
 # What one denoising step asks the UNet, stacked along the batch in this order.
 EMPTY, TEXT, FULL = "empty prompt, no image", "prompt, no image", "prompt and image"
@@ -44,16 +43,15 @@ class Request(NamedTuple):
   scale: Float[Array, "steps l"]  # of the visual path, per step and layer
   guidance: Float[Array, ""]
   image_guidance: Float[Array, ""]
+  table: StepTable  # of the sampler
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
   """What is fixed when `draw` is compiled."""
 
-  schedule: NoiseSchedule
-  steps: int
-  sampler: str
   branches: tuple[str, ...]
+  adds_noise: bool = False  # the sampler does, at every step
   s_plus: bool = True  # S+ stands in the prompts of pictures that have a reference
   maps: bool = False
 
@@ -82,19 +80,17 @@ def draw(
     params: pytree of arrays.
     request: the batch.
     plan: static.
-    tick: called on the host at every step, for a progress bar.
+    tick: called on the host at every call of the UNet, for a progress bar.
   """
   model = merge(params)
   conditions = (_subject if isinstance(model, CustomContrast) else _plain)(model, request, plan)
-  table = step_table(plan.schedule, steps=plan.steps, sampler=plan.sampler)
   count = len(plan.branches)
 
-  def denoise(latents, t):
+  def denoise(latents, t, step):
     if tick is not None:
       jax.debug.callback(tick)
-    index = jnp.argmax(jnp.asarray(table.timestep) == t)
     x = jnp.concatenate([latents] * count)
-    prediction = _predict(model, x, t, conditions(plan.branches, t, index))
+    prediction = _predict(model, x, t, conditions(plan.branches, t, step))
     parts = dict(zip(plan.branches, jnp.split(prediction, count)))
     if count == 1:
       return parts[FULL]
@@ -103,26 +99,25 @@ def draw(
       apart = dict(text_only=parts[TEXT], image_guidance=request.image_guidance)
     return classifier_free(parts[EMPTY], parts[FULL], request.guidance, **apart)
 
-  latents, states = sample(
+  latents, states = integrate(
     denoise,
     request.noise,
-    plan.schedule,
-    steps=plan.steps,
-    sampler=plan.sampler,
-    return_trajectory=True,
+    request.table,
+    noise_fn=_fresh_noise(request.noise) if plan.adds_noise else None,
+    return_inputs=True,
   )
   images = decode(model.vae, latents)
   if not plan.maps:
     return Drawing(images)
 
-  # A second look at the states that were passed through, with the prompt and the image alone.
+  # A second look at the states that steps began with, with the prompt and the image alone.
   def look(row):
-    index, t, latents = row
-    return _predict(model, latents, t, conditions((FULL,), t, index), maps=True)[1]
+    step, t, latents = row
+    return _predict(model, latents, t, conditions((FULL,), t, step), maps=True)[1]
 
-  before = jnp.concatenate([request.noise[None], states[:-1]])
-  rows = (jnp.arange(plan.steps), jnp.asarray(table.timestep), before)
-  return Drawing(images, jax.lax.map(look, rows))
+  steps = jnp.arange(len(request.scale))
+  first = jnp.searchsorted(request.table.step, steps)  # of a step's calls
+  return Drawing(images, jax.lax.map(look, (steps, request.table.timestep[first], states[first])))
 
 
 def decode(vae: nnx.Module, latents: Float[Array, "b h w c"]) -> Float[Array, "b h w 3"]:
@@ -131,13 +126,20 @@ def decode(vae: nnx.Module, latents: Float[Array, "b h w c"]) -> Float[Array, "b
   return jnp.clip(vae.decode(z).astype(jnp.float32) / 2 + 0.5, 0.0, 1.0)
 
 
+def _fresh_noise(noise: Float[Array, "b h w c"]):
+  """A sampler's `noise_fn`: a picture's depends on its first noise alone, as that on its seed."""
+  bits = jax.lax.bitcast_convert_type(noise.astype(jnp.float32), jnp.uint32)
+  keys = jax.vmap(jax.random.key)(bits.reshape(len(noise), -1).sum(-1, dtype=jnp.uint32))
+  return keyed_noise(keys, noise.shape[1:])
+
+
 def bundle(base: Any) -> nnx.Module:
   """The networks of a `hub.Base` that plain Stable Diffusion needs, as one module."""
   return nnx.Dict(unet=base.unet, vae=base.vae, text_encoders=nnx.List(base.text_encoders))
 
 
 def _subject(model: CustomContrast, request: Request, plan: Plan):
-  """`conditions(branches, t, step's index)` -> Conditioning, for a CustomContrast model."""
+  """`conditions(branches, t, step)` -> Conditioning, for a CustomContrast model."""
   prompts, use_image, size = request.prompts, request.use_image, request.noise.shape[0]
   time_ids = _time_ids(model, request.noise)
   no_image = model.visual(None, batch=1)
@@ -180,21 +182,21 @@ def _subject(model: CustomContrast, request: Request, plan: Plan):
       time_ids=time_ids,
     )
 
-  def conditions(branches, t, index) -> Conditioning:
+  def conditions(branches, t, step) -> Conditioning:
     # A branch without image sees the image of all zeros at the same scale, as in training; a
     # picture without image is the base's.
-    scale = request.scale[index][:, None] * use_image
+    scale = request.scale[step][:, None] * use_image
     parts = [_with_scale(branch(name, t), scale) for name in branches]
     return Conditioning.concatenate(parts)
 
   if features is None:  # then nothing depends on t: the scale is 0
     once = {names: conditions(names, 0, 0) for names in {plan.branches, (FULL,)}}
-    return lambda branches, t, index: once[branches]
+    return lambda branches, t, step: once[branches]
   return conditions
 
 
 def _plain(model: nnx.Module, request: Request, plan: Plan):
-  """`conditions(branches, t, step's index)` -> arguments of the UNet, for a plain base."""
+  """`conditions(branches, t, step)` -> arguments of the UNet, for a plain base."""
   size = request.noise.shape[0]
   rows = []
   for name in plan.branches:
@@ -209,7 +211,7 @@ def _plain(model: nnx.Module, request: Request, plan: Plan):
   if model.unet.config.addition_embed_type == "text_time":
     time_ids = jnp.concatenate([_time_ids(model, request.noise)] * len(rows))
     arguments |= dict(text_embeds=outputs[-1].pooled, time_ids=time_ids)
-  return lambda branches, t, index: arguments
+  return lambda branches, t, step: arguments
 
 
 def _predict(model, latents, t, condition, *, maps: bool = False):

@@ -1,13 +1,16 @@
 """The schedule, the samplers and guidance against diffusers and against values known by hand."""
 
-import functools
+import contextlib
+import inspect
+import sys
+from unittest import mock
 
+import diffusers
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 from diffusers.training_utils import compute_snr
 
 from cc_jax.diffusion import guidance, samplers
@@ -24,7 +27,20 @@ BETAS = {
   "zero_snr": ZERO_SNR,
   "trained": {"trained_betas": np.linspace(1e-3, 2e-2, 1000).tolist()},
 }
-SCHEDULERS = {"ddim": DDIMScheduler, "dpmsolver++": DPMSolverMultistepScheduler}
+CLASSES = {
+  "ddim": "DDIMScheduler",
+  "ddpm": "DDPMScheduler",
+  "pndm": "PNDMScheduler",
+  "lcm": "LCMScheduler",
+  "euler": "EulerDiscreteScheduler",
+  "euler_ancestral": "EulerAncestralDiscreteScheduler",
+  "heun": "HeunDiscreteScheduler",
+  "dpmsolver++": "DPMSolverMultistepScheduler",
+  "sde-dpmsolver++": "DPMSolverMultistepScheduler",
+  "unipc": "UniPCMultistepScheduler",
+}
+STEPS = (3, 10, 25)
+MOST_CALLS = 2 * max(STEPS)
 
 
 def model(xp, x, t):
@@ -33,22 +49,89 @@ def model(xp, x, t):
   return xp.tanh(mixed * (0.5 + t / 1000.0)) + 0.1 * xp.cos(t / 100.0 + x)
 
 
-def jax_model(x, t):
-  return model(jnp, x, t.astype(jnp.float32))
+def jax_model(x, t, step):
+  return model(jnp, x, t)
 
 
-@functools.partial(jax.jit, static_argnames="clip")
-def trajectory(latents, table, clip=None):
-  return samplers.integrate(jax_model, latents, table, clip=clip, return_trajectory=True)[1]
+@jax.jit
+def integrate(noise, table, fresh, image):
+  """What the network saw at every call, and the result."""
+  final, inputs = samplers.integrate(
+    jax_model, noise, table, image=image, noise_fn=lambda call: fresh[call], return_inputs=True
+  )
+  return jnp.concatenate([inputs, final[None]])
 
 
-def torch_trajectory(scheduler, latents, steps):
+def trajectory(noise, table, fresh, image=None):
+  image = np.full_like(noise, 7.0) if image is None else image  # 7: must not be read
+  return integrate(noise, table, fresh[: len(table.step)], image)
+
+
+def torch_scheduler(name, config):
+  """diffusers' scheduler; keys that its class does not have are left out."""
+  cls = getattr(diffusers, CLASSES[name])
+  known = inspect.signature(cls.__init__).parameters
+  config = {k: v for k, v in config.items() if k in known}
+  if name == "sde-dpmsolver++":
+    config["algorithm_type"] = name
+  if name == "pndm":
+    config["skip_prk_steps"] = True
+  return cls(**config)
+
+
+class Renamed:
+  """A module with some names replaced."""
+
+  def __init__(self, module, **names):
+    self.__dict__.update(module=module, names=names)
+
+  def __getattr__(self, name):
+    return self.names[name] if name in self.names else getattr(self.module, name)
+
+
+@contextlib.contextmanager
+def exact(name):
+  """diffusers' scheduler in float64.
+
+  Near zero SNR Euler's states are up to 2e4 times the noise, and diffusers' float32 loses three
+  digits of them; ours, which are the network's inputs, lose none.
+  """
+  module = sys.modules[getattr(diffusers, CLASSES[name]).__module__]
+  before = torch.get_default_dtype()
+  with (
+    mock.patch.object(module, "torch", Renamed(torch, float32=torch.float64)),
+    mock.patch.object(module, "np", Renamed(np, float32=np.float64)),
+  ):
+    torch.set_default_dtype(torch.float64)
+    try:
+      yield
+    finally:
+      torch.set_default_dtype(before)
+
+
+def torch_trajectory(scheduler, noise, steps, fresh, model=model, eta=None, image=None, skip=0):
+  """As `trajectory`; Stable Diffusion's pipelines, img2img if there is an image."""
+  noise, fresh = (x.astype(str(torch.get_default_dtype())[6:]) for x in (noise, fresh))
   scheduler.set_timesteps(steps)
-  x, states = torch.from_numpy(latents), []
-  for t in scheduler.timesteps:
-    x = scheduler.step(model(torch, x, t.float()), t, x).prev_sample
-    states.append(x.numpy())
-  return np.stack(states)
+  left = scheduler.timesteps[skip * scheduler.order :]
+  x = torch.from_numpy(noise)
+  if hasattr(scheduler, "set_begin_index"):
+    scheduler.set_begin_index(skip * scheduler.order)
+  if image is None:
+    x = x * scheduler.init_noise_sigma
+  else:
+    x = scheduler.add_noise(torch.from_numpy(image), x, left[:1])
+  states = []
+  for call, t in enumerate(left):
+    seen = scheduler.scale_model_input(x, t)
+    states.append(seen.numpy())
+    given = {} if eta is None else {"eta": eta}
+    draw = mock.Mock(side_effect=lambda *_, **__: torch.from_numpy(fresh[call]))  # noqa: B023
+    with mock.patch.object(
+      sys.modules[type(scheduler).__module__], "randn_tensor", draw, create=True
+    ):
+      x = scheduler.step(model(torch, seen, t.float()), t, x, **given).prev_sample
+  return np.stack([*states, x.numpy()])
 
 
 def relative(ours, theirs):
@@ -59,68 +142,322 @@ def worst_state(ours, theirs):
   return max(relative(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
+def compare(name, config, steps, noise, fresh, *, ours=None, theirs=None, cut=False, **how):
+  """Timesteps and the whole trajectory agree; `how` is torch_trajectory's.
+
+  Where diffusers cuts timesteps off to whole numbers (`cut`), rounding decides about the ends, and
+  ours may be one higher; the trajectory is compared at diffusers'.
+  """
+  theirs = theirs or torch_scheduler(name, config)
+  schedule = NoiseSchedule.from_config(config)
+  image = how.get("image")
+  table = samplers.step_table(
+    schedule, steps=steps, sampler=ours or name, eta=how.get("eta") or 0.0,
+    skip=None if image is None else how["skip"],
+  )  # fmt: skip
+  reference = torch_trajectory(theirs, noise, steps, fresh, **how)
+  timesteps = theirs.timesteps[how.get("skip", 0) * theirs.order :].numpy()
+  np.testing.assert_allclose(table.timestep, timesteps, rtol=1e-5, atol=1 if cut else 2e-3)
+  table = table._replace(timestep=timesteps.astype(np.float32))
+  assert worst_state(trajectory(noise, table, fresh, image), reference) < 1e-4
+
+
 @pytest.fixture(scope="module")
 def latents():
   return np.random.default_rng(0).standard_normal((2, 4, 4, 3)).astype(np.float32)
 
 
-@pytest.mark.parametrize("steps", [5, 20, 50])
+@pytest.fixture(scope="module")
+def fresh(latents):
+  shape = (MOST_CALLS, *latents.shape)
+  return np.random.default_rng(1).standard_normal(shape).astype(np.float32)
+
+
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
 @pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
-@pytest.mark.parametrize("name", ["ddim", "dpmsolver++"])
-def test_trajectory_is_diffusers(name, spacing, prediction, steps, latents):
+@pytest.mark.parametrize("name", CLASSES)
+def test_trajectory_is_diffusers(name, spacing, prediction, latents, fresh):
+  if (name, prediction) == ("pndm", "sample"):
+    pytest.skip("diffusers has none; ours is an error, see test_bad_sampling")
   for betas, offset in [(SD, 1), (COSINE, 0), (ZERO_SNR, 0)]:
-    if betas is ZERO_SNR and (name, prediction) == ("ddim", "epsilon") and spacing != "leading":
-      continue  # diffusers divides by zero; ours is an error, see test_bad_sampling
+    if betas is ZERO_SNR and name in ("pndm", "heun"):
+      continue  # diffusers' classes do not know it
+    if betas is not SD and (spacing != "leading" or name == "lcm"):
+      # They start at (nearly) no signal. There epsilon says nothing about x_0 (an error or a factor
+      # of 1e4), and Heun goes by the slope at the other end, 1e4 times too steep.
+      if prediction == "epsilon" or name == "heun":
+        continue
     config = {
       **betas,
       "prediction_type": prediction,
       "timestep_spacing": spacing,
       "steps_offset": offset,
+      "set_alpha_to_one": offset == 0,
+      "clip_sample": False,
     }
-    extra = {"clip_sample": False, "set_alpha_to_one": offset == 0} if name == "ddim" else {}
-    theirs = SCHEDULERS[name](**config, **extra)
-    schedule = NoiseSchedule.from_config(dict(theirs.config))
-    table = samplers.step_table(schedule, steps=steps, sampler=name)
-    reference = torch_trajectory(theirs, latents, steps)
-    np.testing.assert_array_equal(table.timestep, theirs.timesteps.numpy())
-    assert worst_state(trajectory(latents, table), reference) < 1e-4
+    with contextlib.nullcontext() if betas is SD else exact(name):
+      for steps in STEPS:
+        how = {}
+        if name == "euler_ancestral" and prediction == "sample":
+          how = euler_ancestral_on_samples(config)
+        compare(name, config, steps, latents, fresh, **how)
 
 
-def test_clipped_sample_is_diffusers(latents):
-  config = {**SD, "clip_sample": True, "clip_sample_range": 0.5, "_class_name": "DDIMScheduler"}
-  ours = samplers.sample(
-    jax_model, latents, NoiseSchedule.from_config(config), steps=5, return_trajectory=True
-  )[1]
-  config.pop("_class_name")
-  theirs = torch_trajectory(DDIMScheduler(**config), latents, 5)
-  assert worst_state(ours, theirs) < 1e-4
-  assert np.abs(theirs[-1]).max() <= 0.5
+def euler_ancestral_on_samples(config):
+  """diffusers' knows noise and v only: it gets the noise that the predicted sample implies."""
+  theirs = torch_scheduler("euler_ancestral", {**config, "prediction_type": "epsilon"})
+
+  def noise_model(xp, x, t):
+    r = theirs.sigmas[theirs.step_index]
+    return (x * (1 + r**2) ** 0.5 - model(xp, x, t)) / r
+
+  return {"theirs": theirs, "model": noise_model}
 
 
-@pytest.mark.parametrize("name", ["ddim", "dpmsolver++"])
-@pytest.mark.parametrize("spacing", [None, "leading", "trailing", "linspace"])
-def test_timesteps_are_diffusers(name, spacing):
+KARRAS = {"use_karras_sigmas": True}
+OPTIONS = {
+  "ddim": [{"clip_sample": True, "clip_sample_range": 0.5}],
+  "ddpm": [
+    {"clip_sample": True, "clip_sample_range": 0.5},
+    {"variance_type": "fixed_large", "timestep_spacing": "trailing"},
+    {"variance_type": "fixed_small_log"},
+  ],
+  "pndm": [{"set_alpha_to_one": True}],
+  "lcm": [
+    {"clip_sample": True, "clip_sample_range": 0.5},
+    {"original_inference_steps": 100, "timestep_scaling": 0.01},
+  ],
+  "euler": [
+    KARRAS,
+    {**KARRAS, "sigma_min": 0.1, "sigma_max": 9.0},
+    {"use_exponential_sigmas": True},
+    {"final_sigmas_type": "sigma_min", "timestep_spacing": "trailing"},
+  ],
+  "heun": [
+    KARRAS,
+    {"use_exponential_sigmas": True},
+    {"clip_sample": True, "clip_sample_range": 0.5},
+  ],
+  "dpmsolver++": [
+    KARRAS,
+    {**KARRAS, "final_sigmas_type": "sigma_min"},
+    {"use_lu_lambdas": True},
+    {"use_exponential_sigmas": True},
+    {"solver_order": 1},
+    {"solver_type": "heun"},
+    {"solver_type": "bh2"},
+    {"final_sigmas_type": "sigma_min"},
+    {"final_sigmas_type": "sigma_min", "lower_order_final": False},
+    {"final_sigmas_type": "sigma_min", "euler_at_final": True},
+    {**COSINE, "prediction_type": "v_prediction", "lambda_min_clipped": -5.1},
+  ],
+  "sde-dpmsolver++": [
+    KARRAS,
+    {"solver_order": 1},
+    {"solver_type": "heun"},
+    {"final_sigmas_type": "sigma_min"},
+  ],
+  "unipc": [
+    KARRAS,
+    {**KARRAS, "sigma_min": 0.1, "sigma_max": 9.0},
+    {"use_exponential_sigmas": True},
+    {"solver_order": 1},
+    {"solver_order": 3},
+    {"solver_order": 3, "solver_type": "bh1", "final_sigmas_type": "sigma_min"},
+    {"lower_order_final": False, "final_sigmas_type": "sigma_min"},
+    {"disable_corrector": [0, 2]},
+  ],
+}
+
+
+@pytest.mark.parametrize(
+  ("name", "options"),
+  [(name, options) for name, several in OPTIONS.items() for options in several],
+  ids=lambda value: (
+    value if isinstance(value, str) else "-".join(f"{k}={v}" for k, v in value.items())
+  ),
+)
+def test_options_are_diffusers(name, options, latents, fresh):
+  for steps in STEPS:
+    config = {**SD, "steps_offset": 1, "clip_sample": False, **options}
+    compare(name, config, steps, latents, fresh, cut="use_exponential_sigmas" in options)
+
+
+@pytest.mark.parametrize("name", ["dpmsolver++", "unipc", "euler", "heun"])
+def test_karras_on_cosine_betas_is_diffusers(name, latents, fresh):
+  config = {**COSINE, **KARRAS, "prediction_type": "v_prediction"}
+  with exact(name):
+    compare(name, config, 10, latents, fresh, cut=name == "dpmsolver++")
+
+
+@pytest.mark.parametrize("eta", [0.4, 1.0])
+def test_ddim_with_noise_is_diffusers(eta, latents, fresh):
+  for prediction in ("epsilon", "v_prediction", "sample"):
+    config = {**SD, "prediction_type": prediction, "clip_sample": False}
+    compare("ddim", config, 10, latents, fresh, eta=eta)
+
+
+@pytest.mark.parametrize("spacing", ["leading", "linspace"])
+@pytest.mark.parametrize("name", [name for name in CLASSES if name != "pndm"])
+def test_from_an_image_is_diffusers(name, spacing, latents, fresh):
+  image = np.random.default_rng(2).uniform(-1, 1, latents.shape).astype(np.float32)
+  config = {**SD, "timestep_spacing": spacing, "steps_offset": 1, "clip_sample": False}
+  for strength, skip in [(1.0, 0), (0.75, 3)]:
+    assert samplers.skip_of_strength(10, strength) == skip
+    compare(name, config, 10, latents, fresh, image=image, skip=skip)
+
+
+def test_pndm_from_an_image_starts_anew(latents, fresh):
+  """Leaving out a step is starting at its end: the same as a trajectory over what is left."""
+  config = {**SD, "timestep_spacing": "leading", "set_alpha_to_one": True}
+  whole = samplers.step_table(NoiseSchedule.from_config(config), steps=10, sampler="pndm", skip=0)
+  part = samplers.step_table(NoiseSchedule.from_config(config), steps=10, sampler="pndm", skip=4)
+  assert whole.timestep.tolist() == [900, 800, 800, *range(700, -1, -100)]
+  assert part.timestep.tolist() == [500, 400, 400, 300, 200, 100, 0]
+  np.testing.assert_array_equal(part.mix[5:], whole.mix[5:7] * 0 + part.mix[5:])
+  assert np.isfinite(trajectory(latents, part, fresh, latents)).all()
+
+
+# scheduler/scheduler_config.json as published.
+PUBLISHED = {
+  "stable-diffusion-v1-5": {
+    "_class_name": "PNDMScheduler",
+    "_diffusers_version": "0.6.0",
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "clip_sample": False,
+    "num_train_timesteps": 1000,
+    "set_alpha_to_one": False,
+    "skip_prk_steps": True,
+    "steps_offset": 1,
+    "trained_betas": None,
+  },
+  "stable-diffusion-2-1": {
+    "_class_name": "DDIMScheduler",
+    "_diffusers_version": "0.8.0",
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "clip_sample": False,
+    "num_train_timesteps": 1000,
+    "prediction_type": "v_prediction",
+    "set_alpha_to_one": False,
+    "skip_prk_steps": True,
+    "steps_offset": 1,
+    "trained_betas": None,
+  },
+  "stable-diffusion-xl-base-1.0": {
+    "_class_name": "EulerDiscreteScheduler",
+    "_diffusers_version": "0.19.0.dev0",
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "clip_sample": False,
+    "interpolation_type": "linear",
+    "num_train_timesteps": 1000,
+    "prediction_type": "epsilon",
+    "sample_max_value": 1.0,
+    "set_alpha_to_one": False,
+    "skip_prk_steps": True,
+    "steps_offset": 1,
+    "timestep_spacing": "leading",
+    "trained_betas": None,
+    "use_karras_sigmas": False,
+  },
+  "sdxl-turbo": {
+    "_class_name": "EulerAncestralDiscreteScheduler",
+    "_diffusers_version": "0.24.0.dev0",
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "clip_sample": False,
+    "interpolation_type": "linear",
+    "num_train_timesteps": 1000,
+    "prediction_type": "epsilon",
+    "sample_max_value": 1.0,
+    "set_alpha_to_one": False,
+    "skip_prk_steps": True,
+    "steps_offset": 1,
+    "timestep_spacing": "trailing",
+    "trained_betas": None,
+  },
+  "LCM_Dreamshaper_v7": {
+    "_class_name": "LCMScheduler",
+    "_diffusers_version": "0.22.0.dev0",
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "clip_sample": False,
+    "clip_sample_range": 1.0,
+    "dynamic_thresholding_ratio": 0.995,
+    "num_train_timesteps": 1000,
+    "original_inference_steps": 50,
+    "prediction_type": "epsilon",
+    "rescale_betas_zero_snr": False,
+    "sample_max_value": 1.0,
+    "set_alpha_to_one": True,
+    "steps_offset": 0,
+    "thresholding": False,
+    "timestep_scaling": 10.0,
+    "timestep_spacing": "leading",
+    "trained_betas": None,
+  },
+}
+
+
+@pytest.mark.parametrize("checkpoint", PUBLISHED)
+def test_a_checkpoint_runs_with_the_sampler_it_names(checkpoint, latents, fresh):
+  config = PUBLISHED[checkpoint]
+  cls = getattr(diffusers, config["_class_name"])
+  name = {v: k for k, v in CLASSES.items() if k != "sde-dpmsolver++"}[config["_class_name"]]
+  for steps in STEPS:
+    compare(name, config, steps, latents, fresh, ours="default", theirs=cls.from_config(config))
+
+
+@pytest.mark.parametrize("checkpoint", PUBLISHED)
+def test_every_sampler_runs_on_every_checkpoint_as_in_diffusers(checkpoint, latents, fresh):
+  """`Scheduler.from_config(pipeline.scheduler.config)`, diffusers' way of choosing another."""
+  config = PUBLISHED[checkpoint]
+  for name, cls in CLASSES.items():
+    extra = {}
+    if name == "sde-dpmsolver++":
+      extra = {"algorithm_type": name}
+    if name == "pndm":
+      extra = {"skip_prk_steps": True}  # the only ones we have
+    theirs = getattr(diffusers, cls).from_config(config, **extra)
+    compare(name, config, 10, latents, fresh, theirs=theirs)
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_timesteps_are_diffusers(name):
   """Every step count that is plausible, and each scheduler's own spacing where none is stated."""
-  config = {**COSINE, **({"timestep_spacing": spacing} if spacing else {})}
-  schedule = NoiseSchedule.from_config(config)
-  theirs = SCHEDULERS[name](**config)
-  for steps in [*range(1, 60), 61, 103, 250]:
-    theirs.set_timesteps(steps)
-    expected = theirs.timesteps.numpy()
-    ours = samplers.timesteps(schedule, steps=steps, sampler=name)
-    assert len(ours) == steps
-    np.testing.assert_array_equal(ours, expected[expected >= 0])
+  for spacing in (None, "leading", "trailing", "linspace"):
+    config = {**COSINE, **({"timestep_spacing": spacing} if spacing else {})}
+    schedule = NoiseSchedule.from_config(config)
+    theirs = torch_scheduler(name, config)
+    for steps in [*range(1, 51, 1 if name in ("ddim", "dpmsolver++") else 7), 61, 103]:
+      if name == "lcm" and steps > 50:
+        continue
+      theirs.set_timesteps(steps)
+      expected = theirs.timesteps.numpy()
+      table = samplers.step_table(schedule, steps=steps, sampler=name)
+      assert table.step[-1] == steps - 1
+      np.testing.assert_allclose(table.timestep, expected[expected >= 0], rtol=1e-6)
 
 
-def test_lambda_min_clipped_is_diffusers(latents):
-  config = {**COSINE, "prediction_type": "v_prediction", "lambda_min_clipped": -5.1}
-  theirs = DPMSolverMultistepScheduler(**config)
-  table = samplers.step_table(NoiseSchedule.from_config(config), steps=5, sampler="dpmsolver++")
-  reference = torch_trajectory(theirs, latents, 5)
-  np.testing.assert_array_equal(table.timestep, theirs.timesteps.numpy())
-  assert table.timestep[0] < 999
-  assert worst_state(trajectory(latents, table), reference) < 1e-4
+def test_what_is_compiled_depends_on_the_number_of_calls_alone(latents, fresh):
+  """Other samplers, spacings, betas and prediction types are other numbers, not other programs."""
+  fn = jax.jit(lambda noise, table: samplers.integrate(
+    jax_model, noise, table, noise_fn=lambda call: jnp.asarray(fresh)[call]))  # fmt: skip
+  results = []
+  for name, steps in [*((name, 5) for name in CLASSES if name not in ("heun", "pndm")),
+                      ("heun", 3), ("pndm", 4)]:  # fmt: skip
+    for betas in (SD, COSINE):
+      schedule = NoiseSchedule.from_config({**betas, "prediction_type": "v_prediction"})
+      results.append(fn(latents, samplers.step_table(schedule, steps=steps, sampler=name)))
+  assert fn._cache_size() == 1
+  assert min(relative(a, np.asarray(b)) for a, b in zip(results, results[1:])) > 1e-5
 
 
 def test_one_ddim_step_by_hand():
@@ -128,7 +465,7 @@ def test_one_ddim_step_by_hand():
   config = {"num_train_timesteps": 1, "trained_betas": [0.36], "prediction_type": "v_prediction"}
   schedule = NoiseSchedule.from_config(config)
   x = jnp.full((1, 1, 1, 1), 2.0)
-  ours = samplers.sample(lambda x, t: jnp.zeros_like(x), x, schedule, steps=1, sampler="ddim")
+  ours = samplers.sample(lambda x, t, step: jnp.zeros_like(x), x, schedule, steps=1, sampler="ddim")
   np.testing.assert_allclose(ours, 1.6, rtol=1e-6)
 
 
@@ -137,21 +474,54 @@ def test_state_is_float32_whatever_the_model(latents):
   schedule = NoiseSchedule.from_config({**SD, "prediction_type": "v_prediction"})
   seen = []
 
-  def half_model(x, t):
-    seen.append((x.dtype, t.dtype, t.shape))
-    return jax_model(x, t).astype(jnp.bfloat16)
+  def half_model(x, t, step):
+    seen.append((x.dtype, t.dtype, t.shape, step.dtype))
+    return jax_model(x, t, step).astype(jnp.bfloat16)
 
   half = jnp.asarray(latents, jnp.bfloat16)
   ours = samplers.sample(half_model, half, schedule, steps=5, sampler="dpmsolver++")
   exact = samplers.sample(jax_model, half, schedule, steps=5, sampler="dpmsolver++")
-  assert ours.dtype == jnp.float32 and seen[0] == (jnp.float32, jnp.int32, ())
+  assert ours.dtype == jnp.float32 and seen[0] == (jnp.float32, jnp.float32, (), jnp.int32)
   assert 0 < relative(ours, np.asarray(exact)) < 0.02
+
+
+def test_the_model_is_told_the_step_of_each_call(latents):
+  schedule = NoiseSchedule.from_config(SD)
+  expected = {"pndm": [0, 0, 1, 2], "unipc": [0, 1, 2], "heun": [0, 0, 1, 1, 2]}
+  for name, steps in expected.items():
+    table = samplers.step_table(schedule, steps=3, sampler=name)
+    assert table.step.tolist() == steps
+  told = samplers.integrate(lambda x, t, step: 0 * x + step, latents, table)
+  numbered = table._replace(timestep=np.float32(steps))
+  known = samplers.integrate(lambda x, t, step: 0 * x + t, latents, numbered)
+  assert relative(told, np.asarray(known)) < 1e-6
+
+
+def test_only_some_samplers_add_noise_and_each_picture_has_its_own(latents):
+  schedule = NoiseSchedule.from_config(SD)
+  adding = {
+    name
+    for name in samplers.SAMPLERS
+    if samplers.adds_noise(samplers.step_table(schedule, steps=5, sampler=name))
+  }
+  assert adding == {"ddpm", "lcm", "euler_ancestral", "sde-dpmsolver++"}
+  assert samplers.adds_noise(samplers.step_table(schedule, steps=5, sampler="ddim", eta=0.1))
+
+  keys = jax.vmap(jax.random.key)(jnp.array([3, 4, 3]))
+  noise = samplers.keyed_noise(keys, (16, 16, 4))
+  first, second = noise(0), noise(1)
+  np.testing.assert_array_equal(first[0], first[2])
+  alone = samplers.keyed_noise(keys[1:2], (16, 16, 4))(1)
+  np.testing.assert_array_equal(second[1], alone[0])
+  for a, b in [(first[0], first[1]), (first[0], second[0])]:
+    assert abs(np.corrcoef(a.ravel(), b.ravel())[0, 1]) < 0.1
+  assert abs(first.std() - 1) < 0.05
 
 
 @pytest.mark.parametrize("betas", list(BETAS))
 def test_schedule_is_diffusers(betas, latents):
   config = BETAS[betas]
-  theirs = DDPMScheduler(**config)
+  theirs = diffusers.DDPMScheduler(**config)
   schedule = NoiseSchedule.from_config(dict(theirs.config))
   assert schedule.alphas_cumprod.dtype == np.float32
   # diffusers rounds betas to float32: the last cosine beta, 0.999, costs its alpha_bar 5e-5.
@@ -227,14 +597,39 @@ def test_guidance_by_hand():
 
 
 def test_default_sampler_is_the_one_the_base_names():
-  def resolve(name):
-    config = {**SD, "_class_name": name}
+  def resolve(name, **options):
+    config = {**SD, "_class_name": name, **options}
     return samplers.resolve_sampler(NoiseSchedule.from_config(config), "default")
 
-  assert resolve("DDIMScheduler") == "ddim"
-  assert resolve("DPMSolverMultistepScheduler") == "dpmsolver++"
-  with pytest.raises(UserError, match="PNDMScheduler.*ddim, dpmsolver"):
-    resolve("PNDMScheduler")
+  for name, cls in CLASSES.items():
+    options = {"algorithm_type": name} if name == "sde-dpmsolver++" else {}
+    assert resolve(cls, **options) == name
+  assert set(CLASSES) == set(samplers.SAMPLERS)
+  with pytest.raises(UserError, match="KDPM2DiscreteScheduler.*DDIMScheduler.*UniPC.*ddim, ddpm"):
+    resolve("KDPM2DiscreteScheduler")
+  with pytest.raises(UserError, match="algorithm_type='sde-dpmsolver'.*dpmsolver"):
+    resolve("DPMSolverMultistepScheduler", algorithm_type="sde-dpmsolver")
+
+
+def test_betas_where_the_config_is_silent_are_the_classes():
+  for cls in CLASSES.values():
+    ours = NoiseSchedule.from_config({"_class_name": cls})
+    theirs = getattr(diffusers, cls)()
+    np.testing.assert_allclose(ours.alphas_cumprod, theirs.alphas_cumprod, rtol=1e-4)
+
+
+def test_prediction_types_that_agree_or_contradict():
+  def read(config, elsewhere=None):
+    return NoiseSchedule.from_config(config, prediction_type=elsewhere).prediction_type
+
+  assert read({}) == "epsilon" and read({}, "v_prediction") == "v_prediction"
+  assert read({"predict_epsilon": False}) == "sample"
+  assert read({"prediction_type": "original_sample"}, "sample") == "sample"
+  assert read({"predict_epsilon": True, "prediction_type": "epsilon"}, "epsilon") == "epsilon"
+  with pytest.raises(UserError, match="contradicting prediction types: epsilon .*v_prediction"):
+    read({"prediction_type": "epsilon"}, "v_prediction")
+  with pytest.raises(UserError, match="contradicting.*v_prediction .*predict_epsilon.*set predic"):
+    read({"prediction_type": "v_prediction", "predict_epsilon": True})
 
 
 def test_schedule_is_a_static_argument():
@@ -264,12 +659,25 @@ def test_bad_schedules(config, match):
     ({}, "ddim", 2.5, "steps=2.5"),
     ({}, "ddim", 1001, "steps=1001"),
     ({}, "dpmsolver++", 1000, "1000 steps do not fit"),
-    ({}, "euler", 5, "'euler'.*ddim, dpmsolver"),
+    ({}, "euler_a", 5, "'euler_a'.*ddim, ddpm.*euler_ancestral"),
+    ({}, "lcm", 51, "51 steps.*50"),
     ({"timestep_spacing": "karras"}, "ddim", 5, "karras.*leading, trailing, linspace"),
     ({"thresholding": True}, "ddim", 5, "thresholding=True"),
     ({"solver_order": 3}, "dpmsolver++", 5, "solver_order=3"),
-    ({"use_karras_sigmas": True}, "dpmsolver++", 5, "use_karras_sigmas=True"),
-    ({"algorithm_type": "sde-dpmsolver++"}, "dpmsolver++", 5, "sde-dpmsolver"),
+    ({"solver_order": 4}, "unipc", 5, "solver_order=4"),
+    ({"use_karras_sigmas": True, "use_lu_lambdas": True}, "dpmsolver++", 5, "karras.*lu.*keep one"),
+    ({"use_beta_sigmas": True}, "euler", 5, "use_beta_sigmas=True"),
+    ({"use_flow_sigmas": True}, "unipc", 5, "use_flow_sigmas=True"),
+    ({"final_sigmas_type": "one"}, "euler", 5, "final_sigmas_type='one'.*zero.*sigma_min"),
+    ({"timestep_type": "continuous"}, "euler", 5, "timestep_type='continuous'"),
+    ({"interpolation_type": "log_linear"}, "euler", 5, "interpolation_type='log_linear'"),
+    ({"variance_type": "learned_range"}, "ddpm", 5, "variance_type='learned_range'"),
+    ({"predict_x0": False}, "unipc", 5, "predict_x0=False"),
+    ({"lower_order_final": False}, "unipc", 5, "division by zero"),
+    ({"_class_name": "PNDMScheduler"}, "pndm", 5, "skip_prk_steps=False"),
+    ({"prediction_type": "sample"}, "pndm", 5, "prediction_type='sample'.*epsilon"),
+    ({**ZERO_SNR, "timestep_spacing": "trailing"}, "pndm", 5, "pndm cannot start at zero SNR"),
+    (ZERO_SNR, "lcm", 5, "epsilon prediction cannot start at zero SNR"),
     (
       {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"},
       "ddim",
@@ -282,3 +690,19 @@ def test_bad_sampling(config, sampler, steps, match):
   schedule = NoiseSchedule.from_config(config)  # training does not mind a sampler's option
   with pytest.raises(UserError, match=match):
     samplers.step_table(schedule, steps=steps, sampler=sampler)
+
+
+@pytest.mark.parametrize(
+  ("given", "match"),
+  [
+    ({"eta": 0.5, "sampler": "euler"}, "eta=0.5 is an option of ddim"),
+    ({"eta": 1.5}, "eta=1.5 makes no sense"),
+    ({"skip": 5}, "5 of 5 steps are left out"),
+  ],
+)
+def test_bad_arguments(given, match):
+  with pytest.raises(UserError, match=match):
+    samplers.step_table(NoiseSchedule(), **{"steps": 5, "sampler": "ddim", **given})
+  for strength in (0.0, 1.1, 0.15, -1.0, float("nan")):
+    with pytest.raises(UserError, match="strength .*leaves no step"):
+      samplers.skip_of_strength(5, strength)

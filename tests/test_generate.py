@@ -279,6 +279,17 @@ def test_maps_are_the_models_at_the_states_passed_through(pipe, references):
     assert np.abs(found[-1] - found[0]).max() > 1e-3  # depends on the step
 
 
+def test_fresh_noise_is_a_pictures_own_and_maps_are_per_step(pipe, references):
+  """A sampler that adds noise, and one that calls the UNet twice a step."""
+  noisy = dict(steps=STEPS, sampler="euler_ancestral")
+  two = pipe(PROMPT, seed=3, num_images=2, **noisy)
+  again = pipe(PROMPT, seed=4, num_images=2, **noisy)
+  assert far(two[1], again[0]) == 0
+  assert far(two[1], pipe(PROMPT, seed=4, num_images=2, steps=STEPS, sampler="euler")[0]) > 3
+  _, maps = pipe(PROMPT, NOUN, references, steps=STEPS, sampler="heun", return_maps=True)
+  assert all(len(m) == STEPS and np.abs(m[-1] - m[0]).max() > 1e-3 for m in maps.values())
+
+
 DDIM_START = 999  # trailing spacing starts at the last timestep
 
 
@@ -348,7 +359,7 @@ MISTAKES = {
   "scale infinite": (dict(scale="inf"), "scale inf"),
   "seed negative": (dict(seed=-1), "seed -1"),
   "no pictures": (dict(num_images=0), "at least one"),
-  "sampler unknown": (dict(sampler="euler"), "ddim, dpmsolver"),
+  "sampler unknown": (dict(sampler="euler_a"), "ddim, .*euler_ancestral"),
   "dtype unknown": (dict(dtype="float8"), "float32 or bfloat16"),
   "out in no folder": (dict(out="{}/none/out.png"), "does not exist"),
   "out is a folder": (dict(out="{}/folder.png"), "cannot be written"),

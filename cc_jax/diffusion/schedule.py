@@ -19,25 +19,44 @@ BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 # (scheduling_dpmsolver_multistep.py): the smallest positive fp16 number.
 SMALLEST_ALPHA_BAR = 2.0**-24
 
+# Classes of diffusers whose own betas differ from the fields' defaults below.
+_CLASS_BETAS = {
+  "HeunDiscreteScheduler": {"beta_start": 0.00085, "beta_end": 0.012},
+  "LCMScheduler": {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"},
+}
+
 # Keys that only a sampler reads. They are kept as they are and judged when a sampler is built, so
 # that training does not refuse a base because of an option that training never uses.
 SAMPLER_KEYS = (
   "algorithm_type",
   "clip_sample",
   "clip_sample_range",
+  "disable_corrector",
+  "euler_at_final",
   "final_sigmas_type",
+  "interpolation_type",
   "lambda_min_clipped",
+  "lower_order_final",
+  "original_inference_steps",
+  "predict_x0",
   "set_alpha_to_one",
+  "sigma_max",
+  "sigma_min",
+  "skip_prk_steps",
   "solver_order",
+  "solver_p",
   "solver_type",
   "steps_offset",
   "thresholding",
+  "timestep_scaling",
   "timestep_spacing",
+  "timestep_type",
   "use_beta_sigmas",
   "use_exponential_sigmas",
   "use_flow_sigmas",
   "use_karras_sigmas",
   "use_lu_lambdas",
+  "variance_type",
 )
 
 
@@ -67,21 +86,32 @@ class NoiseSchedule:
   sampler_options: tuple[tuple[str, Any], ...] = ()  # the SAMPLER_KEYS that the config states
 
   @classmethod
-  def from_config(cls, config: Mapping[str, Any]) -> Self:
+  def from_config(cls, config: Mapping[str, Any], *, prediction_type: str | None = None) -> Self:
     """Reads the dict of a scheduler_config.json; keys that neither we nor SAMPLER_KEYS know are
-    other schedulers' and stay unread."""
-    betas = config.get("trained_betas")
+    other schedulers' and stay unread.
+
+    Args:
+      config: the dict.
+      prediction_type: what another file of the same checkpoint says it is, if one does.
+
+    Raises:
+      UserError: as above, or two prediction types contradict each other.
+    """
+    config = {k: v for k, v in config.items() if v is not None}
+    name = config.get("_class_name", "")
+    config = {**_CLASS_BETAS.get(name, {}), **config}
     default = cls()
+    betas = config.get("trained_betas")
     return cls(
       num_train_timesteps=int(config.get("num_train_timesteps", default.num_train_timesteps)),
       beta_start=float(config.get("beta_start", default.beta_start)),
       beta_end=float(config.get("beta_end", default.beta_end)),
       beta_schedule=config.get("beta_schedule", default.beta_schedule),
       trained_betas=None if betas is None else tuple(float(b) for b in betas),
-      prediction_type=config.get("prediction_type", default.prediction_type),
+      prediction_type=_agreed_prediction_type(config, prediction_type),
       rescale_betas_zero_snr=bool(config.get("rescale_betas_zero_snr", False)),
-      class_name=config.get("_class_name", ""),
-      sampler_options=tuple((k, config[k]) for k in SAMPLER_KEYS if config.get(k) is not None),
+      class_name=name,
+      sampler_options=tuple((k, _hashable(config[k])) for k in SAMPLER_KEYS if k in config),
     )
 
   def __post_init__(self):
@@ -194,6 +224,33 @@ def _f32(x: Array) -> Array:
 def _one_of(value: str, known: tuple[str, ...], key: str) -> None:
   if value not in known:
     raise UserError(f"the scheduler config has {key}={value!r}; we have {', '.join(known)}")
+
+
+def _hashable(value: Any) -> Any:
+  return tuple(value) if isinstance(value, list) else value
+
+
+def _agreed_prediction_type(config: Mapping[str, Any], elsewhere: str | None) -> str:
+  """The one prediction type of all that is said about it.
+
+  `predict_epsilon` is how diffusers before 0.10 said epsilon (true) or sample (false), and Euler's
+  scheduler calls sample also original_sample.
+  """
+  said = {}
+  if "prediction_type" in config:
+    said["prediction_type"] = config["prediction_type"]
+  if "predict_epsilon" in config:
+    said["predict_epsilon"] = "epsilon" if config["predict_epsilon"] else "sample"
+  if elsewhere is not None:
+    said["checkpoint"] = elsewhere
+  said = {k: "sample" if v == "original_sample" else v for k, v in said.items()}
+  if len(set(said.values())) > 1:
+    what = ", ".join(f"{v} ({k})" for k, v in said.items())
+    raise UserError(
+      f"contradicting prediction types: {what}; set prediction_type in the scheduler config to the "
+      "one that the network was trained with"
+    )
+  return next(iter(said.values()), NoiseSchedule.prediction_type)
 
 
 def _cosine_betas(steps: int, max_beta: float = 0.999) -> np.ndarray:
