@@ -1,5 +1,6 @@
 """CLIP's towers against transformers, and the tokenizer."""
 
+import diffusers
 import jax
 import numpy as np
 import pytest
@@ -21,34 +22,37 @@ SMALL = dict(
 )  # fmt: skip
 TEXT = dict(**SMALL, vocab_size=60, max_position_embeddings=12, bos_token_id=50)
 IDS = np.array([[50, 3, 4, 51, 51, 51, 51], [50, 7, 59, 9, 8, 51, 51]])
+MASK = (np.arange(7) < np.array([4, 6])[:, None]).astype(np.int64)
 
 
 @pytest.mark.parametrize(
-  "extra, projection, pooled_at",
+  "extra, projection, mask, pooled_at",
   [
     # Configs from before eos_token_id was right: the highest id is taken for EOS, here a 59.
-    (dict(hidden_act="quick_gelu", eos_token_id=2), False, [3, 2]),
-    (dict(hidden_act="quick_gelu", eos_token_id=51), False, [3, 5]),
-    (dict(hidden_act="gelu", eos_token_id=51), True, [3, 5]),
+    (dict(hidden_act="quick_gelu", eos_token_id=2), False, None, [3, 2]),
+    (dict(hidden_act="gelu", eos_token_id=51), False, MASK, [3, 5]),
+    (dict(hidden_act="gelu", eos_token_id=51), True, None, [3]),
   ],
-  ids=["eos2", "own_eos", "projection"],
+  ids=["vit_l", "h_masked", "bigg"],
 )
-def test_text_parity(extra, projection, pooled_at, tmp_path):
+def test_text_parity(extra, projection, mask, pooled_at, tmp_path):
+  ids = IDS[: len(pooled_at)]
   cls = transformers.CLIPTextModelWithProjection if projection else transformers.CLIPTextModel
   theirs = randomise(cls(transformers.CLIPTextConfig(**TEXT, **extra)))
   theirs.save_pretrained(tmp_path)
   config = CLIPTextConfig.from_dict(theirs.config.to_dict())
   assert config.with_projection == projection
   ours = load_weights(abstract(CLIPTextModel, config), tmp_path)
-  assert list(ours.pool_position(IDS)) == pooled_at
+  assert list(ours.pool_position(ids)) == pooled_at
 
   def run_theirs():
-    out = theirs(torch.from_numpy(IDS), output_hidden_states=True)
+    tokens, kept = torch.from_numpy(ids), None if mask is None else torch.from_numpy(mask)
+    out = theirs(tokens, attention_mask=kept, output_hidden_states=True)
     pooled = out.text_embeds if projection else out.pooler_output
     return [out.last_hidden_state, pooled, *out.hidden_states]
 
   def run_ours(module):
-    last, pooled, states = module(IDS)
+    last, pooled, states = module(ids, attention_mask=mask)
     return [last, pooled, *states]
 
   assert_same(run_ours, ours, [], run_theirs, theirs)
@@ -72,23 +76,71 @@ def test_text_from_embeddings():
     model(np.zeros((1, 13), int))
 
 
+def test_context_is_what_diffusers_pipelines_make_of_a_prompt(tmp_path):
+  """Clip-skip and SDXL's penultimate layer."""
+  tokenizer = train_tokenizer(["a red teapot"], tmp_path / "tokenizer", 520, max_length=9)
+  settings = SMALL | dict(
+    vocab_size=520, num_hidden_layers=4, max_position_embeddings=9, hidden_act="gelu",
+    bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+  )  # fmt: skip
+  # diffusers 0.42 looks for `text_model`, which transformers 5 has under a projection only.
+  cls = transformers.CLIPTextModelWithProjection
+  theirs = randomise(cls(transformers.CLIPTextConfig(**settings)))
+  theirs.save_pretrained(tmp_path)
+  ours = load_weights(
+    abstract(CLIPTextModel, CLIPTextConfig.from_dict(theirs.config.to_dict())), tmp_path
+  )
+  parts = dict(text_encoder=theirs, tokenizer=tokenizer, vae=None, unet=None, scheduler=None)
+  sd = diffusers.StableDiffusionPipeline(
+    **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
+  )
+  sdxl = diffusers.StableDiffusionXLPipeline(
+    **parts, text_encoder_2=theirs, tokenizer_2=tokenizer, add_watermarker=False
+  )
+  prompt = "a red teapot"
+  arguments = dict(device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False)
+  ids = tokenizer(prompt, padding="max_length", return_tensors="np")["input_ids"]
+  with jax.default_matmul_precision("highest"):
+    out = jax.jit(lambda ids: ours(ids))(ids)
+
+  assert relative_error(ours.context(out), out.last_hidden_state) < 1e-6
+  for skip in (1, 2):
+    wanted = sd.encode_prompt(prompt, **arguments, clip_skip=skip)[0].detach()
+    assert relative_error(ours.context(out, clip_skip=skip), wanted) < 1e-5
+  for skip in (0, 2):
+    wanted = sdxl.encode_prompt(prompt, **arguments, clip_skip=skip or None)[0].detach()
+    context = ours.context(out, penultimate=True, clip_skip=skip)
+    assert relative_error(np.concatenate([context] * 2, axis=-1), wanted) < 1e-5
+  with pytest.raises(UserError, match="clip_skip is 4 and .* has 4 layers; use 0 to 3"):
+    ours.context(out, penultimate=True, clip_skip=4)
+
+
 @pytest.mark.parametrize(
-  "extra, projection",
+  "extra, projection, batch",
   [
-    (dict(image_size=16, patch_size=8, hidden_act="quick_gelu"), True),
-    (dict(image_size=22, patch_size=7, hidden_act="gelu"), False),  # the last pixel is left over
+    (dict(image_size=16, patch_size=8, hidden_act="quick_gelu"), True, 3),
+    (dict(image_size=22, patch_size=7, hidden_act="gelu"), False, 1),  # a pixel is left over
+    # bigG: heads whose width is no power of two, an MLP that is no multiple.
+    (
+      dict(
+        image_size=28, patch_size=14, hidden_act="gelu", hidden_size=26, num_attention_heads=2,
+        intermediate_size=49,
+      ),
+      True,
+      1,
+    ),
   ],
-  ids=["projection", "plain"],
-)
-def test_vision_parity(extra, projection, tmp_path):
+  ids=["vit_l", "plain", "bigg"],
+)  # fmt: skip
+def test_vision_parity(extra, projection, batch, tmp_path):
   cls = transformers.CLIPVisionModelWithProjection if projection else transformers.CLIPVisionModel
-  theirs = randomise(cls(transformers.CLIPVisionConfig(**SMALL, **extra)))
+  theirs = randomise(cls(transformers.CLIPVisionConfig(**SMALL | extra)))
   theirs.save_pretrained(tmp_path)
   config = CLIPVisionConfig.from_dict(theirs.config.to_dict())
   assert config.with_projection == projection
   ours = load_weights(abstract(CLIPVisionModel, config), tmp_path)
   size = extra["image_size"]
-  pixels = np.random.default_rng(0).standard_normal((2, size, size, 3)).astype(np.float32)
+  pixels = np.random.default_rng(0).standard_normal((batch, size, size, 3)).astype(np.float32)
 
   def run_theirs(pixels):
     out = theirs(pixels.permute(0, 3, 1, 2), output_hidden_states=True)

@@ -20,13 +20,13 @@ torch.set_num_threads(2)
 # Small networks of each family. Groups hold more than one channel, widths differ wherever two could
 # be confused, and the blocks with and without attention lie as in the real ones.
 SD15 = dict(
-  block_out_channels=[16, 32],
-  down_block_types=["CrossAttnDownBlock2D", "DownBlock2D"],
-  up_block_types=["UpBlock2D", "CrossAttnUpBlock2D"],
+  block_out_channels=[8, 16, 24],
+  down_block_types=["CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
+  up_block_types=["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"],
   layers_per_block=1,
-  norm_num_groups=8,
-  cross_attention_dim=24,
-  attention_head_dim=4,
+  norm_num_groups=4,
+  cross_attention_dim=20,
+  attention_head_dim=2,
   act_fn="silu",
 )
 SD2 = dict(
@@ -36,19 +36,19 @@ SD2 = dict(
   layers_per_block=1,
   norm_num_groups=4,
   cross_attention_dim=20,
-  attention_head_dim=[2, 4],
+  attention_head_dim=[1, 4],
   use_linear_projection=True,
   upcast_attention=True,
 )
 SDXL = dict(
-  block_out_channels=[16, 32],
-  down_block_types=["DownBlock2D", "CrossAttnDownBlock2D"],
-  up_block_types=["CrossAttnUpBlock2D", "UpBlock2D"],
+  block_out_channels=[8, 12, 16],
+  down_block_types=["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+  up_block_types=["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
   layers_per_block=1,
-  norm_num_groups=8,
+  norm_num_groups=4,
   cross_attention_dim=24,
-  transformer_layers_per_block=[1, 2],
-  attention_head_dim=[2, 4],
+  transformer_layers_per_block=[1, 1, 2],
+  attention_head_dim=[1, 2, 4],
   use_linear_projection=True,
   addition_embed_type="text_time",
   addition_time_embed_dim=6,
@@ -136,36 +136,43 @@ def nhwc(tensor):
 
 
 def test_sd15_kind_of_odd_size_and_with_a_context_for_each_layer():
+  """41 x 65 is halved to 21 x 33 and 11 x 17, both of which must be found again on the way up."""
   original, unet = pair(SD15)
-  timesteps = np.array([999, 3, 421])
+  timesteps = np.array([421])
   layers = len(cross_attention_layers(unet))
   assert_same(
     lambda unet, x, text: [unet(x, timesteps, (text,) * layers)],
     unet,
-    latents_and_text(SD15, batch=3, height=9, width=13),
+    latents_and_text(SD15, batch=1, height=41, width=65),
     lambda x, text: [nhwc(original(nchw(x), torch.from_numpy(timesteps), text).sample)],
     original,
   )
 
 
-def test_sd2_kind():
+def test_sd2_kind_with_masked_text():
   original, unet = pair(SD2)
-  timesteps = np.array([999, 3])
+  timesteps = np.array([999, 3, 421])
+  mask = np.arange(7) < np.array([7, 2, 5])[:, None]
+
+  def theirs(x, text):
+    t, text_mask = torch.from_numpy(timesteps), torch.from_numpy(mask)
+    return [nhwc(original(nchw(x), t, text, encoder_attention_mask=text_mask).sample)]
+
   assert_same(
-    lambda unet, x, text: [unet(x, timesteps, text)],
+    lambda unet, x, text: [unet(x, timesteps, text, context_mask=mask)],
     unet,
-    latents_and_text(SD2, batch=2, height=8, width=6),
-    lambda x, text: [nhwc(original(nchw(x), torch.from_numpy(timesteps), text).sample)],
+    latents_and_text(SD2, batch=3, height=40, width=72),
+    theirs,
     original,
   )
 
 
 def test_sdxl_kind():
   original, unet = pair(SDXL)
-  timesteps = np.array([999, 3])
+  timesteps = np.array([999, 3, 421])
   rng = np.random.default_rng(1)
-  time_ids = rng.integers(0, 1024, (2, 6)).astype(np.float32)
-  pooled = rng.normal(size=(2, 10)).astype(np.float32)
+  time_ids = rng.integers(0, 1024, (3, 6)).astype(np.float32)
+  pooled = rng.normal(size=(3, 10)).astype(np.float32)
 
   def theirs(x, text, pooled):
     added = dict(text_embeds=pooled, time_ids=torch.from_numpy(time_ids))
@@ -175,7 +182,7 @@ def test_sdxl_kind():
   assert_same(
     lambda unet, x, text, pooled: [unet(x, timesteps, text, text_embeds=pooled, time_ids=time_ids)],
     unet,
-    [*latents_and_text(SDXL, batch=2, height=5, width=8), pooled],
+    [*latents_and_text(SDXL, batch=3, height=41, width=65), pooled],
     theirs,
     original,
   )
@@ -213,17 +220,22 @@ def test_layers_are_listed_in_execution_order():
   unet = abstract_unet(SDXL)
   assert [path for path, _ in cross_attention_layers(unet)] == [
     f"{place}.transformer_blocks.{i}"
-    for place in (
-      "down_blocks.1.attentions.0",
-      "mid_block.attentions.0",
-      "up_blocks.0.attentions.0",
-      "up_blocks.0.attentions.1",
+    for place, depth in (
+      ("down_blocks.1.attentions.0", 1),
+      ("down_blocks.2.attentions.0", 2),
+      ("mid_block.attentions.0", 2),
+      ("up_blocks.0.attentions.0", 2),
+      ("up_blocks.0.attentions.1", 2),
+      ("up_blocks.1.attentions.0", 1),
+      ("up_blocks.1.attentions.1", 1),
     )
-    for i in range(2)
+    for i in range(depth)
   ]
   x = jax.ShapeDtypeStruct((1, 4, 4, 4), jnp.float32)
-  with pytest.raises(ValueError, match="7 contexts for 8"):
+  with pytest.raises(ValueError, match="7 contexts for 11"):
     jax.eval_shape(lambda x: unet(x, jnp.zeros(1), (None,) * 7), x)
+  with pytest.raises(ValueError, match="context_mask"):
+    jax.eval_shape(lambda x: unet(x, jnp.zeros(1), (None,) * 11, context_mask=x), x)
 
 
 # config.json of the published checkpoints, as far as it differs from the defaults.

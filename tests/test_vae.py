@@ -1,6 +1,8 @@
 """AutoencoderKL against diffusers."""
 
 import dataclasses
+import json
+import shutil
 
 import diffusers
 import jax
@@ -9,8 +11,16 @@ import numpy as np
 import pytest
 import safetensors.torch
 from flax import nnx
-from torch_parity import abstract, assert_same, assert_same_names, randomise
+from torch_parity import (
+  abstract,
+  assert_same,
+  assert_same_names,
+  randomise,
+  relative_error,
+  to_nchw,
+)
 
+from cc_jax import generate, hub
 from cc_jax.errors import UserError
 from cc_jax.models.vae import AutoencoderKL, AutoencoderKLConfig
 from cc_jax.models.weights import load_weights
@@ -29,13 +39,14 @@ SD = dict(
   up_block_types=["UpDecoderBlock2D"] * 4,
   latent_channels=4,
   norm_num_groups=4,
-  layers_per_block=2,
+  layers_per_block=1,
 )
 BARE = dict(
   block_out_channels=[8, 16],
   down_block_types=["DownEncoderBlock2D"] * 2,
   up_block_types=["UpDecoderBlock2D"] * 2,
   norm_num_groups=4,
+  layers_per_block=2,
   mid_block_add_attention=False,
   use_quant_conv=False,
   use_post_quant_conv=False,
@@ -54,8 +65,9 @@ SD15_VAE = dict(
   "settings, image, latents",
   [
     (MINI, (2, 16, 16, 3), (2, 4, 4, 8)),
-    (SD, (1, 37, 50, 3), (1, 3, 5, 4)),  # an odd size: the strided convolutions pad one side only
-    (BARE, (3, 8, 6, 3), (3, 3, 2, 4)),
+    # An odd size: the strided convolutions pad one side only.
+    (SD, (1, 37, 50, 3), (1, 41, 65, 4)),
+    (BARE, (3, 8, 6, 3), (3, 40, 72, 4)),
   ],
   ids=["mini", "sd_odd", "bare"],
 )
@@ -115,6 +127,39 @@ def test_bfloat16_compute_keeps_parameters():
   params, outs = jax.eval_shape(run)
   assert {out.dtype for out in outs} == {jnp.bfloat16.dtype}
   assert {leaf.dtype for _, leaf in nnx.to_flat_state(params)} == {jnp.float32.dtype}
+
+
+def change_config(folder, **changes):
+  file = folder / "config.json"
+  file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def test_float16_overflows_where_the_config_does_not_ask_for_float32(tmp_path):
+  theirs = randomise(diffusers.AutoencoderKL(**BARE))
+  theirs.decoder.conv_in.weight.data *= 3e3
+  theirs.save_pretrained(tmp_path)
+  z = 30 * np.random.default_rng(0).standard_normal((1, 3, 2, 4)).astype(np.float32)
+  wanted = theirs.decode(to_nchw(z)).sample.detach().permute(0, 2, 3, 1)
+
+  def decode():
+    vae = hub.load_module(tmp_path, AutoencoderKL, dtype=jnp.float16, param_dtype=jnp.float16)
+    assert vae.decoder.conv_in.kernel.dtype == jnp.float16
+    return np.asarray(jax.jit(vae.decode)(z))
+
+  change_config(tmp_path, force_upcast=True)
+  assert relative_error(decode(), wanted) < 1e-2
+  change_config(tmp_path, force_upcast=False)
+  assert not np.isfinite(decode()).all()
+
+
+def test_a_picture_that_is_not_finite_is_a_mistake_with_a_remedy(tiny_folder, tmp_path):
+  """The VAE alone is in float16, whose attention XLA's CPU backend does not have."""
+  folder = shutil.copytree(tiny_folder / "vae", tmp_path / "vae")
+  change_config(folder, scaling_factor=1e-7, force_upcast=False)
+  base = hub.load_base(tiny_folder)
+  base.vae = hub.load_module(folder, AutoencoderKL, dtype=jnp.float16)
+  with pytest.raises(UserError, match="not finite; draw in float32"):
+    generate.Pipeline(base)("a duck on the beach", steps=1, guidance=1.0)
 
 
 @pytest.mark.parametrize(

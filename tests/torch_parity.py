@@ -71,7 +71,7 @@ def assert_same(ours_fn, module, inputs, theirs_fn, torch_model) -> None:
   for index, (grad, tensor) in enumerate(zip(input_grads, tensors, strict=True)):
     assert relative_error(grad, tensor.grad) < TOLERANCE, f"gradient of input {index}"
 
-  wanted = {name: tensor.grad for name, tensor in _named_as_ours(module, torch_model).items()}
+  wanted = {name: tensor.grad for name, tensor in named_as_ours(module, torch_model).items()}
   grads = to_torch(param_grads)
   assert grads.keys() == wanted.keys()
   # The gradient of a key's bias is zero but for rounding; what counts is its size among the rest.
@@ -85,12 +85,12 @@ def assert_same_names(cls, config, torch_model_fn) -> None:
   """Names and shapes of our abstract model are those of PyTorch's model on the meta device."""
   module = abstract(cls, config)
   with torch.device("meta"):
-    theirs = _named_as_ours(module, torch_model_fn())
+    theirs = named_as_ours(module, torch_model_fn())
   wanted = {name: tuple(tensor.shape) for name, tensor in theirs.items()}
   assert torch_shapes(nnx.state(module, nnx.Param)) == wanted
 
 
-def _named_as_ours(module, torch_model) -> dict[str, torch.nn.Parameter]:
+def named_as_ours(module, torch_model) -> dict[str, torch.nn.Parameter]:
   """Inside transformers 5 some parameters are called otherwise than in the hub's files."""
   hub_name = getattr(type(module), "hub_name", lambda name: name)
   named = {hub_name(name): tensor for name, tensor in torch_model.named_parameters()}
