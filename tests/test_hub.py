@@ -16,7 +16,7 @@ import transformers
 from flax import nnx
 from torch_parity import randomise, relative_error
 
-from cc_jax import hub
+from cc_jax import hub, layout
 from cc_jax.errors import UserError
 from cc_jax.models.clip_text import CLIPTextModel
 from cc_jax.models.tokenizer import train_tokenizer
@@ -332,7 +332,7 @@ def test_bad_folders(damage, wanted, copy):
 
 
 def test_base_of_the_package(saved, tmp_path, monkeypatch):
-  monkeypatch.setattr(hub, "ASSETS", saved.parent)
+  monkeypatch.setattr(layout, "ASSETS", saved.parent)
   assert hub.resolve_base(saved.name) == saved
   assert hub.resolve_base(tmp_path) == tmp_path
 

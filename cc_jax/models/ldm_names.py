@@ -437,10 +437,13 @@ def _scheduler_config(kind: str, shapes: Shapes) -> dict[str, Any]:
 
 def _count(names: Iterable[str], prefix: str) -> int:
   """How many numbers follow `prefix`."""
-  return len({
-    name[len(prefix) :].split(".")[0] for name in names
-    if name.startswith(prefix) and name[len(prefix) : len(prefix) + 1].isdigit()
-  })
+  return len(
+    {
+      name[len(prefix) :].split(".")[0]
+      for name in names
+      if name.startswith(prefix) and name[len(prefix) : len(prefix) + 1].isdigit()
+    }
+  )
 
 
 def _first(names: Iterable[str]) -> str:

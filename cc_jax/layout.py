@@ -1,0 +1,282 @@
+"""Where the parts of a Stable Diffusion base are: in a folder, in one file, or on the hub.
+
+  model_index.json    which class each of the folders below is of
+  unet/ vae/          config.json, diffusion_pytorch_model.safetensors
+  text_encoder/ ...   config.json, model.safetensors; SDXL has text_encoder_2/ as well
+  tokenizer/ ...      vocab.json, merges.txt, tokenizer_config.json
+  scheduler/          scheduler_config.json
+  image_encoder/      a CLIP vision tower, with feature_extractor/preprocessor_config.json
+
+A single .safetensors file in the original key format (cc_jax.models.ldm_names) holds the networks
+only. Tokenizers, and a scheduler's config if there is one, are looked for in the folder named like
+the file without its suffix, in the file's own folder, and then in the published model on the hub.
+
+cc_jax.hub makes networks of what is found here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from absl import logging
+from flax import nnx
+
+from cc_jax import downloads
+from cc_jax.errors import UserError
+from cc_jax.models import ldm_names
+from cc_jax.models.clip_pixels import CLIP_PROCESSOR, processor_from_dict
+from cc_jax.models.clip_text import CLIPTextConfig, CLIPTextModel
+from cc_jax.models.clip_vision import CLIPVisionConfig, CLIPVisionModel
+from cc_jax.models.dino import Dino, DinoConfig
+from cc_jax.models.unet import UNet2DCondition
+from cc_jax.models.unet_config import UNetConfig
+from cc_jax.models.vae import AutoencoderKL, AutoencoderKLConfig
+from cc_jax.models.weights import open_tensors
+
+ASSETS = Path(__file__).parent / "assets"
+
+# Ours, its config, the file its weights are in, and the classes of model_index.json that it is.
+NETWORKS = {
+  UNet2DCondition: (UNetConfig, "diffusion_pytorch_model", ("UNet2DConditionModel",)),
+  AutoencoderKL: (AutoencoderKLConfig, "diffusion_pytorch_model", ("AutoencoderKL",)),
+  CLIPTextModel: (CLIPTextConfig, "model", ("CLIPTextModel", "CLIPTextModelWithProjection")),
+  CLIPVisionModel: (
+    CLIPVisionConfig, "model", ("CLIPVisionModel", "CLIPVisionModelWithProjection"),
+  ),
+  Dino: (DinoConfig, "model", ("ViTModel", "Dinov2Model")),
+}  # fmt: skip
+COMPONENTS = {
+  "unet": UNet2DCondition,
+  "vae": AutoencoderKL,
+  "text_encoder": CLIPTextModel,
+  "text_encoder_2": CLIPTextModel,
+  "image_encoder": CLIPVisionModel,
+}
+_REQUIRED = ("unet", "vae", "text_encoder")
+_OTHERS = ("tokenizer", "tokenizer_2", "scheduler", "feature_extractor")
+
+
+def resolve_base(name: str | Path) -> Path:
+  """The folder or file of a base: a path, the name of one inside the package, or a hub id.
+
+  A hub id, `owner/name[@revision]` or `owner/name/file.safetensors[@revision]`, is downloaded, or
+  taken from the hub's cache (cc_jax.downloads).
+
+  Raises:
+    UserError: it is none of these.
+  """
+  for path in (Path(name), ASSETS / name):
+    if path.exists():
+      return path
+  shipped = sorted(path.parent.name for path in ASSETS.glob("*/model_index.json"))
+  problem = f"base {str(name)!r} is no folder or file and not one of the package's ({shipped})"
+  if not downloads.is_hub_id(str(name)):
+    raise UserError(f"{problem}; give a path, or a hub id as owner/name")
+  try:
+    return _download(str(name))
+  except UserError as error:
+    raise UserError(f"{problem}; {error}") from error
+
+
+@dataclasses.dataclass
+class Found:
+  """Where the parts of a base are."""
+
+  name: str
+  folder: Path  # of the tokenizers
+  configs: dict[str, Any]  # component -> our config
+  weights: dict[str, Path]  # component -> its folder, or the file that has them all
+  checkpoint: ldm_names.Checkpoint | None  # what that file is
+  scheduler: dict[str, Any]
+  processor: dict[str, Any] | None
+  unused: tuple[str, ...]
+
+  def open(
+    self, stack: contextlib.ExitStack, shapes: Mapping[str, Mapping[str, tuple[int, ...]]]
+  ) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """What `load_weights` reads each component from, and what a single file holds besides."""
+    sources: dict[str, Any] = dict(self.weights)
+    if self.checkpoint is None:
+      return sources, ()
+    file = self.weights["unet"]
+    tensors = open_tensors(file, stack)
+    stored, used = tensors.shapes(), {}
+    for label in self.checkpoint.configs:
+      used[label] = ldm_names.entries(self.checkpoint, label, shapes[label], stored)
+    keys = [key for own in used.values() for key, _ in own.values()]
+    unused = ldm_names.check(self.checkpoint, keys, stored, str(file))
+    return sources | {label: tensors.select(own) for label, own in used.items()}, unused
+
+
+def find(name: str | Path, image_encoder: str | Path | None) -> Found:
+  path = resolve_base(name)
+  found = _find_in_file(str(name), path) if path.is_file() else _find_in_folder(str(name), path)
+  if image_encoder is not None:
+    vision = _vision_folder(image_encoder)
+    found.configs["image_encoder"] = read_config(vision, CLIPVisionModel)
+    found.weights["image_encoder"] = vision
+  if "image_encoder" in found.configs:
+    size = found.configs["image_encoder"].image_size
+    found.processor = _read_processor(found.weights["image_encoder"], size)
+  channels = found.configs["unet"].in_channels, found.configs["vae"].latent_channels
+  if channels[0] != channels[1]:
+    raise UserError(
+      f"{path}: the UNet takes {channels[0]} channels, the VAE has {channels[1]}: an inpainting, "
+      "depth or instruct model; use a text-to-image one"
+    )
+  return found
+
+
+def _find_in_folder(name: str, folder: Path) -> Found:
+  index = read_json(folder / "model_index.json")
+  listed = {
+    part: entry[1]
+    for part, entry in index.items()
+    if isinstance(entry, list) and len(entry) == 2 and entry[1] is not None
+  }
+  for part in _REQUIRED:
+    if part not in listed:
+      raise UserError(f"{folder / 'model_index.json'} lists no {part}; it is no Stable Diffusion")
+  configs = {}
+  for part, kind in listed.items():
+    if part not in COMPONENTS:
+      continue
+    cls = COMPONENTS[part]
+    if kind not in NETWORKS[cls][2]:
+      raise UserError(
+        f"{folder / 'model_index.json'}: {part} is a {kind}; we have {NETWORKS[cls][2]}"
+      )
+    configs[part] = read_config(folder / part, cls)
+  known = {*COMPONENTS, *_OTHERS}
+  on_disk = {path.name for path in folder.iterdir() if path.is_dir() and path.name[0] != "."}
+  unused = sorted((set(listed) | on_disk) - known | on_disk & known - set(listed))
+  return Found(
+    name=name,
+    folder=folder,
+    configs=configs,
+    weights={part: folder / part for part in configs},
+    checkpoint=None,
+    scheduler=read_json(folder / "scheduler" / "scheduler_config.json"),
+    processor=None,
+    unused=tuple(f"{part}/" for part in unused),
+  )
+
+
+def _find_in_file(name: str, file: Path) -> Found:
+  with contextlib.ExitStack() as stack:
+    checkpoint = ldm_names.describe(open_tensors(file, stack).shapes(), str(file))
+  configs = {
+    part: NETWORKS[COMPONENTS[part]][0].from_dict(values)
+    for part, values in checkpoint.configs.items()
+  }
+  beside = [f for f in (file.with_suffix(""), file.parent) if (f / "tokenizer").is_dir()]
+  if beside:
+    folder = beside[0]
+  else:
+    try:
+      folder = downloads.fetch_folder(checkpoint.repository, ("tokenizer*/*",))
+    except UserError as error:
+      raise UserError(
+        f"{file} needs a tokenizer, which no such file holds; put the folder tokenizer/ of "
+        f"{checkpoint.repository} (SDXL: tokenizer_2/ too) beside it; {error}"
+      ) from error
+  scheduler = checkpoint.scheduler
+  if beside and (folder / "scheduler").is_dir():
+    scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
+  elif checkpoint.kind == "sd2":
+    logging.warning(
+      "%s: no file says what an SD 2.x predicts; taken for v_prediction. For one that predicts the "
+      "noise put its scheduler/scheduler_config.json beside its tokenizer/", file,
+    )  # fmt: skip
+  return Found(
+    name=name,
+    folder=folder,
+    configs=configs,
+    weights={part: file for part in configs},
+    checkpoint=checkpoint,
+    scheduler=scheduler,
+    processor=None,
+    unused=(),
+  )
+
+
+def _download(name: str) -> Path:
+  """What a hub id names: one weight file, or the parts of a folder that we use."""
+  if Path(downloads.inside(name)).suffix:
+    return downloads.fetch_file(name)
+  folder = downloads.fetch_folder(name, ("model_index.json",))
+  index = read_json(folder / "model_index.json")
+  parts = [part for part in (*COMPONENTS, *_OTHERS) if (index.get(part) or [None])[0]]
+  networks = [part for part in parts if part in COMPONENTS]
+  patterns = [f"{part}/*.{kind}" for part in parts for kind in ("json", "txt")]
+  stems = {part: NETWORKS[COMPONENTS[part]][1] for part in networks}
+  # Repositories hold a network in several precisions: the plain one, if there is one.
+  for variant in ("", ".fp16"):
+    for part, stem in stems.items():
+      patterns += [f"{part}/{stem}{variant}.safetensors", f"{part}/{stem}{variant}-0*.safetensors"]
+    folder = downloads.fetch_folder(name, patterns)
+    stems = {part: s for part, s in stems.items() if not any((folder / part).glob("*.safetensors"))}
+    if not stems:
+      break
+  return folder
+
+
+def find_file(name: str | Path) -> Path:
+  """A file: a path, or `owner/name/path/to/file[@revision]` on the hub."""
+  if not Path(name).exists() and downloads.is_hub_id(str(name)) and downloads.inside(str(name)):
+    return downloads.fetch_file(str(name))
+  return Path(name)
+
+
+def _vision_folder(name: str | Path) -> Path:
+  """The folder of a CLIP vision tower: itself, or image_encoder/ in it; a path or a hub id."""
+  folder = Path(name)
+  if not folder.is_dir() and downloads.is_hub_id(str(name)):
+    files = ("config.json", "preprocessor_config.json", "model.safetensors", "model-0*.safetensors",
+             "model.safetensors.index.json")  # fmt: skip
+    folder = downloads.fetch_folder(str(name), files)
+  return folder / "image_encoder" if (folder / "image_encoder").is_dir() else folder
+
+
+def read_config(folder: Path, cls: type[nnx.Module]) -> Any:
+  file = folder / "config.json"
+  try:
+    return NETWORKS[cls][0].from_dict(read_json(file))
+  except UserError as error:
+    raise _about(file, error) from None
+
+
+def _read_processor(vision: Path, image_size: int) -> dict[str, Any]:
+  """The preprocessor_config.json beside the tower, or in the base's feature_extractor/."""
+  for folder in (vision, vision.parent / "feature_extractor"):
+    file = folder / "preprocessor_config.json"
+    if file.is_file():
+      break
+  else:
+    return {**CLIP_PROCESSOR, "size": image_size, "shortest_edge": image_size}
+  try:
+    return processor_from_dict(read_json(file), image_size)
+  except UserError as error:
+    raise _about(file, error) from None
+
+
+def _about(file: Path, error: UserError) -> UserError:
+  """The error with the file's name, unless it is there already."""
+  return error if str(file) in str(error) else UserError(f"{file}: {error}")
+
+
+def read_json(file: Path) -> dict[str, Any]:
+  if not file.is_file():
+    raise UserError(f"{file} is missing; a base is a folder in the diffusers layout")
+  try:
+    values = json.loads(file.read_text(encoding="utf-8"))
+  except ValueError as error:
+    raise UserError(f"{file} is no JSON ({error}); get it again") from error
+  if not isinstance(values, dict):
+    raise UserError(f"{file} is no JSON object; get it again")
+  return values
