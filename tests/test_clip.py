@@ -186,8 +186,8 @@ def test_text_real_sizes(settings, projection):
 
 @pytest.mark.parametrize(
   "width, hidden, layers, heads, out",
-  [(1024, 4096, 24, 16, 768), (1280, 5120, 32, 16, 1024)],
-  ids=["vit_l_14", "vit_h_14"],
+  [(1024, 4096, 24, 16, 768), (1280, 5120, 32, 16, 1024), (1664, 8192, 48, 16, 1280)],
+  ids=["vit_l_14", "vit_h_14", "vit_bigg_14"],
 )
 def test_vision_real_sizes(width, hidden, layers, heads, out):
   settings = dict(

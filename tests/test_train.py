@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import pytest
+import safetensors.numpy
 import tiny
 from orbax.checkpoint import v1 as ocp
 
@@ -97,6 +98,32 @@ def test_killed_runs_go_on_bit_for_bit(setup, loader, tmp_path, quick_compile):
   x, y = (load_adapter(path / "adapter.safetensors").tensors for path in (whole, killed))
   assert x.keys() == y.keys() and all(np.array_equal(x[key], y[key]) for key in x)
   assert all(np.array_equal(x[key], a[f"ema/{key}"]) for key in x)
+
+
+def test_warm_start_from_an_ip_adapter(setup, loader, tmp_path, quick_compile):
+  """Training starts from the file's values and reports; a run that goes on needs no file."""
+  rng = np.random.default_rng(0)
+  names = [name for name in setup.trainable if name.endswith("to_k_visual.kernel")]
+  file, stored = tmp_path / "ip.safetensors", {}
+  for number, name in enumerate(sorted(names, key=lambda n: "mid_block" in n)):  # down, up, mid
+    width, channels = setup.trainable[name].shape
+    for part in "kv":
+      value = 3 + rng.standard_normal((channels, width)).astype(np.float32)
+      stored[f"ip_adapter.{2 * number + 1}.to_{part}_ip.weight"] = value
+  safetensors.numpy.save_file(stored, file)
+  config = setup.config.copy_and_resolve_references()
+  config.train.warm_start = str(file)
+  state = train.train(config, tmp_path / "run")
+  for number, name in enumerate(sorted(names, key=lambda n: "mid_block" in n)):
+    wanted = stored[f"ip_adapter.{2 * number + 1}.to_k_ip.weight"].T
+    assert np.abs(np.asarray(state.trainable[name]) - wanted).max() < 0.1
+  report = (tmp_path / "run" / "warm_start.txt").read_text()
+  assert f"{len(stored)} of {len(stored)} tensors used" in report
+  file.unlink()
+  again = train.train(config, tmp_path / "run")
+  assert np.array_equal(again.trainable[names[0]], state.trainable[names[0]])
+  with pytest.raises(UserError, match="ip.safetensors is no file"):
+    train.train(config, tmp_path / "another")
 
 
 # The step.
