@@ -300,6 +300,7 @@ REAL_VAE = dict(
 # A key that CompVis', Stability's and OpenCLIP's code wrote, for each kind, and its shape.
 LANDMARKS = {
   "sd1": {
+    "model.diffusion_model.output_blocks.2.1.conv.weight": (1280, 1280, 3, 3),  # no attention
     "model.diffusion_model.output_blocks.8.2.conv.weight": (640, 640, 3, 3),
     "cond_stage_model.transformer.text_model.encoder.layers.11.mlp.fc1.weight": (3072, 768),
     "first_stage_model.decoder.up.0.block.0.nin_shortcut.weight": (128, 256, 1, 1),
