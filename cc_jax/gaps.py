@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float
 from cc_jax import sharding
 from cc_jax.assemble import Params
 from cc_jax.objectives.diffusion import per_sample_mse
-from cc_jax.step import Batch, Method, denoise, unit
+from cc_jax.step import Batch, Draws, Method, denoise, unit
 
 NOISE_LEVEL = 0.85  # t / T: late enough that the picture itself says little (lab.md's value)
 NumpyBatch = dict[str, np.ndarray]
@@ -34,8 +34,9 @@ def sample_losses(
   t = jnp.full((size,), int(NOISE_LEVEL * method.schedule.num_train_timesteps), jnp.int32)
   every = jnp.ones(size, bool)
   features, _ = model.image_features(unit(batch["reference"]))
-  key = jax.random.key(method.config.seed)
-  return per_sample_mse(*denoise(method, model, batch, features, key, t, (every, every)))
+  keys = jax.random.split(jax.random.key(method.config.seed), size)
+  draws = Draws(t, keep_text=every, keep_image=every, noise=keys)
+  return per_sample_mse(*denoise(method, model, batch, features, draws))
 
 
 def make_gaps(

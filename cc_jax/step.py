@@ -23,9 +23,10 @@ from cc_jax.assemble import Params, join
 from cc_jax.customcontrast.model import CustomContrast
 from cc_jax.diffusion.schedule import NoiseSchedule
 from cc_jax.errors import UserError
+from cc_jax.objectives.contrast import NAIVE, Contrast
 from cc_jax.objectives.cscl import cscl
 from cc_jax.objectives.diffusion import diffusion_loss, min_snr_weights
-from cc_jax.objectives.macl import cosine_similarity_matrix, macl
+from cc_jax.objectives.macl import macl
 
 Batch = Mapping[str, Array]
 Metrics = dict[str, Float[Array, ""]]
@@ -50,9 +51,16 @@ class Method:
   schedule: NoiseSchedule
   config: ml_collections.ConfigDict
   empty_prompt: tuple[int, ...]  # [T] token ids of ""
+  mesh: Mesh | None = None  # over which the batch is cut, for losses that must know
 
   def __post_init__(self):
-    objective = self.config.objective
+    objective, train = self.config.objective, self.config.train
+    parts = train.accumulate * self.contrast.devices  # the latter checks its own settings
+    if train.batch_size % parts:
+      raise UserError(
+        f"train.batch_size={train.batch_size} does not divide into train.accumulate="
+        f"{train.accumulate} parts on {self.contrast.devices} devices; use a multiple of {parts}"
+      )
     if objective.cscl_frame not in CSCL_FRAMES:
       raise UserError(
         f"unknown cscl_frame {objective.cscl_frame!r}; we have {', '.join(CSCL_FRAMES)}"
@@ -65,6 +73,15 @@ class Method:
         f"objective.timestep_shift={objective.timestep_shift} must be positive (1 = uniform), "
         f"objective.subject_weight={objective.subject_weight} not negative (0 = plain loss)"
       )
+
+  @property
+  def contrast(self) -> Contrast:
+    """The implementation of the contrastive losses."""
+    objective, axes = self.config.objective, ()
+    if self.mesh is not None:
+      axes = sharding.over_data(self.mesh).spec[0]
+      axes = axes if isinstance(axes, tuple) else (axes,)
+    return Contrast(objective.contrast, objective.tile, self.mesh, axes)
 
   def model(self, *parts: Params) -> CustomContrast:
     """The CustomContrast module with these weights (adapter's and base's)."""
@@ -82,13 +99,35 @@ def init_state(trainable: Params, config: ml_collections.ConfigDict) -> TrainSta
   )
 
 
-def to_latents(vae: nnx.Module, images: Array, key: Array) -> Float[Array, "b h w c"]:
-  """uint8 images [B, H, W, 3] -> a sample of the VAE's posterior in the UNet's units, float32."""
+class Draws(NamedTuple):
+  """The randomness of a step, sample by sample, so that it does not depend on how the batch is cut.
+  """
+
+  t: Int[Array, " b"]
+  keep_text: Bool[Array, " b"]
+  keep_image: Bool[Array, " b"]
+  noise: Array  # [B] keys
+
+
+def draw(method: Method, key: Array, size: int) -> Draws:
+  """Everything random about `size` samples."""
+  objective, steps = method.config.objective, method.schedule.num_train_timesteps
+  of_t, of_dropout, of_noise = jax.random.split(key, 3)
+  t = sample_timesteps(of_t, size, steps, objective.timestep_shift)
+  keep = keep_conditions(of_dropout, size, objective)
+  return Draws(t, *keep, jax.random.split(of_noise, size))
+
+
+def to_latents(vae: nnx.Module, images: Array, keys: Array) -> Float[Array, "b h w c"]:
+  """uint8 images [B, H, W, 3] -> a sample of the VAE's posterior in the UNet's units, float32.
+
+  `keys` [B]: one for each sample.
+  """
   mean, logvar = vae.encode(images.astype(jnp.float32) / 127.5 - 1)
   mean, logvar = mean.astype(jnp.float32), logvar.astype(jnp.float32)
   # The bounds of diffusers' DiagonalGaussianDistribution.
   deviation = jnp.exp(0.5 * jnp.clip(logvar, -30.0, 20.0))
-  z = mean + deviation * jax.random.normal(key, mean.shape)
+  z = mean + deviation * _normal(keys, mean.shape[1:])
   return (z - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
 
 
@@ -132,15 +171,13 @@ def denoise(
   model: CustomContrast,
   batch: Batch,
   features: Float[Array, "b p c"],
-  key: Array,
-  t: Int[Array, " b"],
-  keep: tuple[Bool[Array, " b"], Bool[Array, " b"]],
+  draws: Draws,
 ) -> tuple[Float[Array, "b h w c"], Float[Array, "b h w c"]]:
-  """(prediction, what it should be) for the target frame noised to t; `keep` = (text, image)."""
-  of_posterior, of_noise = jax.random.split(key)
+  """(prediction, what it should be) for the target frame noised to t."""
+  t, keep_text, keep_image, keys = draws
+  of_posterior, of_noise = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
   latents = to_latents(model.vae, batch["target"], of_posterior)
-  noise = jax.random.normal(of_noise, latents.shape)
-  keep_text, keep_image = keep
+  noise = _normal(of_noise, latents.shape[1:])
   empty = jnp.asarray(method.empty_prompt, jnp.int32)
   conditioning = model.condition(
     features,
@@ -167,23 +204,95 @@ def loss(
   sees every image: condition dropout concerns the diffusion loss alone, since the tokens of dropped
   images would all be the same.
   """
-  objective, schedule = method.config.objective, method.schedule
   model = method.model(trainable, frozen)
-  of_t, of_dropout, of_noise = jax.random.split(key, 3)
-  size = batch["target"].shape[0]
-  t = sample_timesteps(of_t, size, schedule.num_train_timesteps, objective.timestep_shift)
-
+  draws = draw(method, key, batch["target"].shape[0])
   features, embed = model.image_features(unit(batch["reference"]))
-  keep = keep_conditions(of_dropout, size, objective)
-  prediction, target = denoise(method, model, batch, features, of_noise, t, keep)
-  weights = min_snr_weights(schedule.snr(t), objective.min_snr_gamma, schedule.prediction_type)
-  mask = subject_weights(batch["target_mask"], prediction.shape[1:3], objective.subject_weight)
-  total, parts = diffusion_loss(prediction, target, weights, mask)
-  metrics = {"loss/diffusion": total, **_named("diffusion", parts)}
-
-  contrast, parts = contrastive(model, objective, batch, features, embed, t)
+  total, metrics = diffusion(method, model, batch, features, draws)
+  contrast, parts = contrastive(
+    model, method.config.objective, batch, features, embed, draws.t, method.contrast
+  )
   total = total + contrast
   return total, {"loss": total, **metrics, **parts}
+
+
+def accumulated(
+  method: Method, trainable: Params, frozen: Params, batch: Batch, key: Array
+) -> tuple[tuple[Float[Array, ""], Metrics], Params]:
+  """`loss` and its gradient with the memory of a train.accumulate-th part of the batch.
+
+  The contrastive losses see the whole batch all the same: their N does not shrink. First the
+  embeddings of all parts, without what a gradient would have to keep; then the losses' gradient
+  with respect to them; then each part again, whose own gradient takes these as given
+  (GradCache, arXiv 2101.06983).
+  """
+  objective, count = method.config.objective, method.config.train.accumulate
+  size = batch["target"].shape[0]
+  chunks = cut((dict(batch), draw(method, key, size)), count)
+
+  def look(trainable, chunk):
+    """(model, features, embeddings) of a part."""
+    batch, draws = chunk
+    model = method.model(trainable, frozen)
+    features, embed = model.image_features(unit(batch["reference"]))
+    return model, features, embeddings(model, objective, batch, features, embed, draws.t)
+
+  def compare(seen):
+    return contrast_embeddings(objective, paste(seen), batch["subject_id"], method.contrast)
+
+  def part(trainable, chunk, d_seen):
+    model, features, seen = look(trainable, chunk)
+    total, metrics = diffusion(method, model, chunk[0], features, chunk[1])
+    # Its gradient is that of the contrastive losses, through this part's embeddings.
+    inner = jax.tree.map(lambda d, s: jnp.sum(d.astype(jnp.float32) * s), d_seen, seen)
+    return total / count + sum(jax.tree.leaves(inner)), metrics
+
+  def add(gradients, inputs):
+    more, metrics = jax.grad(part, has_aux=True)(trainable, *inputs)
+    return jax.tree.map(jnp.add, gradients, more), metrics
+
+  _, seen = jax.lax.scan(lambda _, chunk: (None, look(trainable, chunk)[2]), None, chunks)
+  (contrast, parts), d_seen = jax.value_and_grad(compare, has_aux=True)(seen)
+  gradients, metrics = jax.lax.scan(
+    add, jax.tree.map(jnp.zeros_like, trainable), (chunks, d_seen)
+  )
+  metrics = {name: values.mean() for name, values in metrics.items()}
+  total = metrics["loss/diffusion"] + contrast
+  return (total, {"loss": total, **metrics, **parts}), gradients
+
+
+def cut(tree: Any, count: int) -> Any:
+  """Arrays [N, ...] -> [count, N / count, ...]; part m holds the samples m, m + count, ...
+
+  So every device's share of the batch is cut by itself, and nothing moves between them.
+  """
+  return jax.tree.map(
+    lambda x: jnp.moveaxis(x.reshape(-1, count, *x.shape[1:]), 1, 0), tree
+  )
+
+
+def paste(parts: Embeddings) -> Embeddings:
+  """Stacked embeddings of the parts that `cut` made -> those of the whole batch."""
+
+  def whole(x, axis):  # [count, ..., N / count, ...]
+    x = jnp.moveaxis(x, 0, axis + 1)
+    return x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
+
+  return Embeddings(
+    *(x if x is None else whole(x, int(name in LAYERED)) for name, x in parts._asdict().items())
+  )
+
+
+def diffusion(
+  method: Method, model: CustomContrast, batch: Batch, features: Float[Array, "b p c"], draws: Draws
+) -> tuple[Float[Array, ""], Metrics]:
+  """L_diffusion; `features` are the references'."""
+  objective, schedule = method.config.objective, method.schedule
+  prediction, target = denoise(method, model, batch, features, draws)
+  snr = schedule.snr(draws.t)
+  weights = min_snr_weights(snr, objective.min_snr_gamma, schedule.prediction_type)
+  mask = subject_weights(batch["target_mask"], prediction.shape[1:3], objective.subject_weight)
+  total, parts = diffusion_loss(prediction, target, weights, mask)
+  return total, {"loss/diffusion": total, **_named("diffusion", parts)}
 
 
 def contrastive(
@@ -193,42 +302,88 @@ def contrastive(
   features: Float[Array, "b p c"],
   embed: Float[Array, "b e"],
   t: Int[Array, " b"],
+  how: Contrast = NAIVE,
 ) -> tuple[Float[Array, ""], Metrics]:
-  """λ_cscl L_CSCL + λ_macl L_MACL; `features` and `embed` are the references'.
+  """λ_cscl L_CSCL + λ_macl L_MACL; `features` and `embed` are the references'."""
+  seen = embeddings(model, objective, batch, features, embed, t)
+  return contrast_embeddings(objective, seen, batch["subject_id"], how)
+
+
+class Embeddings(NamedTuple):
+  """What the contrastive losses compare; None where neither asks for it."""
+
+  visual_cls: Float[Array, "b d"] | None = None
+  textual_cls: Float[Array, "b d"] | None = None
+  anchors: Float[Array, "l b q d"] | None = None  # textual tokens of the references
+  positives: Float[Array, "l b q d"] | None = None
+  embed: Float[Array, "b e"] | None = None
+
+
+LAYERED = ("anchors", "positives")  # the batch is their second axis
+
+
+def embeddings(
+  model: CustomContrast,
+  objective: ml_collections.ConfigDict,
+  batch: Batch,
+  features: Float[Array, "b p c"],
+  embed: Float[Array, "b e"],
+  t: Int[Array, " b"],
+) -> Embeddings:
+  """Runs the encoder on what the contrastive losses need.
 
   Reference and positive of a sample get the same t. CSCL: `same_frame` is the figure's reading;
   `cross_frame` [R] holds V of the reference against T of the positive, which no pose they share can
   solve. S of MACL comes from the references, which are re-centred, so that S speaks of the
   subjects and not of where they stand.
   """
-  total, metrics = jnp.zeros(()), {}
+  seen = Embeddings()
   if not (objective.lambda_cscl or objective.lambda_macl):
-    return total, metrics
+    return seen
   reference = model.encode(features, t)
   positive = None
   if objective.lambda_macl or objective.cscl_frame == "cross_frame":
     positive = model.encode(model.image_features(unit(batch["positive"]))[0], t)
   if objective.lambda_cscl:
     textual = reference if objective.cscl_frame == "same_frame" else positive
+    seen = seen._replace(visual_cls=reference.visual_cls, textual_cls=textual.textual_cls)
+  if objective.lambda_macl:
+    seen = seen._replace(
+      anchors=reference.textual_tokens, positives=positive.textual_tokens, embed=embed
+    )
+  return seen
+
+
+def contrast_embeddings(
+  objective: ml_collections.ConfigDict,
+  seen: Embeddings,
+  subject_ids: Int[Array, " b"],
+  how: Contrast,
+) -> tuple[Float[Array, ""], Metrics]:
+  """λ_cscl L_CSCL + λ_macl L_MACL over the global batch's embeddings."""
+  total, metrics = jnp.zeros(()), {}
+  if objective.lambda_cscl:
     value, parts = cscl(
-      reference.visual_cls,
-      textual.textual_cls,
+      seen.visual_cls,
+      seen.textual_cls,
       temperature=objective.cscl_temperature,
-      subject_ids=batch["subject_id"],
+      subject_ids=subject_ids,
+      how=how,
     )
     total = total + objective.lambda_cscl * value
     metrics |= {"loss/cscl": value, **_named("cscl", parts)}
   if objective.lambda_macl:
     value, parts = macl(
-      reference.textual_tokens,
-      positive.textual_tokens,
-      cosine_similarity_matrix(embed),
+      seen.anchors,
+      seen.positives,
+      seen.embed,
       temperature=objective.macl_temperature,
       scaling=objective.macl_scaling,
       soft_temperature=objective.macl_soft_temperature,
       symmetric=objective.macl_symmetric,
       pooling=objective.macl_pooling,
-      subject_ids=batch["subject_id"],
+      subject_ids=subject_ids,
+      how=how,
     )
     total = total + objective.lambda_macl * value
     metrics |= {"loss/macl": value, **_named("macl", parts)}
@@ -240,9 +395,9 @@ def train_step(
 ) -> tuple[TrainState, Metrics]:
   """One update. All randomness is fold_in(seed, step): a step is a function of its arguments."""
   key = jax.random.fold_in(jax.random.key(method.config.seed), state.step)
-  (_, metrics), gradients = jax.value_and_grad(loss, argnums=1, has_aux=True)(
-    method, state.trainable, frozen, batch, key
-  )
+  whole = jax.value_and_grad(loss, argnums=1, has_aux=True)
+  gradient = accumulated if method.config.train.accumulate > 1 else whole
+  (_, metrics), gradients = gradient(method, state.trainable, frozen, batch, key)
   return update(method.config.train, state, gradients, metrics)
 
 
@@ -280,10 +435,11 @@ def update(
 
 def make_train_step(method: Method, mesh: Mesh) -> Callable[..., tuple[TrainState, Metrics]]:
   """`train_step` jitted: step(state, frozen, batch), the state donated, the batch over `data`."""
-  whole, cut = sharding.replicated(mesh), sharding.over_data(mesh)
+  method = dataclasses.replace(method, mesh=mesh)
+  whole, over_data = sharding.replicated(mesh), sharding.over_data(mesh)
   return jax.jit(
     lambda state, frozen, batch: train_step(method, state, frozen, batch),
-    in_shardings=(whole, whole, cut),
+    in_shardings=(whole, whole, over_data),
     out_shardings=(whole, whole),
     donate_argnums=0,
   )
@@ -300,6 +456,11 @@ def _whole_picture(unet: nnx.Module, images: Array) -> Float[Array, "b 6"] | Non
     return None
   size, height, width = images.shape[:3]
   return jnp.tile(jnp.asarray([height, width, 0, 0, height, width], jnp.float32), (size, 1))
+
+
+def _normal(keys: Array, shape: tuple[int, ...]) -> Float[Array, "b ..."]:
+  """Standard normal samples [B, *shape], each from a key of its own."""
+  return jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
 
 
 def _named(prefix: str, values: Mapping[str, Array]) -> Metrics:

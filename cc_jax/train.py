@@ -237,7 +237,7 @@ def make_gaps(
 def check(config: ml_collections.ConfigDict) -> None:
   """Raises UserError for values of config.train that make no sense; others check their own."""
   settings = config.train
-  for key in ("steps", "batch_size", "log_every", "max_bad_steps", "keep"):
+  for key in ("steps", "batch_size", "accumulate", "log_every", "max_bad_steps", "keep"):
     if settings[key] < 1:
       raise UserError(f"train.{key} is {settings[key]}; it must be at least 1")
   for key in ("warmup_steps", "save_every", "sample_every", "gaps_every", "weight_decay"):

@@ -60,6 +60,10 @@ def get_config() -> ml_collections.ConfigDict:
   c.objective.macl_soft_temperature = 0.07
   c.objective.macl_symmetric = False  # [R]
   c.objective.macl_pooling = "mean"  # 'mean' | 'per_token' [R]
+  # How both go through the pairs of the global batch: 'naive' N x N matrices | 'tiled' keys of all
+  # devices | 'ring' of blocks | 'auto' by the memory that each needs. The losses are the same.
+  c.objective.contrast = "auto"
+  c.objective.tile = 1024  # columns in a tile of 'tiled' and 'ring'
   c.objective.min_snr_gamma = 0.0  # 0 = plain loss
   c.objective.timestep_shift = 2.0  # > 1: more of the noisy timesteps; 1 = uniform [R]
   c.objective.subject_weight = 2.0  # diffusion loss weighs 1 + this where the subject is [R]
@@ -70,6 +74,7 @@ def get_config() -> ml_collections.ConfigDict:
   c.train = ml_collections.ConfigDict()
   c.train.steps = 1500
   c.train.batch_size = 32  # global
+  c.train.accumulate = 1  # parts that the batch goes through the networks in; same gradient
   c.train.learning_rate = 1e-3
   c.train.gate_rate = 10.0  # the gates' learning rate over the others'
   c.train.schedule = "cosine"  # 'cosine' | 'constant', after the warm-up

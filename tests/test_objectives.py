@@ -12,7 +12,7 @@ from cc_jax.diffusion.schedule import NoiseSchedule
 from cc_jax.errors import UserError
 from cc_jax.objectives import diffusion, infonce
 from cc_jax.objectives.cscl import cscl
-from cc_jax.objectives.macl import POOLINGS, SCALINGS, cosine_similarity_matrix, macl
+from cc_jax.objectives.macl import POOLINGS, SCALINGS, macl
 
 IDS = np.array([3, 7, 3, -1, -1])  # 0 and 2 are one subject; -1 is unknown, not a subject
 L, N, Q, D = 2, 5, 2, 3
@@ -58,7 +58,7 @@ def row_loss(logits, target_logits):
   return -sum(q[k] / sum(q.values()) * math.log(math.exp(logits[k]) / z) for k in q)
 
 
-def naive_macl(z, z_plus, s, *, tau, scaling, tau_s, symmetric, pooling, ids):
+def naive_macl(z, z_plus, embed, *, tau, scaling, tau_s, symmetric, pooling, ids):
   if pooling == "mean":
     z, z_plus = z.mean(2, keepdims=True), z_plus.mean(2, keepdims=True)
   losses = []
@@ -69,7 +69,8 @@ def naive_macl(z, z_plus, s, *, tau, scaling, tau_s, symmetric, pooling, ids):
       for k in range(n):
         if not is_allowed(ids, j, k):
           continue
-        c, s_jk = cosine(a[layer, j, q], b[layer, k, q]), min(max(s[j, k], 0.1), 1.0)
+        c = cosine(a[layer, j, q], b[layer, k, q])
+        s_jk = min(max(cosine(embed[j], embed[k]), 0.1), 1.0)
         logits[k] = c / tau if j == k else scaled(c, s_jk, tau, scaling)
         if scaling == "soft_target":
           targets[k] = (1.0 if j == k else s_jk) / tau_s
@@ -103,8 +104,7 @@ def relative(ours, theirs):
 def tokens():
   rng = np.random.default_rng(0)
   z, z_plus = (rng.standard_normal((L, N, Q, D)) + 0.3 for _ in range(2))
-  s = rng.uniform(-0.3, 1.05, (N, N))  # leaves [0.1, 1] on both sides; S_jj is not 1 here
-  return z, z_plus, s
+  return z, z_plus, rng.standard_normal((N, D))  # some S are below 0.1, where they are clipped
 
 
 # MACL
@@ -113,15 +113,15 @@ def tokens():
 @pytest.mark.parametrize("scaling", SCALINGS)
 def test_macl_is_the_naive_loop(scaling, tokens):
   """Value in every pooling, direction and mask; gradient where all of these are on."""
-  z, z_plus, s = tokens
+  z, z_plus, embed = tokens
   arrays = [jnp.asarray(a, jnp.float32) for a in tokens]
   ids_2xN = jnp.stack([jnp.full(N, -1), jnp.asarray(IDS)])  # nobody known, which masks nothing
 
-  def ours(z, z_plus, s, ids, pooling, symmetric):
+  def ours(z, z_plus, embed, ids, pooling, symmetric):
     return macl(
       z,
       z_plus,
-      s,
+      embed,
       temperature=0.2,
       scaling=scaling,
       soft_temperature=0.15,
@@ -134,7 +134,7 @@ def test_macl_is_the_naive_loop(scaling, tokens):
     return naive_macl(
       z,
       z_plus,
-      s,
+      embed,
       tau=0.2,
       scaling=scaling,
       tau_s=0.15,
@@ -152,18 +152,19 @@ def test_macl_is_the_naive_loop(scaling, tokens):
   assert len(set(np.round(np.ravel(values), 4))) == 8  # each choice matters
 
   last = ("per_token", True)
-  dz, dz_plus, ds = jax.jit(jax.grad(ours, (0, 1, 2)), static_argnums=(4, 5))(
+  dz, dz_plus, d_embed = jax.jit(jax.grad(ours, (0, 1, 2)), static_argnums=(4, 5))(
     *arrays, ids_2xN[1], *last
   )
   assert relative(dz, finite_difference(lambda x: naive(x, z_plus, IDS, *last), z)) < 1e-5
   assert relative(dz_plus, finite_difference(lambda x: naive(z, x, IDS, *last), z_plus)) < 1e-5
-  np.testing.assert_array_equal(ds, 0.0)  # S is a measurement, not something to learn
+  np.testing.assert_array_equal(d_embed, 0.0)  # S is a measurement, not something to learn
 
 
 def plane(*degrees):
   """Unit vectors of the plane, scaled unevenly, as [1, N, 1, 2] tokens."""
-  angle = np.radians(degrees)
-  vectors = np.stack([np.cos(angle), np.sin(angle)], -1) * (1 + np.arange(len(degrees)))[:, None]
+  angle = jnp.radians(jnp.stack([jnp.asarray(d, jnp.float32) for d in degrees]))
+  vectors = jnp.stack([jnp.cos(angle), jnp.sin(angle)], -1)
+  vectors = vectors * (1 + np.arange(len(degrees)))[:, None]
   return jnp.asarray(vectors[None, :, None, :], jnp.float32)
 
 
@@ -181,8 +182,8 @@ def plane(*degrees):
 )
 def test_macl_two_by_two_by_hand(scaling, negatives):
   """Anchors at 0° and 60°, positives at 0° and 120°: cosines [[1, -1/2], [1/2, 1/2]]."""
-  s = jnp.array([[1.0, 0.5], [0.5, 1.0]])
-  loss, metrics = macl_jit(plane(0, 60), plane(0, 120), s, temperature=0.5, scaling=scaling)
+  embed = plane(10, 70)[0, :, 0]
+  loss, metrics = macl_jit(plane(0, 60), plane(0, 120), embed, temperature=0.5, scaling=scaling)
   # Row 0: p = 2, negative cosine -1/2. Row 1: p = 1, negative cosine 1/2.
   expected = 0.5 * (math.log1p(math.exp(negatives[1] - 2)) + math.log1p(math.exp(negatives[0] - 1)))
   np.testing.assert_allclose(loss, expected, rtol=1e-5)
@@ -192,9 +193,9 @@ def test_macl_two_by_two_by_hand(scaling, negatives):
 
 def test_soft_target_by_hand():
   """Orthogonal anchors that are their own positives: logits (1/τ, 0), targets from S = 0.5."""
-  s = jnp.array([[1.0, 0.5], [0.5, 1.0]])
+  embed = plane(10, 70)[0, :, 0]
   loss, _ = macl_jit(
-    plane(0, 90), plane(0, 90), s, temperature=0.5, scaling="soft_target", soft_temperature=0.25
+    plane(0, 90), plane(0, 90), embed, temperature=0.5, scaling="soft_target", soft_temperature=0.25
   )
   q = 1 / (1 + math.exp(-2.0))  # softmax(1 / 0.25, 0.5 / 0.25) of the own positive
   expected = -q * math.log(1 / (1 + math.exp(-2.0))) - (1 - q) * math.log(1 / (1 + math.exp(2.0)))
@@ -202,27 +203,31 @@ def test_soft_target_by_hand():
 
 
 def test_s_is_clipped():
-  z, z_plus = plane(0, 60, 200), plane(10, 80, 170)
-  raw = jnp.array([[1.0, -0.4, 1.2], [0.05, 1.0, 0.3], [0.3, 0.09, 1.0]])
+  """Cosines of -0.4, 0 and 0.1 count the same, and 0.2 does not."""
+  z, z_plus = plane(0, 60), plane(10, 170)
 
   @jax.jit
-  def losses(s):
-    return jnp.stack([macl(z, z_plus, s, temperature=0.3, scaling=x)[0] for x in SCALINGS])
+  def losses(cosine):
+    embed = plane(0, jnp.degrees(jnp.arccos(cosine)))[0, :, 0]
+    options = {"temperature": 0.3, "soft_temperature": 0.5}
+    return jnp.stack([macl(z, z_plus, embed, scaling=x, **options)[0] for x in SCALINGS])
 
-  clipped = losses(jnp.clip(raw, 0.1, 1.0))
-  np.testing.assert_array_equal(losses(raw), clipped)
-  assert np.isfinite(clipped).all()
+  at_bound = losses(0.1)
+  for cosine in (-0.4, 0.0):
+    np.testing.assert_allclose(losses(cosine), at_bound, rtol=1e-6)
+  other = np.abs(losses(0.2) / at_bound - 1) > 1e-4
+  assert [name for name, differs in zip(SCALINGS, other) if not differs] == ["none"]
 
 
 def test_masked_pairs_carry_no_gradient(tokens):
   """With all of one subject only the own positives stay: loss 0 and no gradient whatever S is.
   With 0 and 2 of one subject, row 0 does not see positive 2."""
-  z, z_plus, s = (jnp.asarray(a, jnp.float32) for a in tokens)
+  z, z_plus, embed = (jnp.asarray(a, jnp.float32) for a in tokens)
   one_subject = jnp.zeros(N, jnp.int32)
 
   def losses(z):
     options = {"temperature": 0.1, "subject_ids": one_subject}
-    return jnp.stack([macl(z, z_plus, s, scaling=name, **options)[0] for name in SCALINGS])
+    return jnp.stack([macl(z, z_plus, embed, scaling=name, **options)[0] for name in SCALINGS])
 
   values, jacobian = jax.jit(lambda z: (losses(z), jax.jacrev(losses)(z)))(z)
   np.testing.assert_allclose(values, 0.0, atol=1e-6)
@@ -246,14 +251,14 @@ def test_allowed_pairs():
 
 @pytest.mark.parametrize("scaling", SCALINGS)
 def test_finite_at_temperature_one_thousandth_and_for_zero_vectors(scaling, tokens):
-  z, z_plus, s = (jnp.asarray(a, jnp.float32) for a in tokens)
+  z, z_plus, embed = (jnp.asarray(a, jnp.float32) for a in tokens)
   z = z.at[:, 1].set(0.0).at[0, 0, 0].set(1e-30)
 
   def loss(z, z_plus):
     value, metrics = macl(
       z,
       z_plus,
-      s,
+      embed,
       temperature=0.001,
       scaling=scaling,
       soft_temperature=0.001,
@@ -269,10 +274,9 @@ def test_finite_at_temperature_one_thousandth_and_for_zero_vectors(scaling, toke
 
 
 def test_half_precision_features_are_contrasted_in_float32(tokens):
-  z, z_plus, s = (jnp.asarray(a, jnp.bfloat16) for a in tokens)
-  args = {"temperature": 0.05}
-  half, _ = macl_jit(z, z_plus, s, **args)
-  full, _ = macl_jit(*(a.astype(jnp.float32) for a in (z, z_plus, s)), **args)
+  arrays = [jnp.asarray(a, jnp.bfloat16) for a in tokens]
+  half, _ = macl_jit(*arrays, temperature=0.05)
+  full, _ = macl_jit(*(a.astype(jnp.float32) for a in arrays), temperature=0.05)
   assert half.dtype == jnp.float32 and half == full
 
 
@@ -280,9 +284,9 @@ def test_mean_pooling_is_of_tokens_before_normalising():
   """Tokens 3 e_x and 1 e_y: their mean points to atan(1/3), not to 45°."""
   token = jnp.array([[3.0, 0.0], [0.0, 1.0]])[None, None]
   other = jnp.array([[1.0, 0.0], [1.0, 0.0]])[None, None]
-  _, metrics = macl_jit(token, other, jnp.ones((1, 1)), temperature=1.0)
+  _, metrics = macl_jit(token, other, jnp.ones((1, 2)), temperature=1.0)
   np.testing.assert_allclose(metrics["positive"], 3 / math.sqrt(10), rtol=1e-6)
-  _, metrics = macl_jit(token, other, jnp.ones((1, 1)), temperature=1.0, pooling="per_token")
+  _, metrics = macl_jit(token, other, jnp.ones((1, 2)), temperature=1.0, pooling="per_token")
   np.testing.assert_allclose(metrics["positive"], 0.5, rtol=1e-6)
 
 
@@ -330,8 +334,9 @@ def test_retrieval_accuracy():
   np.testing.assert_allclose(masked["negative"], (0.1 + 0.2 + 0.0 + 0.3) / 4, rtol=1e-6)
 
 
-def test_cosine_similarity_matrix():
-  s = cosine_similarity_matrix(plane(0, 60, 180)[0, :, 0])
+def test_cosine_matrix():
+  vectors = plane(0, 60, 180)[0, :, 0]
+  s = infonce.cosine_matrix(vectors, vectors)
   expected = [[1, 0.5, -1], [0.5, 1, -0.5], [-1, -0.5, 1]]
   np.testing.assert_allclose(s, expected, atol=1e-6)
 

@@ -324,7 +324,7 @@ def test_latents_are_a_sample_of_the_posterior_in_the_unets_units():
       return x, jnp.full_like(x, 2 * np.log(0.1))
 
   images = jnp.tile(jnp.asarray([0, 255, 51], jnp.uint8), (4, 32, 32, 1))
-  z = step.to_latents(Vae(), images, jax.random.key(0))
+  z = step.to_latents(Vae(), images, jax.random.split(jax.random.key(0), 4))
   expected = (np.asarray([-1, 1, -0.6]) - 0.25) * 3
   np.testing.assert_allclose(z.mean((0, 1, 2)), expected, atol=0.02)
   np.testing.assert_allclose(z.std((0, 1, 2)), 0.3, atol=0.02)

@@ -1,15 +1,10 @@
 """CSCL: crossmodal semantic contrastive learning between the two Q-Formers' CLS tokens."""
 
-import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from cc_jax.objectives.infonce import (
-  allowed_pairs,
-  check_temperature,
-  cosine_matrix,
-  cross_entropy,
-  retrieval_metrics,
-)
+from cc_jax.objectives.contrast import NAIVE, Contrast, contrast
+from cc_jax.objectives.infonce import check_temperature
+from cc_jax.objectives.pairs import PairLoss
 
 
 def cscl(
@@ -18,6 +13,7 @@ def cscl(
   *,
   temperature: float,
   subject_ids: Int[Array, "n"] | None = None,
+  how: Contrast = NAIVE,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
   """L_CSCL = -1/2N Σ_i [log softmax_j(<V_i, T_j>/τ)_i + log softmax_j(<V_j, T_i>/τ)_i].
 
@@ -26,19 +22,17 @@ def cscl(
 
   Args:
     visual, textual: CLS tokens of the **global** batch; they are L2-normalised here.
-    temperature: τ.
+    temperature: τ; a plain number unless `how` is naive.
     subject_ids: samples of one subject are no negatives of each other, in either direction;
       -1 where a data set does not know the subject.
+    how: the implementation; the value does not depend on it.
 
   Returns:
     (loss, {'positive', 'negative': mean cosines; 'accuracy': of retrieval, mean of both ways}).
 
   Raises:
-    UserError: a temperature that is not positive.
+    UserError: a temperature that is not positive; see also `contrast`.
   """
   check_temperature(temperature, "cscl_temperature")
-  cosines_NxN = cosine_matrix(visual, textual)
-  both_2xNxN = jnp.stack([cosines_NxN, cosines_NxN.T])  # rows: visual, then textual
-  allowed = allowed_pairs(subject_ids, visual.shape[0])
-  loss = cross_entropy(both_2xNxN / temperature, allowed).mean()
-  return loss, retrieval_metrics(both_2xNxN, allowed)
+  rule = PairLoss(temperature, both_ways=True)
+  return contrast(how, rule, visual[None], textual[None], None, subject_ids, name="cscl")

@@ -1,6 +1,6 @@
 """InfoNCE over the global batch in its readable form: what CSCL and MACL share.
 
-The [N, N] matrices exist in memory. This is the oracle that faster implementations agree with.
+The [N, N] matrices exist in memory. This is the oracle that tiled.py and ring.py agree with.
 """
 
 import jax
@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from cc_jax.errors import UserError
+from cc_jax.objectives.pairs import PairLoss, clipped
 
 
 def l2_normalize(x: Float[Array, "*n d"]) -> Float[Array, "*n d"]:
@@ -74,6 +75,30 @@ def retrieval_metrics(
     "negative": (jnp.where(negative, cosines, 0.0).sum(axis=(-2, -1)) / count).mean(),
     "accuracy": (own > nearest).mean(dtype=jnp.float32),
   }
+
+
+def naive(
+  rule: PairLoss,
+  x: Float[Array, "g n d"],
+  y: Float[Array, "g n d"],
+  embed: Float[Array, "n e"] | None,
+  subject_ids: Int[Array, "n"] | None,
+) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+  """(loss, metrics) of G groups that are contrasted apart; see contrast.py for the arguments."""
+  n = x.shape[1]
+  own = jnp.eye(n, dtype=bool)
+  allowed = allowed_pairs(subject_ids, n)
+  s_NxN = targets_NxN = None
+  if rule.needs_similarity:
+    s_NxN = clipped(cosine_matrix(embed, embed))
+  if rule.soft:
+    logits_NxN = jnp.where(own, 1.0, s_NxN) / rule.soft_temperature
+    targets_NxN = jax.nn.softmax(logits_NxN, where=allowed)
+  cosines = cosine_matrix(x, y)
+  if rule.both_ways:
+    cosines = jnp.stack([cosines, jnp.swapaxes(cosines, -1, -2)])  # S and `allowed` are symmetric
+  loss = cross_entropy(rule.logits(cosines, s_NxN, own), allowed, targets_NxN).mean()
+  return loss, retrieval_metrics(cosines, allowed)
 
 
 def check_temperature(temperature: float, key: str) -> None:
