@@ -308,14 +308,22 @@ def test_from_an_image_is_diffusers(name, spacing, latents, fresh):
 
 
 def test_pndm_from_an_image_starts_anew(latents, fresh):
-  """Leaving out a step is starting at its end: the same as a trajectory over what is left."""
-  config = {**SD, "timestep_spacing": "leading", "set_alpha_to_one": True}
-  whole = samplers.step_table(NoiseSchedule.from_config(config), steps=10, sampler="pndm", skip=0)
-  part = samplers.step_table(NoiseSchedule.from_config(config), steps=10, sampler="pndm", skip=4)
-  assert whole.timestep.tolist() == [900, 800, 800, *range(700, -1, -100)]
-  assert part.timestep.tolist() == [500, 400, 400, 300, 200, 100, 0]
-  np.testing.assert_array_equal(part.mix[5:], whole.mix[5:7] * 0 + part.mix[5:])
-  assert np.isfinite(trajectory(latents, part, fresh, latents)).all()
+  """Its timesteps and, but for the noise it starts from, what diffusers does from noise there.
+
+  diffusers' img2img leaves out calls instead of steps and ends a step too far.
+  """
+  config = {**SD, "num_train_timesteps": 500, "timestep_spacing": "leading"}
+  short = samplers.step_table(NoiseSchedule.from_config(config), steps=5, sampler="pndm")
+  # The same betas, twice as many: steps of 100 from t = 400 on are what is left of ten.
+  betas = np.linspace(SD["beta_start"] ** 0.5, SD["beta_end"] ** 0.5, 500) ** 2
+  longer = {"trained_betas": [*betas, *np.full(500, 0.02)], "timestep_spacing": "leading"}
+  schedule = NoiseSchedule.from_config(longer)
+  part = samplers.step_table(schedule, steps=10, sampler="pndm", skip=5)
+  assert part.timestep.tolist() == [400, 300, 300, 200, 100, 0]
+  np.testing.assert_allclose(part.mix, short.mix, rtol=1e-6)
+  alpha_bar = schedule.alphas_cumprod[400]
+  np.testing.assert_allclose(part.start, [alpha_bar**0.5, (1 - alpha_bar) ** 0.5], rtol=1e-6)
+  compare("pndm", config, 5, latents, fresh)
 
 
 # scheduler/scheduler_config.json as published.
