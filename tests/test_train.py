@@ -289,6 +289,58 @@ def test_every_objective_trains_two_steps(setup, monkeypatch):
   assert len(set(losses)) == 2 * len(ALTERNATIVES), losses  # no choice is ignored
 
 
+def test_gradients_do_not_depend_on_the_number_of_parts(setup):
+  """Sixteen samples at once or four by four: condition dropout, noise and the negatives stay."""
+  shares = dict(drop_text=0.1, drop_image=0.1, drop_both=0.1, lambda_cscl=1.0, lambda_macl=1.0)
+  shares |= dict(cscl_temperature=0.3, macl_temperature=0.3, macl_soft_temperature=0.3)
+  changes = {f"objective__{k}": v for k, v in shares.items()} | {"train__batch_size": 16}
+  one, four = (setup.method(**changes, train__accumulate=n) for n in (1, 4))
+  rng = np.random.default_rng(1)
+  # As in run_sharded.py: gates are open, and queries far apart. No gradient is a sum that nearly
+  # cancels, since that would show the rounding of a sum in another order.
+  trainable = {
+    key: np.asarray(value) + (1 if "queries" in key else 0.3) * rng.normal(size=value.shape)
+    for key, value in sorted(setup.trainable.items())
+  }
+  trainable = {key: value.astype(np.float32) for key, value in trainable.items()}
+  batch = next(tiny.batches(setup.base.tokenizers[0], 16))
+  key = jax.random.key(1)
+  draws = step.draw(one, key, 16)
+  kept = set(zip(draws.keep_text.tolist(), draws.keep_image.tolist()))
+  assert kept == {(a, b) for a in (True, False) for b in (True, False)}
+
+  whole = jax.value_and_grad(lambda *a: step.loss(one, *a), has_aux=True)
+  (_, expected), gradients = jax.jit(whole)(trainable, setup.frozen, batch, key)
+  (_, metrics), ours = jax.jit(lambda *a: step.accumulated(four, *a))(
+    trainable, setup.frozen, batch, key
+  )
+  assert metrics.keys() == expected.keys()
+  for name in metrics:
+    np.testing.assert_allclose(metrics[name], expected[name], rtol=1e-5, atol=1e-7, err_msg=name)
+  norms = {name: np.linalg.norm(gradient) for name, gradient in gradients.items()}
+  wrong = {
+    name: np.linalg.norm(ours[name] - gradient) / norms[name]
+    for name, gradient in gradients.items()
+  }
+  assert min(norms.values()) > 1e-7 * max(norms.values())  # none is truly zero
+  assert max(wrong.values()) < 1e-5, sorted(wrong.items(), key=lambda kv: -kv[1])[:3]
+
+  update = lambda *a: step.train_step(four, *a)[0].trainable  # noqa: E731
+  assert jax.eval_shape(update, setup.state(), setup.frozen, batch).keys() == trainable.keys()
+
+
+def test_cut_and_paste():
+  x = np.arange(24).reshape(12, 2)
+  parts = step.cut({"x": x}, 3)["x"]
+  assert parts.shape == (3, 4, 2)
+  np.testing.assert_array_equal(parts[1], x[1::3])
+  layered = np.arange(48).reshape(2, 12, 2)
+  stacked = jnp.moveaxis(step.cut(jnp.moveaxis(layered, 1, 0), 3), 2, 1)  # as a scan stacks them
+  whole = step.paste(step.Embeddings(visual_cls=parts, anchors=stacked))
+  np.testing.assert_array_equal(whole.visual_cls, x)
+  np.testing.assert_array_equal(whole.anchors, layered)
+
+
 def test_conditions_are_dropped_at_their_shares():
   objective = ml_collections.ConfigDict(dict(drop_text=0.1, drop_image=0.2, drop_both=0.3))
   text, image = step.keep_conditions(jax.random.key(0), 20_000, objective)
@@ -389,6 +441,9 @@ def test_a_workdir_that_cannot_be_written(setup, tmp_path):
     ("objective.timestep_shift", 0.0, "must be positive"),
     ("objective.subject_weight", -1.0, "not negative"),
     ("mesh.data", 3, "mesh.data is 3 but there are"),
+    ("objective.contrast", "other", "auto, naive, tiled, ring"),
+    ("objective.tile", 0, "objective.tile is 0"),
+    ("train.accumulate", 3, "batch_size=4 does not divide into train.accumulate=3 parts"),
   ],
 )
 def test_values_that_make_no_sense(setup, tmp_path, key, value, message, loader):

@@ -13,10 +13,10 @@ from cc_jax.objectives.pairs import PairLoss, clipped
 
 def l2_normalize(x: Float[Array, "*n d"]) -> Float[Array, "*n d"]:
   """Unit vectors in float32. A zero vector has no direction: it stays zero, and so does its
-  gradient (the derivative of sqrt would be infinite there)."""
+  gradient (the derivative of sqrt would be infinite there). NaN stays NaN."""
   x = x.astype(jnp.float32)
   square = jnp.sum(x * x, axis=-1, keepdims=True)
-  nonzero = square > 1e-24
+  nonzero = ~(square <= 1e-24)
   return jnp.where(nonzero, x * jax.lax.rsqrt(jnp.where(nonzero, square, 1.0)), 0.0)
 
 
