@@ -260,6 +260,7 @@ OPTIONS = {
   "unipc": [
     KARRAS,
     {**KARRAS, "sigma_min": 0.1, "sigma_max": 9.0},
+    {**KARRAS, "sigma_min": 0.1, "final_sigmas_type": "sigma_min"},
     {"use_exponential_sigmas": True},
     {"solver_order": 1},
     {"solver_order": 3},
