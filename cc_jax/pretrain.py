@@ -319,7 +319,7 @@ def train_unet(config, workdir: Path, pictures: Pictures, mesh) -> None:
   def batch_fn(rng, step):
     n = c.train.batch
     favoured = max(0.0, 1 - step / (c.calm_until * c.train.steps)) if c.calm_until else 0.0
-    from_calm = rng.random(n) < max(favoured, len(calm) / len(latents))
+    from_calm = rng.random(n) < max(favoured, c.calm_share)
     index = np.where(from_calm & (len(calm) > 0), rng.choice(calm, n) if len(calm) else 0,
                      rng.choice(wide, n))
     chosen = ids[rng.integers(0, len(ids), n), index]

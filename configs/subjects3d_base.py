@@ -61,7 +61,8 @@ def get_config() -> ml_collections.ConfigDict:
   c.unet.noise_shift = 2.0  # u -> s u / (1 + (s - 1) u): more of the noisy times
   c.unet.mask_weight = 6.0  # loss weight 1 + mask_weight * subject mask, grown by one latent
   c.unet.drop_caption = 0.1
-  c.unet.calm_until = 0.3  # share of the steps over which calm pictures are favoured
+  c.unet.calm_until = 0.3  # share of the steps over which calm pictures are favoured even more
+  c.unet.calm_share = 0.75  # share of a batch from the calm pictures, afterwards
 
   c.mesh = ml_collections.ConfigDict()
   c.mesh.data = -1
