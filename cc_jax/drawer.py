@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from cc_jax import sharding
 from cc_jax.customcontrast.model import CustomContrast
-from cc_jax.diffusion.samplers import adds_noise, step_table
+from cc_jax.diffusion.samplers import StepTable, adds_noise, skip_of_strength, step_table
 from cc_jax.diffusion.schedule import NoiseSchedule
 from cc_jax.drawing import EMPTY, FULL, TEXT, Plan, Prompts, Request, bundle, draw
 from cc_jax.errors import UserError
@@ -55,18 +55,26 @@ class Drawer:
     side = model.unet.config.sample_size
     self.latent_size = (side, side) if isinstance(side, int) else tuple(side)
     self.latent_channels = model.vae.config.latent_channels
+    self.factor = model.vae.config.factor  # pixels per latent
     # Bound here, so that what one Drawer has compiled is never looked up for another.
     self._draw = jax.jit(
       lambda params, request, plan, tick: draw(self.merge, params, request, plan, tick),
       static_argnames=("plan", "tick"),
     )
 
-  def noise(self, seeds: Sequence[int]) -> Float[np.ndarray, "b h w c"]:
-    """Unit normal noise: a picture's depends on its own seed alone."""
-    return np.stack([
-      np.asarray(jax.random.normal(jax.random.key(seed), (*self.latent_size, self.latent_channels)))
-      for seed in seeds
-    ])
+  def noise(
+    self, seeds: Sequence[int], size: tuple[int, int] | None = None
+  ) -> Float[np.ndarray, "b h w c"]:
+    """Unit normal noise: a picture's depends on its own seed alone, and on the latents' size."""
+    shape = (*(size or self.latent_size), self.latent_channels)
+    return np.stack([np.asarray(jax.random.normal(jax.random.key(seed), shape)) for seed in seeds])
+
+  def table(
+    self, steps: int, sampler: str = "default", *, eta: float = 0.0, strength: float | None = None
+  ) -> StepTable:
+    """The sampler's numbers: a row for every call of the UNet. See `__call__` for the arguments."""
+    skip = None if strength is None else skip_of_strength(steps, strength)
+    return step_table(self.schedule, steps=steps, sampler=sampler, eta=eta, skip=skip)
 
   def __call__(
     self,
@@ -82,6 +90,11 @@ class Drawer:
     image_guidance: float | None = None,
     steps: int = 20,
     sampler: str = "default",
+    eta: float = 0.0,
+    image: UInt8[np.ndarray, "n h w 3"] | None = None,
+    strength: float | None = None,
+    clip_skip: int = 0,
+    time_ids: Sequence[float] | None = None,
     maps: bool = False,
     batch_size: int | None = None,
     params: Any = None,
@@ -93,7 +106,7 @@ class Drawer:
     Args:
       prompts: N prompts.
       negative: what to be led away from, one for all; usually the empty prompt.
-      noise: see `noise`; equal noise makes pictures comparable.
+      noise: see `noise`; equal noise makes pictures comparable. Its size is the pictures'.
       references: R references of each subject, as training shows them; None draws with the base.
       use_image: per picture; False draws that one with the base.
       scale: of the visual path: a number, [L] per layer, or [steps, L] (either may be 1). 0
@@ -101,7 +114,14 @@ class Drawer:
       s_plus: False leaves S+ out of every prompt.
       guidance: classifier-free; 1 = none (one branch less).
       image_guidance: the image's own guidance; None = `guidance` is for both.
-      batch_size: pictures at once; the last batch is filled up with copies. Default N.
+      eta: the share of fresh noise in DDIM's steps.
+      image, strength: pictures to start from in place of noise alone, of the size to draw, and the
+        share of the steps that is made, (0, 1]; both or neither.
+      clip_skip: layers of the text encoders left out at the end.
+      time_ids: SDXL's (original height, width, crop top, left, target height, width) in pixels;
+        None = drawn at the size that is asked for, not cropped. Other bases read nothing of it.
+      batch_size: pictures at once; the last batch is filled up with copies. Default N. On a mesh,
+        rounded up to a multiple of its size.
       params: in place of the model's own.
       progress: show a bar over the batches.
       tick: see `draw`.
@@ -110,9 +130,13 @@ class Drawer:
       UserError: steps, sampler, guidance or scale make no sense.
     """
     count = len(noise)
-    scale = self._scale(scale, steps)
+    table = self.table(steps, sampler, eta=eta, strength=strength)
+    # Row 0 belongs to the first step that is made.
+    scale = self._scale(scale, steps)[-(1 + int(table.step[-1])) :]
     check_guidance(guidance, image_guidance)
-    table = step_table(self.schedule, steps=steps, sampler=sampler)
+    if time_ids is None:
+      height, width = (side * self.factor for side in noise.shape[1:3])
+      time_ids = (height, width, 0, 0, height, width)
     if not self.is_subject_model or not scale.any():
       references = None
     if references is None:
@@ -127,10 +151,12 @@ class Drawer:
       branches = (EMPTY, FULL)
     if maps and not self.is_subject_model:
       raise UserError("a plain base has no location maps; give an adapter")
-    plan = Plan(branches, adds_noise(table), s_plus, maps)
+    plan = Plan(branches, adds_noise(table), s_plus, maps, clip_skip)
 
-    rows = (prompts, references, np.asarray(use_image, bool), np.asarray(noise, np.float32))
+    rows = (prompts, references, np.asarray(use_image, bool), np.asarray(noise, np.float32), image)
     size = batch_size or count
+    if self.mesh is not None:
+      size = -(-size // self.mesh.size) * self.mesh.size
     images, recorded = [], []
     for start in tqdm(
       range(0, count, size), desc="drawing", unit="batch", disable=not progress
@@ -147,6 +173,7 @@ class Drawer:
         np.float32(guidance),
         np.float32(0.0 if image_guidance is None else image_guidance),
         table,
+        np.asarray(time_ids, np.float32),
       )
       drawing = self._draw(self.params if params is None else params, request, plan=plan, tick=tick)
       pixels = np.asarray(drawing.images)[:here]

@@ -40,10 +40,12 @@ class Request(NamedTuple):
   references: UInt8[Array, "b r h w 3"] | None
   use_image: Bool[Array, " b"]
   noise: Float[Array, "b h w c"]  # unit normal
+  image: UInt8[Array, "b h w 3"] | None  # to start from, as the table was made for
   scale: Float[Array, "steps l"]  # of the visual path, per step and layer
   guidance: Float[Array, ""]
   image_guidance: Float[Array, ""]
   table: StepTable  # of the sampler
+  time_ids: Float[Array, 6]  # SDXL's (original h, w, crop top, left, target h, w), pixels
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +56,7 @@ class Plan:
   adds_noise: bool = False  # the sampler does, at every step
   s_plus: bool = True  # S+ stands in the prompts of pictures that have a reference
   maps: bool = False
+  clip_skip: int = 0  # layers of the text encoders left out at the end
 
 
 class Drawing(NamedTuple):
@@ -103,6 +106,7 @@ def draw(
     denoise,
     request.noise,
     request.table,
+    image=None if request.image is None else encode(model.vae, request.image),
     noise_fn=_fresh_noise(request.noise) if plan.adds_noise else None,
     return_inputs=True,
   )
@@ -126,6 +130,13 @@ def decode(vae: nnx.Module, latents: Float[Array, "b h w c"]) -> Float[Array, "b
   return jnp.clip(vae.decode(z).astype(jnp.float32) / 2 + 0.5, 0.0, 1.0)
 
 
+def encode(vae: nnx.Module, images: UInt8[Array, "b h w 3"]) -> Float[Array, "b h w c"]:
+  """Pixels -> latents in the UNet's units: the mean of the VAE's posterior, float32."""
+  mean, _ = vae.encode(images.astype(jnp.float32) / 127.5 - 1)
+  mean = mean.astype(jnp.float32) - (vae.config.shift_factor or 0.0)
+  return mean * vae.config.scaling_factor
+
+
 def _fresh_noise(noise: Float[Array, "b h w c"]):
   """A sampler's `noise_fn`: a picture's depends on its first noise alone, as that on its seed."""
   bits = jax.lax.bitcast_convert_type(noise.astype(jnp.float32), jnp.uint32)
@@ -141,7 +152,7 @@ def bundle(base: Any) -> nnx.Module:
 def _subject(model: CustomContrast, request: Request, plan: Plan):
   """`conditions(branches, t, step)` -> Conditioning, for a CustomContrast model."""
   prompts, use_image, size = request.prompts, request.use_image, request.noise.shape[0]
-  time_ids = _time_ids(model, request.noise)
+  time_ids = jnp.broadcast_to(request.time_ids, (size, 6))
   no_image = model.visual(None, batch=1)
   features = visual = None
   if request.references is not None:
@@ -163,6 +174,7 @@ def _subject(model: CustomContrast, request: Request, plan: Plan):
       jnp.full(rows, t),
       visual=jax.tree.map(lambda x: jnp.repeat(x, rows, axis=0), no_image),
       time_ids=time_ids[:rows],
+      clip_skip=plan.clip_skip,
     )
 
   def branch(name: str, t) -> Conditioning:
@@ -180,6 +192,7 @@ def _subject(model: CustomContrast, request: Request, plan: Plan):
       use_s_plus=plan.s_plus,
       visual=visual,
       time_ids=time_ids,
+      clip_skip=plan.clip_skip,
     )
 
   def conditions(branches, t, step) -> Conditioning:
@@ -206,10 +219,13 @@ def _plain(model: nnx.Module, request: Request, plan: Plan):
   outputs = [tower(i) for tower, i in zip(model.text_encoders, ids, strict=True)]
   # SDXL: penultimate hidden states of both encoders, and the last one's pooled vector.
   several = len(outputs) > 1
-  states = [o.hidden_states[-2] if several else o.last_hidden_state for o in outputs]
+  states = [
+    tower.context(output, penultimate=several, clip_skip=plan.clip_skip)
+    for tower, output in zip(model.text_encoders, outputs)
+  ]
   arguments = dict(context=jnp.concatenate(states, axis=-1))
   if model.unet.config.addition_embed_type == "text_time":
-    time_ids = jnp.concatenate([_time_ids(model, request.noise)] * len(rows))
+    time_ids = jnp.broadcast_to(request.time_ids, (size * len(rows), 6))
     arguments |= dict(text_embeds=outputs[-1].pooled, time_ids=time_ids)
   return lambda branches, t, step: arguments
 
@@ -219,13 +235,6 @@ def _predict(model, latents, t, condition, *, maps: bool = False):
   if isinstance(model, CustomContrast):
     return model.predict(latents, t, condition, maps=maps)
   return model.unet(latents, t, **condition)
-
-
-def _time_ids(model, noise) -> Float[Array, "b 6"]:
-  """SDXL's (height, width, crop top, left, target height, width); others read nothing of it."""
-  height, width = (side * model.vae.config.factor for side in noise.shape[1:3])
-  row = jnp.array([height, width, 0, 0, height, width], jnp.float32)
-  return jnp.broadcast_to(row, (noise.shape[0], 6))
 
 
 def _repeat(condition: Conditioning, count: int) -> Conditioning:

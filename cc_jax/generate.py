@@ -5,8 +5,10 @@
 
 and in Python:
 
-  pipe = cc_jax.generate.load()
+  from cc_jax import generate
+  pipe = generate.load()
   images = pipe("a teapot on the beach", class_noun="teapot", references=["a.png"])
+  images[0].save("out.png")
 """
 
 from __future__ import annotations
@@ -20,20 +22,21 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 from absl import flags
 from jaxtyping import Float, UInt8
 from PIL import Image
 from tqdm import tqdm
 
-from cc_jax import errors, hub
+from cc_jax import errors, hub, sharding
 from cc_jax.assemble import abstractly, assemble, join
 from cc_jax.customcontrast.adapter_file import Adapter, apply_adapter, load_adapter
 from cc_jax.diffusion.samplers import SAMPLERS
 from cc_jax.diffusion.schedule import NoiseSchedule
 from cc_jax.drawer import Drawer, Prompts, bundle, check_guidance, encode_prompts
 from cc_jax.errors import UserError
-from cc_jax.pictures import METADATA, read_reference, save
+from cc_jax.pictures import METADATA, read_reference, read_start, save
 
 __all__ = [
   "METADATA", "Drawer", "Pipeline", "Prompts", "bundle", "encode_prompts", "load", "read_reference"
@@ -48,6 +51,8 @@ def load(
   checkpoint: str | os.PathLike | None = None,
   base: str | os.PathLike | None = None,
   *,
+  lora: Sequence[tuple[str | os.PathLike, float]] = (),
+  mesh: jax.sharding.Mesh | None = None,
   dtype: Any = jnp.float32,
 ) -> Pipeline:
   """A pipeline ready to draw.
@@ -55,8 +60,10 @@ def load(
   Args:
     checkpoint: an adapter's .safetensors file, or the workdir of a training that finished. None:
       the adapter that ships, or no adapter when `base` is another one than the shipped.
-    base: a folder in the diffusers layout, or 'subjects3d-base', the one that ships. None: the base
-      that the adapter names.
+    base: a folder in the diffusers layout, a single .safetensors checkpoint, a hub id, or
+      'subjects3d-base', the one that ships. None: the base that the adapter names.
+    lora: files and the scales with which they are merged into the base.
+    mesh: several devices to draw on; the pictures of a call are spread over them.
     dtype: what networks are kept and computed in.
 
   Raises:
@@ -71,10 +78,11 @@ def load(
     dtype=dtype,
     param_dtype=dtype,
     image_encoder=(adapter.encoder.image_encoder or None) if adapter else None,
+    lora=lora,
   )
   if adapter is not None:
-    adapter = load_adapter(file, base_hash=loaded.hash)
-  return Pipeline(loaded, adapter, source=str(file or ""), dtype=dtype)
+    adapter = load_adapter(file, base_hash=loaded.plain_hash)
+  return Pipeline(loaded, adapter, source=str(file or ""), mesh=mesh, dtype=dtype)
 
 
 def _adapter_file(checkpoint: str | os.PathLike | None) -> Path:
@@ -102,9 +110,15 @@ class Pipeline:
   """A base, perhaps an adapter, and everything between them and a user's words and pictures."""
 
   def __init__(
-    self, base: Any, adapter: Adapter | None = None, *, source: str = "", dtype: Any = jnp.float32
+    self,
+    base: Any,
+    adapter: Adapter | None = None,
+    *,
+    source: str = "",
+    mesh: jax.sharding.Mesh | None = None,
+    dtype: Any = jnp.float32,
   ):
-    """`base` is a `hub.Base`; `source` names the adapter's file."""
+    """`base` is a `hub.Base`; `source` names the adapter's file; for `mesh` see `load`."""
     self.base, self.adapter, self.source = base, adapter, source
     self.schedule = NoiseSchedule.from_config(base.scheduler_config)
     self.s_words = 0
@@ -122,8 +136,8 @@ class Pipeline:
       apply_adapter(model, adapter.tensors, source=source or "the adapter")
       self.s_words = adapter.encoder.s_words
       self.layer_paths = model.layer_paths
-    self.drawer = Drawer(model, self.schedule)
-    height, width = (side * base.vae.config.factor for side in self.drawer.latent_size)
+    self.drawer = Drawer(model, self.schedule, mesh=mesh)
+    height, width = (side * self.drawer.factor for side in self.drawer.latent_size)
     self.size = (width, height)
     self._bar = tqdm(disable=True)
 
@@ -138,15 +152,24 @@ class Pipeline:
     guidance: float = 3.0,
     image_guidance: float | None = None,
     steps: int = 20,
-    seed: int = 0,
+    seed: int | Sequence[int] = 0,
     sampler: str | None = None,
+    eta: float = 0.0,
     negative_prompt: str = "",
-    num_images: int = 1,
+    num_images: int | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    image: Any = None,
+    strength: float = 0.8,
+    clip_skip: int = 0,
+    original_size: tuple[int, int] | None = None,
+    crop: tuple[int, int] = (0, 0),
+    target_size: tuple[int, int] | None = None,
     s_plus: bool = True,
     return_maps: bool = False,
     progress: bool = False,
   ) -> list[Image.Image] | tuple[list[Image.Image], dict[str, Float[np.ndarray, "steps n h w"]]]:
-    """Draws `num_images` pictures; picture k has the seed `seed + k`, whatever their number.
+    """Draws `num_images` pictures, one batch; each depends on its own seed, not on their number.
 
     Args:
       prompt: a sentence; with references it must contain the class noun, after which S+ goes.
@@ -159,7 +182,21 @@ class Pipeline:
         per cross-attention layer, or [steps, L].
       guidance: classifier-free, 1 = none; of prompt and image together, or of the prompt alone when
         `image_guidance` is given.
-      steps, sampler: the sampler is the base's own if None.
+      steps, sampler, eta: the sampler is the base's own if None; `eta` is the share of fresh noise
+        in DDIM's steps.
+      seed: of the first picture, those of the next ones follow; or one for each picture.
+      negative_prompt: what to be led away from.
+      num_images: default 1, or as many as there are seeds.
+      height, width: of the pictures in pixels, multiples of the VAE's factor (8 for Stable
+        Diffusion); default the base's own.
+      image: what to start from in place of noise alone (a path, PIL image or array): img2img. Its
+        largest centred part of the pictures' shape is taken. The VAE's mean is used, not a sample.
+      strength: with `image`: the share of the steps that is made, in (0, 1]; 1 keeps next to
+        nothing of the image.
+      clip_skip: how many layers of the text encoders to leave out at the end (0 = none; what other
+        programs call 2 is 1 here, as in diffusers), for prompt and negative prompt alike.
+      original_size, crop, target_size: (height, width), (top, left) and (height, width) in pixels
+        that SDXL is told; default the pictures' size, not cropped. Other bases read nothing of it.
       s_plus: False leaves the pseudo-words out of the prompt.
       return_maps: also return the location maps m by layer, [steps, n, h, w] in (0, 1).
       progress: show a bar over the steps.
@@ -168,37 +205,72 @@ class Pipeline:
       UserError, DataError: one line that says what is wrong and what to do.
     """
     references, masks = _listed(references), _listed(masks)
-    self._check(prompt, class_noun, references, masks, seed, num_images)
+    seeds = self._seeds(seed, num_images)
+    self._check(prompt, class_noun, references, masks)
     check_guidance(guidance, image_guidance)
+    width, height = self._size(width, height)
+    latent_size = (height // self.drawer.factor, width // self.drawer.factor)
     pictures = self._references(references, masks)
+    sampling = dict(steps=steps, sampler=sampler or "default", eta=eta, strength=None)
+    start = None
+    if image is not None:
+      start = np.stack([read_start(image, width=width, height=height)] * len(seeds))
+      sampling["strength"] = strength
+    calls = len(self.drawer.table(**sampling).step)  # Heun's, for one, are two per step
     tokenizers = self.base.tokenizers
     encoded = encode_prompts(
       tokenizers,
-      [prompt] * num_images,
-      [class_noun] * num_images if class_noun else None,
+      [prompt] * len(seeds),
+      [class_noun] * len(seeds) if class_noun else None,
       s_words=self.s_words if pictures is not None and s_plus else 0,
     )
-    self._bar = tqdm(total=steps, desc="drawing", unit="step", disable=not progress)
+    self._bar = tqdm(total=calls, desc="drawing", unit="step", disable=not progress)
     with self._bar:
       images, maps = self.drawer(
         encoded,
         encode_prompts(tokenizers, [negative_prompt]),
-        noise=self.drawer.noise(range(seed, seed + num_images)),
-        references=None if pictures is None else np.stack([pictures] * num_images),
+        noise=self.drawer.noise(seeds, latent_size),
+        references=None if pictures is None else np.stack([pictures] * len(seeds)),
         scale=scale,
         s_plus=s_plus,
         guidance=guidance,
         image_guidance=image_guidance,
-        steps=steps,
-        sampler=sampler or "default",
+        image=start,
+        clip_skip=clip_skip,
+        time_ids=(*(original_size or (height, width)), *crop, *(target_size or (height, width))),
         maps=return_maps,
+        **sampling,
         tick=self._tick if progress else None,
       )
       jax.effects_barrier()  # the last ticks
     images = [Image.fromarray(image) for image in images]
-    return (images, self._by_layer(maps)) if return_maps else images
+    return (images, self._by_layer(maps, latent_size)) if return_maps else images
 
-  def _check(self, prompt, class_noun, references, masks, seed, num_images) -> None:
+  def _seeds(self, seed, num_images: int | None) -> list[int]:
+    count = 1 if num_images is None else num_images
+    if count < 1:
+      raise UserError(f"num_images is {num_images}; draw at least one")
+    if np.ndim(seed) == 0:
+      seeds = [int(seed) + k for k in range(count)]
+    else:
+      seeds = [int(one) for one in seed]
+      if num_images not in (None, len(seeds)):
+        raise UserError(f"{len(seeds)} seeds for {num_images} pictures; leave num_images out")
+    if not seeds or not all(0 <= one < 2**31 for one in seeds):
+      raise UserError(f"seed {seed} is out of range; use 0 to {2**31 - count}")
+    return seeds
+
+  def _size(self, width: int | None, height: int | None) -> tuple[int, int]:
+    factor = self.drawer.factor
+    size = (width or self.size[0], height or self.size[1])
+    for name, side in zip(("width", "height"), size):
+      if side < factor or side % factor:
+        raise UserError(
+          f"{name} {side} is no multiple of {factor}; use {max(1, round(side / factor)) * factor}"
+        )
+    return size
+
+  def _check(self, prompt, class_noun, references, masks) -> None:
     if not prompt or not prompt.strip():
       raise UserError("there is no prompt; say what to draw with --prompt")
     if references and self.adapter is None:
@@ -211,10 +283,6 @@ class Pipeline:
       )
     if masks and len(masks) != len(references):
       raise UserError(f"{len(masks)} masks for {len(references)} references; give one for each")
-    if num_images < 1:
-      raise UserError(f"num_images is {num_images}; draw at least one")
-    if not 0 <= seed <= 2**31 - num_images:
-      raise UserError(f"seed {seed} is out of range; use 0 to {2**31 - num_images}")
 
   def _references(self, references, masks) -> UInt8[np.ndarray, "r s s 3"] | None:
     references, masks = _listed(references), _listed(masks)
@@ -228,11 +296,11 @@ class Pipeline:
       for reference, mask in zip(references, masks)
     ])
 
-  def _by_layer(self, maps) -> dict[str, np.ndarray]:
+  def _by_layer(self, maps, latent_size) -> dict[str, np.ndarray]:
     if len(maps) != len(self.layer_paths):
       raise UserError("this adapter has no location maps (config.injection.location=False)")
     return {
-      path: m.reshape(*m.shape[:2], *_sides(self.drawer.latent_size, m.shape[2]))
+      path: m.reshape(*m.shape[:2], *_sides(latent_size, m.shape[2]))
       for path, m in zip(self.layer_paths, maps)
     }
 
@@ -265,6 +333,13 @@ def _check_out(out: str) -> Path:
   return path
 
 
+_TOLD = {
+  "original_size": "HEIGHT,WIDTH that SDXL is told its picture once had.",
+  "crop": "TOP,LEFT that SDXL is told was cut off.",
+  "target_size": "HEIGHT,WIDTH that SDXL is told it draws.",
+}
+
+
 def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
   """The command's flags."""
 
@@ -291,15 +366,51 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
   number("steps", 20, "Denoising steps.")
   text("sampler", None, f"{' or '.join(SAMPLERS)}; the base's own by default.")
   number("seed", 0, "The first picture's; the next ones' follow.")
+  number("eta", 0.0, "The share of fresh noise in ddim's steps.")
   number("num_images", 1, "Number of pictures; several are written as out-SEED.png.")
   text("negative_prompt", "", "What to be led away from.")
+  for side in ("height", "width"):
+    flags.DEFINE_integer(side, None, "In pixels; the base's own by default.", flag_values=values)
+  text("image", None, "A picture to start from in place of noise alone (img2img).")
+  number("strength", 0.8, "With --image: the share of the steps that is made; 1 keeps little.")
+  files("lora", "LoRA files to merge into the base, a.safetensors[:0.8][,b.safetensors].")
+  number("clip_skip", 0, "Layers of the text encoders left out at the end.")
+  for name, meaning in _TOLD.items():
+    files(name, meaning)
   text("dtype", "float32", " or ".join(_DTYPES))
   text("out", "out.png", "The picture.")
 
 
+def _pair(name: str, given: Sequence[str]) -> tuple[int, int] | None:
+  if not given:
+    return None
+  if len(given) != 2 or not all(part.strip().isdigit() for part in given):
+    raise UserError(f"--{name}={','.join(given)} is no pair of pixels; write --{name}=1024,1024")
+  return int(given[0]), int(given[1])
+
+
+def _loras(given: Sequence[str]) -> list[tuple[str, float]]:
+  """'file' or 'file:scale'; a path of its own may hold a colon."""
+  found = []
+  for one in given:
+    path, _, scale = one.rpartition(":")
+    try:
+      found.append((path, float(scale)) if path else (one, 1.0))
+    except ValueError:
+      found.append((one, 1.0))
+  return found
+
+
+def _several_devices(count: int) -> jax.sharding.Mesh | None:
+  """As many devices as there are pictures, if there are so many."""
+  size = min(count, len(jax.devices()))
+  shape = ml_collections.ConfigDict(dict(data=size, fsdp=1, tensor=1, cpu_devices=1))
+  return sharding.make_mesh(shape, size) if size > 1 else None
+
+
 _CALL = (
-  "prompt", "class_noun", "scale", "guidance", "image_guidance", "steps", "seed", "sampler",
-  "negative_prompt", "num_images",
+  "prompt", "class_noun", "scale", "guidance", "image_guidance", "steps", "seed", "sampler", "eta",
+  "negative_prompt", "num_images", "height", "width", "image", "strength", "clip_skip",
 )  # fmt: skip
 
 
@@ -312,8 +423,16 @@ def main(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> None:
   if values.steps < 1:
     raise UserError(f"--steps={values.steps}: a sampler takes at least 1 step, usually 20")
   check_guidance(values.guidance, values.image_guidance)
-  pipe = load(values.checkpoint, values.base, dtype=jnp.dtype(values.dtype))
-  call = {name: getattr(values, name) for name in _CALL}
+  told = {name: _pair(name, getattr(values, name)) for name in _TOLD}
+  told = {name: pair for name, pair in told.items() if pair is not None}
+  pipe = load(
+    values.checkpoint,
+    values.base,
+    lora=_loras(values.lora),
+    mesh=_several_devices(values.num_images),
+    dtype=jnp.dtype(values.dtype),
+  )
+  call = {name: getattr(values, name) for name in _CALL} | told
   with warnings.catch_warnings():
     warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
     images = pipe(references=values.reference, masks=values.mask, progress=True, **call)
@@ -321,7 +440,7 @@ def main(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> None:
     path = out if len(images) == 1 else out.with_name(f"{out.stem}-{seed}.png")
     settings = call | dict(
       seed=seed, num_images=1, reference=values.reference, mask=values.mask, dtype=values.dtype,
-      checkpoint=pipe.source, base=pipe.base.name, base_hash=pipe.base.hash,
+      lora=values.lora, checkpoint=pipe.source, base=pipe.base.name, base_hash=pipe.base.hash,
     )  # fmt: skip
     save(image, path, settings)
     print(path)

@@ -74,6 +74,7 @@ class Base:
   image_encoder: CLIPVisionModel | None
   image_processor: dict[str, Any] | None  # mean, std, size (after the crop), shortest_edge
   hash: str = ""  # of every stored tensor and LoRA; '' for a base without weights
+  plain_hash: str = ""  # the same without LoRAs: what adapters were trained on
   unused: tuple[str, ...] = ()  # what the folder or file holds besides
 
   @property
@@ -136,9 +137,9 @@ def load_base(
       )
       digests.update({f"{label}/{key}": digest for key, digest in own.items()})
   lines = [f"{key} {digest}\n" for key, digest in digests.items()]
-  lines += [f"lora {one.identity}\n" for one in loras]
   base = _with_networks(base, modules)
-  base.hash = hashlib.sha256("".join(sorted(lines)).encode()).hexdigest()
+  base.plain_hash = _digest(lines)
+  base.hash = _digest(lines + [f"lora {one.identity}\n" for one in loras])
   base.unused = (*base.unused, *unused)
   if base.unused:
     logging.warning("%s: not used: %s", name, ", ".join(base.unused))
@@ -278,6 +279,10 @@ def _build(found: Found, make: Callable[[type[nnx.Module], Any], nnx.Module]) ->
     image_processor=found.processor,
     unused=found.unused,
   )
+
+
+def _digest(lines: Sequence[str]) -> str:
+  return hashlib.sha256("".join(sorted(lines)).encode()).hexdigest()
 
 
 def _with_networks(base: Base, modules: Mapping[str, nnx.Module]) -> Base:

@@ -175,6 +175,18 @@ def read_reference(
     raise UserError(f"{name}: {error}") from error
 
 
+def read_start(
+  image: Any, *, width: int, height: int, name: str = "the image"
+) -> UInt8[np.ndarray, "h w 3"]:
+  """A picture to start drawing from: its largest centred part of that shape, resized; on white.
+
+  Raises:
+    UserError: a file is missing, empty or no picture.
+  """
+  image = to_image(_open(image, _name(image, name)))
+  return np.asarray(ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS))
+
+
 def _open(picture: Any, name: str) -> Image.Image:
   """A path, PIL image or uint8 array as a PIL image, turned as its camera says."""
   if isinstance(picture, Image.Image):

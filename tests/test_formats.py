@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+import types
 
 import diffusers
 import huggingface_hub
@@ -28,7 +29,7 @@ from test_hub import assert_bitwise, tensors
 from test_unet import REAL as REAL_UNETS
 from torch_parity import abstract, randomise
 
-from cc_jax import hub
+from cc_jax import generate, hub
 from cc_jax.assemble import abstractly, assemble
 from cc_jax.customcontrast.injection import InjectionConfig, LayerCondition, inject
 from cc_jax.customcontrast.ip_adapter import read_ip_adapter, warm_start
@@ -1041,7 +1042,7 @@ def test_what_does_not_fit_is_left(family, tmp_path):
 MEASURE = """
 import sys, threading, time
 import jax, jax.numpy as jnp
-from cc_jax import hub
+from cc_jax import generate, hub
 
 def anonymous():
   for line in open("/proc/self/status"):
@@ -1092,3 +1093,75 @@ def test_loading_needs_little_more_memory_than_the_file(family, tmp_path):
   peak = int(result.stdout)
   print(f"peak {peak / size:.3f} of the file's {size / 1e9:.2f} GB")
   assert 0.9 * size < peak < 1.3 * size
+
+
+# ---- pictures as users ask for them, against diffusers' pipelines
+
+
+@pytest.mark.parametrize("kind", ["sd1", "sdxl"])
+def test_generate_draws_what_diffusers_pipeline_draws(kind, family, monkeypatch):
+  """Negative prompt, guidance, two seeds, a size with odd latents, clip-skip, SDXL's sizes."""
+  theirs, folder, _ = family(kind)
+  pipe = generate.load(base=folder)
+  size = dict(height=5 * pipe.drawer.factor, width=9 * pipe.drawer.factor)
+  told = {}
+  if kind == "sdxl":
+    told = dict(original_size=(30, 50), crop=(2, 3), target_size=(20, 40))
+  noise = pipe.drawer.noise([7, 3], (5, 9))
+  given = dict(clip_skip=1, **size)
+  found = pipe(
+    PROMPT, seed=[7, 3], steps=3, guidance=2.5, negative_prompt="a duck", **given, **told
+  )
+  told = {"crops_coords_top_left" if k == "crop" else k: v for k, v in told.items()}
+  theirs.set_progress_bar_config(disable=True)
+  # transformers 5 dissolved text_model, where diffusers looks for the norm under clip_skip.
+  norm = types.SimpleNamespace(final_layer_norm=theirs.text_encoder.final_layer_norm)
+  object.__setattr__(theirs.text_encoder, "text_model", norm)
+  monkeypatch.setattr(type(theirs), "check_inputs", lambda *_, **__: None)  # it wants 8 pixels
+  # diffusers skips layers for the prompt alone; we do for both, as those who train so expect.
+  away = theirs.encode_prompt("a duck", device="cpu", num_images_per_prompt=1,
+                              do_classifier_free_guidance=False, clip_skip=1)  # fmt: skip
+  given["negative_prompt_embeds"] = away[0]
+  if kind == "sdxl":
+    given["negative_pooled_prompt_embeds"] = away[2]
+  expected = theirs(
+    PROMPT, num_images_per_prompt=2, latents=torch.from_numpy(np.moveaxis(noise, -1, 1).copy()),
+    num_inference_steps=3, guidance_scale=2.5, output_type="np", **given, **told,
+  ).images  # fmt: skip
+  assert_pictures(found, expected)
+  assert expected.shape[1:3] == (size["height"], size["width"])
+
+
+@pytest.mark.parametrize("strength", [0.3, 1.0])
+def test_image_to_image_is_diffusers(strength, family, monkeypatch):
+  theirs, folder, _ = family("sd1")
+  pipe = generate.load(base=folder)
+  shape = (3, 5)
+  height, width = (side * pipe.drawer.factor for side in shape)
+  start = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+  found = pipe(
+    PROMPT, seed=4, num_images=2, steps=4, guidance=2.5, height=height, width=width, image=start,
+    strength=strength,
+  )  # fmt: skip
+
+  noise = np.moveaxis(pipe.drawer.noise([4, 5], shape), -1, 1).copy()
+  module = diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_img2img
+  monkeypatch.setattr(module, "randn_tensor", lambda *_, **__: torch.from_numpy(noise))
+  pixels = torch.from_numpy(start).permute(2, 0, 1)[None].float() / 127.5 - 1
+  with torch.no_grad():  # their VAE's mean: the pipeline would draw a sample
+    latents = theirs.vae.encode(pixels).latent_dist.mean * theirs.vae.config.scaling_factor
+  parts = {k: v for k, v in theirs.components.items() if k != "image_encoder"}
+  img2img = diffusers.StableDiffusionImg2ImgPipeline(**parts, requires_safety_checker=False)
+  img2img.set_progress_bar_config(disable=True)
+  expected = img2img(
+    [PROMPT] * 2, latents.repeat(2, 1, 1, 1), strength, guidance_scale=2.5,
+    num_inference_steps=4, output_type="np",
+  ).images  # fmt: skip
+  assert_pictures(found, expected)
+
+
+def assert_pictures(found, expected):
+  """Our uint8 pictures are PyTorch's float ones, rounded."""
+  found = np.stack([np.asarray(image) for image in found]) / 255
+  assert found.shape == expected.shape and expected.std() > 0.05
+  assert np.abs(found - expected).max() < 0.55 / 255

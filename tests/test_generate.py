@@ -310,7 +310,7 @@ def test_mask_file_equals_alpha_channel_and_whole_pictures_warn(folder):
 
 @pytest.fixture(autouse=True)
 def loads_once(monkeypatch):
-  monkeypatch.setattr(generate, "load", LOAD)
+  monkeypatch.setattr(generate, "load", lambda *a, lora=(), **k: LOAD(*a, lora=tuple(lora), **k))
 
 
 LOAD = functools.cache(generate.load)
@@ -360,6 +360,13 @@ MISTAKES = {
   "seed negative": (dict(seed=-1), "seed -1"),
   "no pictures": (dict(num_images=0), "at least one"),
   "sampler unknown": (dict(sampler="euler_a"), "ddim, .*euler_ancestral"),
+  "width no multiple": (dict(width=15), "width 15 is no multiple of 2; use 16"),
+  "image missing": (dict(image="{}/none.png"), "none.png is missing"),
+  "strength too small": (dict(image="{}/whole.png", strength=0.1), "leaves no step; use 0.33 to 1"),
+  "eta of another sampler": (dict(eta=0.5, sampler="euler"), "an option of ddim"),
+  "layers skipped that are not there": (dict(clip_skip=2), "clip_skip is 2 .* use 0 to 1"),
+  "crop no pair": (dict(crop="5"), "--crop=5 is no pair"),
+  "lora missing": (dict(lora="{}/none.safetensors:0.5"), "none.safetensors"),
   "dtype unknown": (dict(dtype="float8"), "float32 or bfloat16"),
   "out in no folder": (dict(out="{}/none/out.png"), "does not exist"),
   "out is a folder": (dict(out="{}/folder.png"), "cannot be written"),

@@ -179,6 +179,7 @@ class CustomContrast(nnx.Module):
     visual: tuple[Float[Array, "b d"], Float[Array, "b v d"]] | None = None,
     scale: Float[Array, "*l_or_b"] | float = 1.0,
     time_ids: Float[Array, "b 6"] | None = None,
+    clip_skip: int = 0,
   ) -> Conditioning:
     """Everything that subject and prompt say to the denoiser at timesteps t [B] in [0, 1000).
 
@@ -191,6 +192,7 @@ class CustomContrast(nnx.Module):
       visual: of `self.visual` for the same features and use_image; computed if None.
       scale: the user's knob: one number, [L], [B], or any of [L, 1], [1, B], [L, B].
       time_ids: SDXL's (original h, w, crop top, left, target h, w).
+      clip_skip: how many more layers of the text encoders to leave out at the end.
 
     Raises:
       UserError: a prompt has no room for S+ (checked outside jit only), or scale has a wrong shape.
@@ -206,7 +208,7 @@ class CustomContrast(nnx.Module):
     use = jnp.broadcast_to(jnp.asarray(use_s_plus), t.shape)
     use = use if use_image is None else use & use_image
 
-    texts, plain, pooled = self._encode_text(ids, words, slot, noun_span, use)
+    texts, plain, pooled = self._encode_text(ids, words, slot, noun_span, use, clip_skip)
     scales = _per_layer(scale, len(self.group_of_layer), t.shape[0])
     context = tuple(
       LayerCondition(
@@ -265,7 +267,7 @@ class CustomContrast(nnx.Module):
         if not isinstance(eos, jax.core.Tracer):
           s_plus.check_room(ids_BxT, eos, self.mfi_encoder.config.s_words)
 
-  def _encode_text(self, ids, words, slot, noun_span, use):
+  def _encode_text(self, ids, words, slot, noun_span, use, clip_skip):
     """(texts [S, B, T, D], plain text or None, pooled or None); S = G, or 1 without S+ / shared."""
     addition = self.unet.config.addition_embed_type
     config = self.mfi_encoder.config
@@ -294,7 +296,7 @@ class CustomContrast(nnx.Module):
         inputs_embeds=sequences.reshape(-1, *sequences.shape[2:]),
         pool_ids=pool_ids.reshape(-1, pool_ids.shape[-1]),
       )
-      state = out.hidden_states[-2] if several else out.last_hidden_state
+      state = tower.context(out, penultimate=several, clip_skip=clip_skip)
       state = jnp.moveaxis(state.reshape(*lead, *state.shape[1:]), 0, 1)
       pools = jnp.moveaxis(out.pooled.reshape(*lead, -1), 0, 1)
       if pooled_s_plus:  # mean over the layers' sequences
