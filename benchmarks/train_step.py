@@ -47,12 +47,12 @@ def main() -> None:
     base, *train.networks(config), dtype=config.train.dtype, seed=config.seed
   )
   method = train.make_method(config, definition, base)
-  state = sharding.put_replicated(step.init_state(trainable, config), mesh)
-  frozen = sharding.put_replicated(frozen, mesh)
+  state = sharding.put(step.init_state(trainable, config), mesh)
+  frozen = sharding.put(frozen, mesh)
   batch = sharding.put_batch(noise(size, config.data.image_size, len(method.empty_prompt)), mesh)
 
   began = time.perf_counter()
-  compiled = step.make_train_step(method, mesh).lower(state, frozen, batch).compile()
+  compiled = step.make_train_step(method, mesh, state, frozen).lower(state, frozen, batch).compile()
   print(f"{mesh.size} x {mesh.devices.flat[0].device_kind}, batch {size}, {config.train.dtype}")
   print(f"compile    {time.perf_counter() - began:8.1f} s")
   times = []

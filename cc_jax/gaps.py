@@ -46,11 +46,9 @@ def make_gaps(
 
   `wrong` maps a name to (the batch with a wrong word, which samples really changed [B]).
   """
-  whole, cut = sharding.replicated(mesh), sharding.over_data(mesh)
   losses = jax.jit(
     lambda adapter, frozen, batch: sample_losses(method, adapter, frozen, batch),
-    in_shardings=(whole, whole, cut),
-    out_shardings=whole,
+    out_shardings=sharding.replicated(mesh),
   )
   right = sharding.put_batch(batch, mesh)
   others = {

@@ -34,7 +34,7 @@ CSCL_FRAMES = ("same_frame", "cross_frame")
 
 
 class TrainState(NamedTuple):
-  """What a checkpoint holds. All of it lies whole on every device."""
+  """What a checkpoint holds. Trained weights, optimizer and average are cut alike."""
 
   trainable: Params
   opt_state: Any
@@ -398,6 +398,11 @@ def train_step(
   whole = jax.value_and_grad(loss, argnums=1, has_aux=True)
   gradient = accumulated if method.config.train.accumulate > 1 else whole
   (_, metrics), gradients = gradient(method, state.trainable, frozen, batch, key)
+  if method.mesh is not None and sharding.cuts(method.mesh):
+    # Each device needs the sum of its own part only, and holds no more than that.
+    gradients = jax.lax.with_sharding_constraint(
+      gradients, sharding.placements(gradients, method.mesh)
+    )
   return update(method.config.train, state, gradients, metrics)
 
 
@@ -433,14 +438,19 @@ def update(
   return TrainState(*kept, state.step + 1, bad_steps), {**metrics, **added}
 
 
-def make_train_step(method: Method, mesh: Mesh) -> Callable[..., tuple[TrainState, Metrics]]:
-  """`train_step` jitted: step(state, frozen, batch), the state donated, the batch over `data`."""
+def make_train_step(
+  method: Method, mesh: Mesh, state: TrainState, frozen: Params
+) -> Callable[..., tuple[TrainState, Metrics]]:
+  """`train_step` jitted: step(state, frozen, batch), the state donated, the batch cut.
+
+  `state` and `frozen` tell shapes; they may be abstract, and lie where sharding.RULES say.
+  """
   method = dataclasses.replace(method, mesh=mesh)
-  whole, over_data = sharding.replicated(mesh), sharding.over_data(mesh)
+  kept, base = sharding.placements(state, mesh), sharding.placements(frozen, mesh)
   return jax.jit(
     lambda state, frozen, batch: train_step(method, state, frozen, batch),
-    in_shardings=(whole, whole, over_data),
-    out_shardings=(whole, whole),
+    in_shardings=(kept, base, sharding.over_data(mesh)),
+    out_shardings=(kept, sharding.replicated(mesh)),
     donate_argnums=0,
   )
 

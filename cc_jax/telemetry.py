@@ -11,7 +11,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import tqdm
@@ -155,3 +155,13 @@ def read(path: epath.PathLike) -> list[dict[str, float]]:
   """The log's lines, timings left out: what two equal runs must agree on."""
   lines = [json.loads(line) for line in epath.Path(path).read_text().splitlines()]
   return [{k: v for k, v in line.items() if k not in TIMINGS} for line in lines]
+
+
+def align(rows: Sequence[Sequence[str]], left: int) -> str:
+  """A table in plain text; the first `left` columns are flush left, numbers flush right."""
+  widths = [max(map(len, column)) for column in zip(*rows)]
+  lines = []
+  for row in rows:
+    cells = [c.ljust(w) if i < left else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths))]
+    lines.append("  ".join(cells).rstrip())
+  return "\n".join(lines)

@@ -130,7 +130,8 @@ def train(
       batch = sharding.put_batch(next(batches), mesh)
       log.say("compiling the training step ...")
       began = time.perf_counter()
-      step_fn = make_train_step(method, mesh).lower(state, frozen, batch).compile()
+      step_fn = make_train_step(method, mesh, state, frozen)
+      step_fn = step_fn.lower(state, frozen, batch).compile()
       log.say(f"compiled in {time.perf_counter() - began:.0f} s")
       measure_gaps = make_gaps(config, base, method, mesh) if settings.gaps_every else None
       log.restart_clock()

@@ -95,7 +95,12 @@ def get_config() -> ml_collections.ConfigDict:
   c.train.gaps_every = 500  # wrong-word loss gaps; 0 = never
 
   c.mesh = ml_collections.ConfigDict()
-  c.mesh.data = -1  # -1 fills
+  # Devices along each axis, one of them -1 = those that are left. The batch is cut over data and
+  # fsdp, parameters with optimizer and average over fsdp and tensor (cc_jax.sharding.RULES).
+  c.mesh.data = -1
+  c.mesh.fsdp = 1
+  c.mesh.tensor = 1
+  c.mesh.processes = 1  # that must join; more than 1 starts jax.distributed
   c.mesh.cpu_devices = -1  # virtual CPU devices when there is no accelerator; -1 = one per core
 
   c.sample = ml_collections.ConfigDict()  # the grid and the scores at the end of the run

@@ -57,7 +57,8 @@ def main(devices: int, base: str, out: str) -> None:
   batch = next(tiny.batches(base.tokenizers[0], SIZE))
   batch["subject_id"][-3:] = -1
   batch = sharding.put_batch(batch, mesh)
-  compiled = step.make_train_step(method, mesh).lower(state, frozen, batch).compile()
+  compiled = step.make_train_step(method, mesh, state, frozen)
+  compiled = compiled.lower(state, frozen, batch).compile()
   state, metrics = compiled(state, frozen, batch)
   np.savez(
     out,

@@ -182,7 +182,8 @@ def compiled(setup, quick_compile):
   frozen = sharding.put_replicated(setup.frozen, mesh)
   state = sharding.put_replicated(setup.state(), mesh)
   batch = sharding.put_batch(next(setup.batches()), mesh)
-  function = step.make_train_step(method, mesh).lower(state, frozen, batch).compile()
+  function = step.make_train_step(method, mesh, state, frozen)
+  function = function.lower(state, frozen, batch).compile()
 
   def one(state, frozen, batch):
     state, frozen = sharding.put_replicated((state, frozen), mesh)
@@ -440,7 +441,7 @@ def test_a_workdir_that_cannot_be_written(setup, tmp_path):
     ("objective.drop_text", 0.95, "sum to at most 1"),
     ("objective.timestep_shift", 0.0, "must be positive"),
     ("objective.subject_weight", -1.0, "not negative"),
-    ("mesh.data", 3, "mesh.data is 3 but there are"),
+    ("mesh.data", 3, "mesh.data=3, mesh.fsdp=1, mesh.tensor=1, but there are"),
     ("objective.contrast", "other", "auto, naive, tiled, ring"),
     ("objective.tile", 0, "objective.tile is 0"),
     ("train.accumulate", 3, "batch_size=4 does not divide into train.accumulate=3 parts"),
