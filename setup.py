@@ -31,6 +31,7 @@ setup(
         "ml_collections>=1.1,<1.2",
         "absl-py>=2.1",
         "jaxtyping>=0.3,<0.4",
+        "huggingface_hub>=1.0,<3",
         "safetensors>=0.5,<0.9",
         "tokenizers",
         "tqdm>=4.66",
