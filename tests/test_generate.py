@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import os
 import subprocess
 import sys
 import warnings
@@ -164,6 +165,29 @@ def test_scale_is_per_step_and_layer(pipe, rows):
   assert min(far(early, full), far(late, full), far(early, late), far(early, base)) > 1
   with pytest.raises(UserError, match="per layer"):
     pipe.drawer(**rows(2, scale=np.ones(layers + 1)))
+
+
+SHARDED = """
+import sys
+from cc_jax import generate
+folder, out, references = sys.argv[1], sys.argv[2], sys.argv[3:]
+pipe = generate.load(folder, mesh=generate._several_devices(3))
+assert pipe.drawer.mesh.size == 3
+said = dict(class_noun="teddy bear", references=references, steps=3, seed=[5, 2, 9])
+for k, image in enumerate(pipe("a teddy bear in the snow", **said)):
+  image.save(f"{out}/{k}.png")
+"""
+
+
+def test_pictures_are_the_same_over_several_devices(folder, pipe, references, tmp_path):
+  environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+  command = [sys.executable, "-c", SHARDED, folder / "run", tmp_path, *references]
+  subprocess.run([str(part) for part in command], env=environment, check=True, timeout=600)
+  said = dict(class_noun=NOUN, references=references, steps=STEPS)
+  expected = pipe(PROMPT, seed=[5, 2, 9], **said)
+  for k, image in enumerate(expected):
+    assert far(Image.open(tmp_path / f"{k}.png"), image) <= 1
+  assert far(expected[0], expected[1]) > 20
 
 
 @pytest.mark.parametrize("with_adapter", [False, True])
