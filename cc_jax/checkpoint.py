@@ -2,16 +2,18 @@
 
 A checkpoint holds the training state (adapter, optimizer, EMA, step, bad steps) as one flat
 dictionary `path -> array`, and beside it a small JSON record: the format's version, the hash of
-the base that the adapter belongs to, the run's config and the telemetry's running sums. The data
-position needs no entry of its own: the loader is a pure function of (seed, step). The frozen base
-is never written.
+the base that the adapter belongs to, the run's config and the telemetry's running sums. Random
+numbers and the data position need no entries of their own: both are pure functions of the config's
+seed and the state's step. Nothing in it depends on how the arrays are cut: it is restored onto any
+mesh and any number of processes. The frozen base is never written.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -25,36 +27,56 @@ FORMAT = 1
 # A change of these changes what the adapter's weights mean, even where no shape changes.
 MODEL_SECTIONS = ("encoder", "injection")
 _UNREADABLE = "delete that folder to go on from the one before it"
+# Seconds. A storage that does not answer at the start is waited for as long as this; a save, whose
+# bytes may be many, as long as that.
+ANSWER_TIMEOUT = 60
+SAVE_TIMEOUT = 1200
 
 
 class Checkpoints:
-  """The checkpoints of one folder: asynchronous saves, the last `keep` kept, the latest restored.
+  """The checkpoints of one folder or bucket: asynchronous saves, the latest restored.
 
-  A save that was cut off leaves a temporary folder, which the next run removes.
+  The last `keep` are kept, and besides those whose step is a multiple of `keep_every` (0 = none).
+  A save that was cut off leaves a temporary folder, which the next run removes. Where there are
+  several processes, each calls every method.
   """
 
-  def __init__(self, folder: epath.PathLike, *, keep: int):
-    """Opens the folder, which is made if need be. Raises UserError if it cannot be written."""
+  def __init__(self, folder: epath.PathLike, *, keep: int, keep_every: int = 0):
+    """Opens the folder, which is made if need be.
+
+    Raises:
+      UserError: it cannot be written, or does not answer within ANSWER_TIMEOUT seconds.
+    """
     if keep < 1:
       raise UserError(f"train.keep is {keep}; keep at least one checkpoint")
     self._folder = epath.Path(folder)
     # Orbax logs every step of a save, and every error with its traceback before it raises it.
     for name in ("absl", "asyncio"):
       logging.getLogger(name).setLevel(logging.CRITICAL)
-    try:
+    policies = ocp.training.preservation_policies
+    policy = policies.LatestN(keep)
+    if keep_every:
+      policy = policies.AnyPreservationPolicy([policy, policies.EveryNSteps(keep_every)])
+
+    def look() -> None:
       self._folder.mkdir(parents=True, exist_ok=True)
-      probe = self._folder / ".writable"
+      # Several processes may look at once.
+      probe = self._folder / f".writable{jax.process_index()}"
       probe.write_text("")
       probe.unlink()
-    except OSError as error:
+
+    try:
+      _within(ANSWER_TIMEOUT, look)
+      self._orbax = ocp.training.Checkpointer(
+        self._folder,
+        context=ocp.Context(async_options=ocp.options.AsyncOptions(timeout_secs=SAVE_TIMEOUT)),
+        preservation_policy=policy,
+        cleanup_tmp_directories=True,
+      )
+    except Exception as error:
       raise UserError(
         f"cannot write to {folder}: {reason(error)}; choose another --workdir"
       ) from error
-    self._orbax = ocp.training.Checkpointer(
-      self._folder,
-      preservation_policy=ocp.training.preservation_policies.LatestN(keep),
-      cleanup_tmp_directories=True,
-    )
 
   def latest_step(self) -> int | None:
     """The step of the latest complete checkpoint, or None."""
@@ -136,6 +158,26 @@ class Checkpoints:
       kept = "there is no earlier checkpoint" if last is None else f"step {last} is intact"
       remedy = remedy or f"{kept}; make room and run the same command again"
       raise UserError(f"{what}: {reason(error)}; {remedy}") from error
+
+
+def _within(seconds: float, function: Callable[[], Any]) -> Any:
+  """function(), or TimeoutError. A storage that hangs cannot be interrupted: its thread is left."""
+  outcome: dict[str, Any] = {}
+
+  def run() -> None:
+    try:
+      outcome["value"] = function()
+    except BaseException as error:  # noqa: BLE001 (it is raised below)
+      outcome["error"] = error
+
+  thread = threading.Thread(target=run, daemon=True)
+  thread.start()
+  thread.join(seconds)
+  if "error" in outcome:
+    raise outcome["error"]
+  if "value" not in outcome:
+    raise TimeoutError(f"no answer within {seconds:g} s")
+  return outcome["value"]
 
 
 def config_changes(

@@ -7,7 +7,7 @@ inside `loss`, where its methods are called.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -435,7 +435,20 @@ def update(
     "learning_rate": rate,
     "bad_steps": bad_steps,
   }
+  for package, names in packages(gradients).items():
+    added[f"norm/gradient/{package}"] = optax.global_norm([gradients[name] for name in names])
+    moved = optax.global_norm([change[name] for name in names])
+    added[f"norm/update/{package}"] = jnp.where(good, moved, 0.0)
   return TrainState(*kept, state.step + 1, bad_steps), {**metrics, **added}
+
+
+def packages(names: Iterable[str]) -> dict[str, list[str]]:
+  """Parameters by the part of the adapter: 'unet', 'mfi_encoder.visual', 'mfi_encoder.fusion'..."""
+  found: dict[str, list[str]] = {}
+  for name in names:
+    parts = name.split(".")
+    found.setdefault(".".join(parts[: 2 if parts[0] == "mfi_encoder" else 1]), []).append(name)
+  return found
 
 
 def make_train_step(

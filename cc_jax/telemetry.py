@@ -1,5 +1,9 @@
 """What a run tells: metrics.jsonl, TensorBoard and a progress bar.
 
+Beside the losses and norms a line has `seconds` of a step, images per second, the model FLOPs
+utilisation `mfu` where the chip's peak is known, and what shares of the time since the line before
+went into waiting for data, saving and compiling.
+
 Metrics are averaged between two log lines, over the steps whose update was not skipped. The running
 sums travel with every checkpoint and a restart cuts the log back to the step it restores, so that
 the log of a run that was killed and restarted holds the very losses of one that was not.
@@ -7,20 +11,24 @@ the log of a run that was killed and restarted holds the very losses of one that
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import jax
+import numpy as np
 import tqdm
 from etils import epath
 
 # Averages mean nothing for these: the value of the line's own step is what one wants to see.
 LAST_VALUE = ("learning_rate", "bad_steps")
 # Depend on the machine's day; everything else in a line is a function of config and step.
-TIMINGS = ("seconds", "images_per_second", "data_wait")
+TIMINGS = ("seconds", "images_per_second", "images_per_second_per_chip", "mfu")
+SHARES = ("data", "saving", "compiling")
 
 
 class Telemetry:
@@ -34,33 +42,57 @@ class Telemetry:
     steps: int,
     every: int,
     batch_size: int,
+    chips: int = 1,
     sums: Mapping[str, Any] | None = None,
     writes: bool = True,
   ):
     """Continues the log in `workdir` after step `start`; `sums` is an earlier `state()`.
 
-    `writes` is False on all processes but one.
+    `writes` is False on all processes but one. In a bucket there is metrics.jsonl alone.
     """
     self._every, self._batch_size, self._writes = every, batch_size, writes
+    self._chips, self._utilisation = chips, 0.0
     self._sums: dict[str, float] = dict(sums["sums"]) if sums else {}
     self._count: int = sums["count"] if sums else 0
     self._skipped: int = sums["skipped"] if sums else 0
-    self._waited, self._timed, self._since = 0.0, 0, time.perf_counter()
+    self._workdir = workdir
+    self._restart_clock()
     if not writes:
       return
-    from tensorboardX import SummaryWriter  # lazily: a slow import that sampling never needs
-
     self._path = workdir / "metrics.jsonl"
     cut_back(self._path, start)
-    self._file = self._path.open("a")
-    self._tensorboard = SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1)
+    self._file = self._tensorboard = None
+    if "://" in str(workdir):  # a bucket's files cannot grow
+      self._text = self._path.read_text() if self._path.exists() else ""
+    else:
+      from tensorboardX import SummaryWriter  # lazily: a slow import that sampling never needs
+
+      self._file = self._path.open("a")
+      self._tensorboard = SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1)
     self._bar = tqdm.tqdm(
       initial=start, total=steps, unit="step", dynamic_ncols=True, mininterval=1.0, smoothing=0.05
     )
 
+  def program(self, flops: float, peak: float) -> None:
+    """The FLOPs of one step on one chip, of which the chip can do `peak` a second."""
+    self._utilisation = flops / peak
+
   def waited(self, seconds: float) -> None:
-    """Counts time in which the loop had to wait for data."""
-    self._waited += seconds
+    """Counts time in which the loop had to wait for data; it is part of the step's."""
+    self._spent["data"] = self._spent.get("data", 0.0) + seconds
+
+  @contextlib.contextmanager
+  def spent(self, on: str) -> Iterator[None]:
+    """`with telemetry.spent("saving"):` what happens inside is no part of the step's time."""
+    began = time.perf_counter()
+    try:
+      yield
+    finally:
+      seconds = time.perf_counter() - began
+      self._spent[on] = self._spent.get(on, 0.0) + seconds
+      self._outside += seconds
+      if self._writes:
+        self._bar.unpause()
 
   def step(self, step: int, metrics: Mapping[str, float]) -> None:
     """Takes one step's metrics (floats on the host), `step` counting finished steps from 1."""
@@ -79,30 +111,33 @@ class Telemetry:
       line = {key: total / (self._count - self._skipped) for key, total in self._sums.items()}
       line["skipped"] = self._skipped / self._count
       line |= {key: metrics[key] for key in LAST_VALUE if key in metrics}
-      seconds = time.perf_counter() - self._since
-      line["seconds"] = seconds / self._timed
-      line["images_per_second"] = self._batch_size * self._timed / seconds
-      line["data_wait"] = self._waited / seconds
-      self.write(step, line)
+      self.write(step, line | self._times())
       self._sums, self._count, self._skipped = {}, 0, 0
-      self._waited, self._timed, self._since = 0.0, 0, time.perf_counter()
+      self._restart_clock()
 
   def write(self, step: int, values: Mapping[str, float]) -> None:
     """Writes one line of any values now: averages, wrong-word gaps, scores."""
     if not self._writes:
       return
-    # JSON has no NaN: a line with one must still be readable by every program.
-    plain = {k: v if math.isfinite(v) else str(v) for k, v in values.items()}
-    self._file.write(json.dumps({"step": step, **plain}) + "\n")
+    line = json.dumps({"step": step, **plain(values)}) + "\n"
+    if self._file is None:
+      self._text += line
+      self._path.write_text(self._text)
+      return
+    self._file.write(line)
     self._file.flush()
     for key, value in values.items():
       self._tensorboard.add_scalar(key, value, step)
 
-  def restart_clock(self) -> None:
-    """Rates count from now on: what came before (compiling) is no part of a step."""
-    self._since = time.perf_counter()
-    if self._writes:
-      self._bar.unpause()
+  def dump(self, step: int, batch: Mapping[str, np.ndarray], metrics: Mapping[str, float]) -> str:
+    """Writes the subjects of this process's share of a bad batch, and all norms; names the file."""
+    folder = self._workdir / "bad_steps"
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / f"{step:07d}.process{jax.process_index()}.json"
+    found = {"step": step, "metrics": plain({k: float(v) for k, v in metrics.items()})}
+    found |= {key: np.asarray(ids).tolist() for key, ids in batch.items() if key.endswith("_id")}
+    file.write_text(json.dumps(found, indent=1) + "\n")
+    return str(file)
 
   def say(self, text: str) -> None:
     """Prints a line above the progress bar."""
@@ -113,26 +148,56 @@ class Telemetry:
     """The running sums, for a checkpoint's record; JSON keeps floats exactly."""
     return {"sums": dict(self._sums), "count": self._count, "skipped": self._skipped}
 
-  def pause(self) -> _Pause:
-    """`with telemetry.pause():` leaves what happens inside out of images/s (sampling, saving)."""
-    return _Pause(self)
-
   def close(self) -> None:
     if self._writes:
       self._bar.close()
-      self._tensorboard.close()
-      self._file.close()
+      if self._file is not None:
+        self._tensorboard.close()
+        self._file.close()
+
+  def _restart_clock(self) -> None:
+    self._timed, self._outside, self._since = 0, 0.0, time.perf_counter()
+    self._spent: dict[str, float] = {}
+
+  def _times(self) -> dict[str, float]:
+    total = time.perf_counter() - self._since
+    seconds = (total - self._outside) / self._timed
+    rate = self._batch_size / seconds
+    times = {"seconds": seconds, "images_per_second": rate}
+    times["images_per_second_per_chip"] = rate / self._chips
+    if self._utilisation:
+      times["mfu"] = self._utilisation / seconds
+    return times | {f"share/{kind}": self._spent.get(kind, 0.0) / total for kind in SHARES}
 
 
-class _Pause:
-  def __init__(self, telemetry: Telemetry):
-    self._telemetry = telemetry
+class Profile:
+  """Writes a trace of steps `first` to `last` (both included) to a folder; (0, 0) writes none."""
 
-  def __enter__(self) -> None:
-    self._start = time.perf_counter()
+  def __init__(self, folder: epath.Path, steps: tuple[int, int] = (0, 0)):
+    self._folder, (self._first, self._last) = folder, steps
+    self._runs = False
 
-  def __exit__(self, *_) -> None:
-    self._telemetry._since += time.perf_counter() - self._start
+  def before(self, step: int) -> None:
+    """Call it before a step begins; a run that goes on in between begins there."""
+    if not self._runs and self._first <= step <= self._last:
+      jax.profiler.start_trace(str(self._folder))
+      self._runs = True
+
+  def after(self, step: int, metrics: Any) -> None:
+    """Call it when a step was started; waits for the last one."""
+    if self._runs and step == self._last:
+      jax.block_until_ready(metrics)
+      self.close()
+
+  def close(self) -> None:
+    if self._runs:
+      jax.profiler.stop_trace()
+      self._runs = False
+
+
+def plain(values: Mapping[str, float]) -> dict[str, float | str]:
+  """JSON has no NaN: a line with one must still be readable by every program."""
+  return {k: v if math.isfinite(v) else str(v) for k, v in values.items()}
 
 
 def cut_back(path: epath.Path, step: int) -> None:
@@ -154,7 +219,8 @@ def cut_back(path: epath.Path, step: int) -> None:
 def read(path: epath.PathLike) -> list[dict[str, float]]:
   """The log's lines, timings left out: what two equal runs must agree on."""
   lines = [json.loads(line) for line in epath.Path(path).read_text().splitlines()]
-  return [{k: v for k, v in line.items() if k not in TIMINGS} for line in lines]
+  timings = {*TIMINGS, *(f"share/{kind}" for kind in SHARES)}
+  return [{k: v for k, v in line.items() if k not in timings} for line in lines]
 
 
 def align(rows: Sequence[Sequence[str]], left: int) -> str:

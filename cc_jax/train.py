@@ -4,14 +4,20 @@
     python -m cc_jax.train --config=... --workdir=... --config.train.steps=3000
     python -m cc_jax.train --config=configs/sd15.py --abstract
 
-The same command again goes on where the run stopped. `--abstract` needs no weights: it prints the
-parameter table and ends. Read from the top down: `train` is the whole story.
+The same command again goes on where the run stopped, on any number of devices and processes.
+`--abstract` needs no weights: it prints the parameter table and ends. On several machines the same
+command runs on each (cc_jax.sharding.join). Read from the top down: `train` is the whole story.
 """
 
 from __future__ import annotations
 
+import functools
+import hashlib
+import platform
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -24,7 +30,7 @@ from flax import nnx
 from ml_collections import config_flags
 
 import data_pipeline
-from cc_jax import errors, gaps, hub, sharding
+from cc_jax import errors, gaps, hub, preemption, sharding
 from cc_jax.assemble import Params, abstractly, assemble
 from cc_jax.checkpoint import Checkpoints, config_changes, jsonable
 from cc_jax.customcontrast.adapter_file import save_adapter
@@ -35,7 +41,7 @@ from cc_jax.customcontrast.model import CustomContrast
 from cc_jax.diffusion.schedule import NoiseSchedule
 from cc_jax.errors import UserError
 from cc_jax.step import Method, TrainState, init_state, make_train_step
-from cc_jax.telemetry import Telemetry
+from cc_jax.telemetry import Profile, Telemetry, align
 from data_pipeline.subjects3d.factors import SCENES
 from data_pipeline.tokens import empty_prompt
 
@@ -56,33 +62,46 @@ BLIND = Views(None, None)
 
 
 def train(
-  config: ml_collections.ConfigDict, workdir: epath.PathLike, views: Views = BLIND
+  config: ml_collections.ConfigDict,
+  workdir: epath.PathLike,
+  views: Views = BLIND,
+  profile_steps: tuple[int, int] = (0, 0),
 ) -> TrainState:
   """Trains until config.train.steps, from the latest checkpoint in `workdir` if there is one.
 
+  Args:
+    workdir: a folder or a bucket's URL, the same for all processes.
+    profile_steps: the first and last step of a trace in workdir/profile; (0, 0) = none.
+
   Raises:
     UserError: a mistake in the config, the base or the checkpoint; a workdir that cannot be
-      written; max_bad_steps losses in a row that are not finite.
+      written; max_bad_steps losses in a row that are not finite; processes that did not join.
+    SystemExit: 143 after SIGTERM, when the state is saved.
   """
   check(config)
   workdir, settings = epath.Path(workdir), config.train
   sharding.set_cpu_devices(config.mesh, settings.batch_size)
-  checkpoints = Checkpoints(workdir / "checkpoints", keep=settings.keep)
+  processes = sharding.join(config.mesh)
+  checkpoints = Checkpoints(
+    workdir / "checkpoints", keep=settings.keep, keep_every=settings.keep_every
+  )
   mesh = sharding.make_mesh(config.mesh, settings.batch_size)
   leader = jax.process_index() == 0
 
-  # The base and the adapter; from here on, plain pytrees on the mesh.
+  # The base and the adapter, read and made where they shall lie; from here on, plain pytrees.
   encoder, injection = networks(config)
-  base = hub.load_base(config.base, **storage(config))
+  base = hub.load_base(config.base, sharding=sharding.by_name(mesh), **storage(config))
+  born = sharding.born(mesh)
   definition, trainable, frozen = assemble(
-    base, encoder, injection, dtype=settings.dtype, seed=config.seed
+    base, encoder, injection, dtype=settings.dtype, seed=config.seed, transform=born
   )
   report = None
   if settings.warm_start and checkpoints.latest_step() is None:
-    trainable, report = warm_start(trainable, settings.warm_start)
+    trainable, report = warm_start(sharding.gathered(trainable), settings.warm_start)
+    trainable = sharding.put(trainable, mesh)
   method = make_method(config, definition, base)
-  frozen = sharding.put_replicated(frozen, mesh)
-  state = sharding.put_replicated(init_state(trainable, config), mesh)
+  state = born(functools.partial(init_state, config=config))(trainable)
+  sharding.check({"state": state, "frozen": frozen}, mesh)
 
   # Where the last run stopped.
   start, sums = 0, None
@@ -90,16 +109,24 @@ def train(
     state, record = checkpoints.restore(state, base_hash=base.hash, config=config)
     start, sums = record["step"], record["telemetry"]
     for key, (before, now) in config_changes(record["config"], config).items():
-      print(f"config change since step {start}: {key} was {before!r}, is {now!r}")
+      if leader:
+        print(f"config change since step {start}: {key} was {before!r}, is {now!r}")
   log = Telemetry(
     workdir,
     start=start,
     steps=settings.steps,
     every=settings.log_every,
     batch_size=settings.batch_size,
+    chips=mesh.size,
     sums=sums,
     writes=leader,
   )
+  for text in (processes, f"mesh {dict(mesh.shape)}" if processes or sharding.cuts(mesh) else ""):
+    if text:
+      log.say(text)
+  if sharding.cuts(mesh):
+    parts = {"trained": state.trainable, "optimizer": state.opt_state, "average": state.ema}
+    log.say(sharding.describe(parts | {"frozen": frozen}, mesh))
   log.say(f"{_count(trainable)} trained, {_count(frozen)} frozen parameters; {mesh.size} devices")
   if report:
     log.say(report.summary())
@@ -113,61 +140,85 @@ def train(
     record = {"base_hash": base.hash, "config": jsonable(config), "telemetry": log.state()}
     checkpoints.save(step, state, record)
 
-  def collect(step: int, metrics: Any) -> None:
+  def collect(step: int, metrics: Any, ids: dict[str, np.ndarray]) -> None:
     """Fetches one step's numbers, which waits for that step, and stops a run that went wrong."""
     metrics = jax.device_get(metrics)
     log.step(step, metrics)
+    if not metrics["bad_steps"]:
+      return
+    file = log.dump(step, ids, metrics)
     if metrics["bad_steps"] >= settings.max_bad_steps:
       raise UserError(
         f"loss or gradient is not finite, {int(metrics['bad_steps'])} steps in a row up to step "
-        f"{step}; {_left(checkpoints)}; lower train.learning_rate, look at the data, or raise "
-        "train.max_bad_steps to skip such steps"
+        f"{step}; {_left(checkpoints)}; lower train.learning_rate, look at the data (subjects and "
+        f"norms are in {file}), or raise train.max_bad_steps to skip such steps"
       )
 
+  profile = Profile(workdir / "profile", profile_steps)
   try:
     if start < settings.steps:
-      batches = make_batches(config, base, config.seed, start)
-      batch = sharding.put_batch(next(batches), mesh)
-      log.say("compiling the training step ...")
-      began = time.perf_counter()
-      step_fn = make_train_step(method, mesh, state, frozen)
-      step_fn = step_fn.lower(state, frozen, batch).compile()
-      log.say(f"compiled in {time.perf_counter() - began:.0f} s")
-      measure_gaps = make_gaps(config, base, method, mesh) if settings.gaps_every else None
-      log.restart_clock()
+      with log.spent("starting"):
+        batches = make_batches(config, base, config.seed, start, mesh)
+        rows = next(batches)
+        batch = sharding.put_batch(rows, mesh)
+      with log.spent("compiling"):
+        log.say("compiling the training step ...")
+        began = time.perf_counter()
+        step_fn = make_train_step(method, mesh, state, frozen)
+        step_fn = step_fn.lower(state, frozen, batch).compile()
+        log.say(f"compiled in {time.perf_counter() - began:.0f} s")
+        count_work(log, step_fn, mesh)
+      with log.spent("starting"):
+        measure_gaps = make_gaps(config, base, method, mesh) if settings.gaps_every else None
 
     pending = None  # the metrics of the step before, fetched while this one runs
-    for step in range(start + 1, settings.steps + 1):
-      state, metrics = step_fn(state, frozen, batch)
-      if pending:
-        collect(*pending)
-      pending = step, metrics
-      if step < settings.steps:
-        began = time.perf_counter()
-        batch = sharding.put_batch(next(batches), mesh)
-        if metrics["loss"].is_ready():  # the devices had nothing to do while we waited for data
-          log.waited(time.perf_counter() - began)
+    with preemption.Preemption() as preempted:
+      for step in range(start + 1, settings.steps + 1):
+        profile.before(step)
+        with jax.transfer_guard("disallow"):  # what the step needs lies on the devices
+          state, metrics = step_fn(state, frozen, batch)
+        profile.after(step, metrics)
+        if pending:
+          collect(*pending)
+        pending = step, metrics, {key: ids for key, ids in rows.items() if key.endswith("_id")}
+        if step < settings.steps:  # the next batch goes to the devices while they are at work
+          began = time.perf_counter()
+          rows = next(batches)
+          batch = sharding.put_batch(rows, mesh)
+          if metrics["loss"].is_ready():  # the devices had nothing to do while we waited for data
+            log.waited(time.perf_counter() - began)
 
-      # The log of this step is complete before its checkpoint is: a restart cuts it back to that.
-      if due(step, settings.save_every, settings.gaps_every, settings.sample_every, settings.steps):
-        collect(*pending)
-        pending = None
-        with log.pause():
-          if due(step, settings.gaps_every):
-            log.write(step, measure_gaps(state.ema, frozen))
-          if due(step, settings.sample_every) and views.draw:
-            views.draw(config, base, model(), workdir / "samples" / f"{step:07d}.png")
-          if due(step, settings.save_every, settings.steps):
+        # The log of this step is complete before its checkpoint is: a restart cuts it back to that.
+        stops = preempted.stops_after(step)
+        looks = due(step, settings.gaps_every, settings.sample_every)
+        saves = stops or due(step, settings.save_every, settings.steps)
+        if looks or saves:
+          collect(*pending)
+          pending = None
+        if looks:
+          with log.spent("looking"):
+            if due(step, settings.gaps_every):
+              log.write(step, measure_gaps(state.ema, frozen))
+            if due(step, settings.sample_every):
+              look(views.draw, config, base, model, workdir / "samples" / f"{step:07d}.png", log)
+        if saves:
+          with log.spent("saving"):
             save(step)
+        if stops:
+          checkpoints.wait()
+          log.say(f"SIGTERM: step {step} is saved; the same command goes on from there")
+          raise SystemExit(preemption.EXIT_CODE)
     checkpoints.wait()
   finally:
+    profile.close()
     log.close()
     checkpoints.close()
 
+  adapter = sharding.gathered(state.ema)
   if leader:
     save_adapter(
       workdir / "adapter.safetensors",
-      state.ema,
+      adapter,
       encoder=encoder,
       injection=injection,
       base_name=base.name,
@@ -178,9 +229,27 @@ def train(
         "reference_share": str(config.data.reference_share),  # how generate cuts references out
       },
     )
-    if views.finish:
-      views.finish(config, base, model(), workdir)
+  look(views.finish, config, base, model, workdir, log)
   return state
+
+
+def look(view: Callable | None, config, base, model: Callable, place: epath.Path, log) -> None:
+  """Calls one of the Views. With several processes nobody has the whole model: see `evaluate`."""
+  if view is None:
+    return
+  if jax.process_count() > 1:
+    log.say(f"no pictures from several processes: python -m cc_jax.evaluate draws {place.name}")
+    return
+  view(config, base, model(), place)
+
+
+def count_work(log: Telemetry, step: Any, mesh: jax.sharding.Mesh) -> None:
+  """Tells the log what utilisation is measured by, where the chip's peak is known."""
+  from cc_jax import chips, hlo  # lazily: only accelerators need them
+
+  chip = chips.find(mesh.devices.flat[0].device_kind)
+  if chip is not None:
+    log.program(hlo.Program(step.as_text()).flops, chip.flops)
 
 
 def networks(config: ml_collections.ConfigDict) -> tuple[MFIEncoderConfig, InjectionConfig]:
@@ -207,7 +276,11 @@ def make_method(
 
 
 def make_batches(
-  config: ml_collections.ConfigDict, base: hub.Base, seed: int, start: int
+  config: ml_collections.ConfigDict,
+  base: hub.Base,
+  seed: int,
+  start: int,
+  mesh: jax.sharding.Mesh,
 ) -> Iterator[dict[str, np.ndarray]]:
   """This process's share of every batch from step `start` on."""
   return data_pipeline.make_loader(
@@ -216,8 +289,7 @@ def make_batches(
     batch_size=config.train.batch_size,
     seed=seed,
     start_step=start,
-    process_index=jax.process_index(),
-    process_count=jax.process_count(),
+    rows=sharding.local_rows(mesh, config.train.batch_size),
     s_words=config.encoder.s_words,
   )
 
@@ -226,7 +298,7 @@ def make_gaps(
   config: ml_collections.ConfigDict, base: hub.Base, method: Method, mesh: jax.sharding.Mesh
 ) -> Callable[[Params, Params], dict[str, float]]:
   """Wrong-word gaps on one batch that training does not see: class noun, and scene if there is."""
-  batch = next(make_batches(config, base, config.seed + 1, 0))
+  batch = next(make_batches(config, base, config.seed + 1, 0, mesh))
   tokenizer, words = base.tokenizers[0], config.encoder.s_words
   wrong = {
     "class": gaps.wrong_nouns(batch, tokenizer, words),
@@ -241,7 +313,8 @@ def check(config: ml_collections.ConfigDict) -> None:
   for key in ("steps", "batch_size", "accumulate", "log_every", "max_bad_steps", "keep"):
     if settings[key] < 1:
       raise UserError(f"train.{key} is {settings[key]}; it must be at least 1")
-  for key in ("warmup_steps", "save_every", "sample_every", "gaps_every", "weight_decay"):
+  every = ("save_every", "keep_every", "sample_every", "gaps_every")
+  for key in ("warmup_steps", "weight_decay", *every):
     if settings[key] < 0:
       raise UserError(f"train.{key} is {settings[key]}; it must not be negative")
   for key in ("ema", "beta1", "beta2"):
@@ -285,13 +358,7 @@ def table(config: ml_collections.ConfigDict) -> str:
     rows.append(("all", kind, *_sizes(params.values())))
   rows.append(("optimizer", "state", *_sizes(jax.tree.leaves(state.opt_state))))
   rows.append(("average", "state", *_sizes(jax.tree.leaves(state.ema))))
-  widths = [max(len(row[i]) for row in rows) for i in range(5)]
-  return "\n".join(
-    "  ".join(
-      cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))
-    )
-    for row in rows
-  )
+  return align(rows, left=2)
 
 
 def _known(folder: str) -> str:
@@ -319,6 +386,29 @@ def _left(checkpoints: Checkpoints) -> str:
   return "no checkpoint yet" if step is None else f"the checkpoint of step {step} is intact"
 
 
+def keep_compiled(workdir: epath.Path) -> None:
+  """Compiled programs are kept in the workdir: a run that goes on there starts at once.
+
+  A folder for each kind of processor, since XLA compiles for the very one. JAX's own settings, such
+  as JAX_COMPILATION_CACHE_DIR, come first.
+  """
+  if jax.config.jax_compilation_cache_dir is None:
+    info = Path("/proc/cpuinfo")
+    text = info.read_text() if info.exists() else ""
+    features = re.search(r"^(flags|Features)\s*:.*$", text, re.MULTILINE)
+    machine = platform.machine() + (features[0] if features else platform.processor())
+    folder = workdir / "compiled" / hashlib.sha256(machine.encode()).hexdigest()[:12]
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+
+
+def parse_steps(text: str) -> tuple[int, int]:
+  """'10:15' -> (10, 15); '' -> (0, 0). Raises UserError for anything else."""
+  found = re.fullmatch(r"(\d+):(\d+)", text or "0:0")
+  if not found or int(found[1]) > int(found[2]):
+    raise UserError(f"--profile_steps={text}: give the first and last step, e.g. 10:15")
+  return int(found[1]), int(found[2])
+
+
 def main(argv: Sequence[str]) -> None:
   """The command line."""
   del argv
@@ -328,14 +418,17 @@ def main(argv: Sequence[str]) -> None:
     return
   if not workdir:
     raise UserError("no --workdir given; name a folder for checkpoints and logs")
+  profile_steps = parse_steps(flags.FLAGS.profile_steps)
+  keep_compiled(epath.Path(workdir))
   from cc_jax import evaluate  # lazily: it imports the judge and the plots
 
-  train(config, workdir, Views(evaluate.draw, evaluate.finish))
+  train(config, workdir, Views(evaluate.draw, evaluate.finish), profile_steps)
 
 
 def define_flags() -> None:
   config_flags.DEFINE_config_file("config", "configs/subjects3d.py")
   flags.DEFINE_string("workdir", "", "Folder of checkpoints, logs and the adapter.")
+  flags.DEFINE_string("profile_steps", "", "FIRST:LAST step of a trace in the workdir.")
   flags.DEFINE_bool("abstract", False, "Print the parameter table and end; needs no weights.")
 
 

@@ -96,6 +96,7 @@ def get_config() -> ml_collections.ConfigDict:
 
   c.mesh = ml_collections.ConfigDict()
   # Devices along each axis, one of them -1 = those that are left. The batch is cut over data and
+  c.train.keep_every = 0  # steps whose multiples are kept for good; 0 = none
   # fsdp, parameters with optimizer and average over fsdp and tensor (cc_jax.sharding.RULES).
   c.mesh.data = -1
   c.mesh.fsdp = 1

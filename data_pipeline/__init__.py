@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -26,6 +26,7 @@ def make_loader(
     start_step: int = 0,
     process_index: int = 0,
     process_count: int = 1,
+    rows: Sequence[int] | None = None,
     s_words: int = 2,
     split: str = "train",
 ) -> Iterator[dict[str, np.ndarray]]:
@@ -41,6 +42,7 @@ def make_loader(
     seed: of everything random, together with the step.
     start_step: the first batch's step.
     process_index, process_count: this host among all.
+    rows: of the global batch, where a host's are not its slice in that order: b of them.
     s_words: number of S+ words for which captions leave room.
     split: of the TFDS data set or the rendered world; a folder has 'train' only.
 
@@ -70,7 +72,7 @@ def make_loader(
     )
   maker = Maker(data_config, tokenizer, batch_size=batch_size, seed=seed, s_words=s_words)
   share = batch_size // process_count
-  rows = range(process_index * share, (process_index + 1) * share)
+  rows = range(process_index * share, (process_index + 1) * share) if rows is None else rows
   where = dict(start_step=start_step, rows=rows)
   if source == "render":
     from data_pipeline.sources import render

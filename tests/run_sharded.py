@@ -1,6 +1,8 @@
-"""One training step on virtual devices: python tests/run_sharded.py DEVICES BASE OUT.npz.
+"""Five steps of SGD on meshes of 8 virtual devices: python tests/run_sharded.py BASE FOLDER.
 
-Everything that mixes samples is on: CSCL, MACL, subject masks, condition dropout, EMA. The adapter
+Everything that mixes samples is on: CSCL, MACL, subject masks, condition dropout, EMA; each mesh
+goes through the pairs in a way of its own, one in parts of the batch. In float64: what is compared
+is what the partitioner made of the program, not the rounding of sums in another order. The adapter
 is moved away from its start, where closed gates would make most gradients zero.
 """
 
@@ -10,23 +12,40 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 sys.path.insert(0, str(Path(__file__).parent))
 
+import in_float64  # noqa: E402, F401  (before anything reads jnp.float32)
 import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
-import optax  # noqa: E402
 import tiny  # noqa: E402
 
-from cc_jax import hub, optimizer, sharding, step, train  # noqa: E402
+from cc_jax import hub, sharding, step, train  # noqa: E402
 from cc_jax.assemble import assemble  # noqa: E402
+from cc_jax.checkpoint import Checkpoints, flat, jsonable  # noqa: E402
 
-SIZE = 16
+SIZE, STEPS = 16, 5
+# data, fsdp, tensor: how the contrastive losses go through the pairs, parts of the batch
+MESHES = {
+  (1, 1, 1): ("naive", 1),
+  (8, 1, 1): ("naive", 1),
+  (1, 8, 1): ("ring", 1),
+  (2, 2, 2): ("tiled", 2),
+}
 
 
-def main(devices: int, base: str, out: str) -> None:
-  config = tiny.tiny_config(
+def configure(base, sizes, contrast, parts):
+  data, fsdp, tensor = sizes
+  return tiny.tiny_config(
     base,
-    mesh__cpu_devices=devices,
+    mesh__data=data,
+    mesh__fsdp=fsdp,
+    mesh__tensor=tensor,
+    mesh__cpu_devices=8,
     train__batch_size=SIZE,
+    train__accumulate=parts,
+    train__learning_rate=0.01,
     train__ema=0.05,
+    objective__contrast=contrast,
+    objective__tile=3,
     objective__lambda_cscl=1.0,
     objective__lambda_macl=1.0,
     objective__cscl_temperature=0.3,
@@ -35,39 +54,77 @@ def main(devices: int, base: str, out: str) -> None:
     objective__drop_image=0.2,
     objective__drop_both=0.2,
   )
-  jax.config.update("jax_disable_most_optimizations", True)
-  sharding.set_cpu_devices(config.mesh, SIZE)
-  mesh = sharding.make_mesh(config.mesh, SIZE)
-  assert mesh.size == devices
-  # SGD whose state is the gradient.
-  optimizer.make_optimizer = lambda settings: optax.trace(decay=0.0)
 
-  base = hub.load_base(base)
-  definition, trainable, frozen = assemble(base, *train.networks(config))
-  rng = np.random.default_rng(7)  # a start at which no scalar's gradient is a sum that cancels
-  trainable = {
-    # Queries far apart: where tokens are nearly equal, the keys' gradients cancel.
-    key: np.asarray(value) + (1 if "queries" in key else 0.3) * rng.normal(size=value.shape)
+
+def steps(config, base, mesh):
+  """(the state after the last step, what is compared, the compiled program's text)."""
+  born = sharding.born(mesh)
+  definition, trainable, frozen = assemble(
+    base, *train.networks(config), dtype=jnp.float64, transform=born
+  )
+  # Queries far apart: where tokens are nearly equal, the keys' gradients cancel.
+  rng = np.random.default_rng(7)
+  noise = {
+    key: (1 if "queries" in key else 0.3) * rng.normal(size=value.shape)
     for key, value in sorted(trainable.items())
   }
-  trainable = {key: value.astype(np.float32) for key, value in trainable.items()}
+  trainable = born(lambda t: {key: value + noise[key] for key, value in t.items()})(trainable)
+  state = born(lambda t: step.init_state(t, config))(trainable)
+  frozen = sharding.put(frozen, mesh)
   method = train.make_method(config, definition, base)
-  state = sharding.put_replicated(step.init_state(trainable, config), mesh)
-  frozen = sharding.put_replicated(frozen, mesh)
-  batch = next(tiny.batches(base.tokenizers[0], SIZE))
-  batch["subject_id"][-3:] = -1
-  batch = sharding.put_batch(batch, mesh)
-  compiled = step.make_train_step(method, mesh, state, frozen)
-  compiled = compiled.lower(state, frozen, batch).compile()
-  state, metrics = compiled(state, frozen, batch)
-  np.savez(
-    out,
-    **{f"gradient/{key}": value for key, value in state.opt_state.trace.items()},
-    **{f"ema/{key}": value for key, value in state.ema.items()},
-    **{f"metric/{key}": value for key, value in metrics.items()},
-  )
-  Path(f"{out}.hlo").write_text(compiled.as_text())
+  batches = tiny.batches(base.tokenizers[0], SIZE)
+  found, compiled = {}, None
+  for number in range(STEPS):
+    batch = next(batches)
+    batch["subject_id"][-3:] = -1
+    batch = sharding.put_batch(batch, mesh)
+    if compiled is None:
+      compiled = step.make_train_step(method, mesh, state, frozen)
+      compiled = compiled.lower(state, frozen, batch).compile()
+    state, metrics = compiled(state, frozen, batch)
+    if number == 0:
+      found |= {f"gradient/{key}": x for key, x in state.opt_state.trace.items()}
+    found |= {f"metric/{number}/{key}": value for key, value in metrics.items()}
+  found |= {f"parameter/{key}": value for key, value in state.trainable.items()}
+  found |= {f"average/{key}": value for key, value in state.ema.items()}
+  return state, jax.device_get(found), compiled.as_text()
+
+
+def main(base: str, folder: Path) -> None:
+  jax.config.update("jax_disable_most_optimizations", True)
+  hub_base, states, meshes = None, {}, {}
+  for sizes, how in MESHES.items():
+    config = configure(base, sizes, *how)
+    sharding.set_cpu_devices(config.mesh, SIZE)
+    mesh = meshes[sizes] = sharding.make_mesh(config.mesh, SIZE)
+    assert mesh.devices.shape == sizes
+    # The base's modules come anew, since assemble puts the adapter into them.
+    hub_base = hub.load_base(
+      base, dtype=jnp.float64, param_dtype=jnp.float64, sharding=sharding.by_name(mesh)
+    )
+    states[sizes], found, text = steps(config, hub_base, mesh)
+    name = "x".join(map(str, sizes))
+    np.savez(folder / f"{name}.npz", **found)
+    (folder / f"{name}.hlo").write_text(text)
+
+  # A checkpoint does not know how its arrays were cut.
+  saved = states[8, 1, 1]
+  record = {"base_hash": hub_base.hash, "config": jsonable(config), "telemetry": {}}
+  checkpoints = Checkpoints(folder / "checkpoints", keep=1)
+  checkpoints.save(STEPS, saved, record)
+  checkpoints.wait()
+  before = {key: np.asarray(value) for key, value in flat(saved).items()}
+  for sizes in ((2, 2, 2), (1, 1, 1)):
+    state = sharding.placed(saved, meshes[sizes])
+    restored, _ = checkpoints.restore(state, base_hash=hub_base.hash, config=config)
+    same = [
+      value.sharding == wanted.sharding and np.asarray(value).tobytes() == before[key].tobytes()
+      for (key, value), wanted in zip(flat(restored).items(), jax.tree.leaves(state))
+    ]
+    cut = sum(not value.is_fully_replicated for value in jax.tree.leaves(restored))
+    print("restored", *sizes, all(same), cut, flush=True)
+  checkpoints.close()
 
 
 if __name__ == "__main__":
-  main(int(sys.argv[1]), *sys.argv[2:])
+  main(sys.argv[1], Path(sys.argv[2]))

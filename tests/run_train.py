@@ -2,34 +2,47 @@
 
     python tests/run_train.py BASE WORKDIR [--config.key=value ...]
 
-KILL=step:5 ends the process by SIGKILL once step 5 is logged; KILL=save:6 while the checkpoint of
-step 6 is complete but for the rename that commits it. Batches come from tests/tiny.py.
+KILL says what happens to it: step:5 is SIGKILL once step 5 is logged, save:6 SIGKILL while the
+checkpoint of step 6 is complete but for the rename that commits it; term:5 and termsave:6 are
+SIGTERM in the same places. After SIGTERM at a step each further one takes SLOW seconds longer.
+SHARDS is a folder for what lies on each device of each batch; FLOAT64 is for comparing numbers.
+Batches come from tests/tiny.py.
 """
 
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 sys.path.insert(0, str(Path(__file__).parent))
 
 import conftest  # noqa: E402, F401  (the environment)
+
+if os.environ.get("FLOAT64"):
+  import in_float64  # noqa: F401
+
+import jax  # noqa: E402
+import numpy as np  # noqa: E402
 import tiny  # noqa: E402
 from ml_collections import config_flags  # noqa: E402
 
 import data_pipeline  # noqa: E402
-from cc_jax import errors, telemetry, train  # noqa: E402
+from cc_jax import errors, sharding, telemetry, train  # noqa: E402
 
 KILL, _, AT = os.environ.get("KILL", "").partition(":")
+SLOW = float(os.environ.get("SLOW", "0"))
+SHARDS = os.environ.get("SHARDS", "")
 
 
-def loader(_, tokenizer, *, batch_size, seed, start_step=0, **kwargs):
-  return tiny.batches(tokenizer, batch_size, seed=seed, start=start_step)
+def loader(_, tokenizer, *, batch_size, seed, rows, start_step=0, **kwargs):
+  for batch in tiny.batches(tokenizer, batch_size, seed=seed, start=start_step):
+    yield {key: value[list(rows)] for key, value in batch.items()}
 
 
-def die(*args, **kwargs):
-  os.kill(os.getpid(), signal.SIGKILL)
+def die(how=signal.SIGKILL):
+  os.kill(os.getpid(), how)
 
 
 class Deadly(telemetry.Telemetry):
@@ -37,19 +50,41 @@ class Deadly(telemetry.Telemetry):
     super().step(step, metrics)
     if KILL == "step" and step == int(AT):
       die()
+    if KILL == "term" and step >= int(AT):
+      if step == int(AT):
+        die(signal.SIGTERM)
+      time.sleep(SLOW)
+
+
+def shards_are_kept(folder):
+  put, count = sharding.put_batch, iter(range(10**6))
+
+  def put_batch(batch, mesh):
+    arrays, number = put(batch, mesh), next(count)
+    shards = {
+      f"{key}/{shard.index[0].start or 0}": np.asarray(shard.data)
+      for key, array in arrays.items()
+      for shard in array.addressable_shards
+    }
+    np.savez(Path(folder) / f"{number}.{jax.process_index()}.npz", **shards)
+    return arrays
+
+  sharding.put_batch = put_batch
 
 
 def main(argv):
   data_pipeline.make_loader = loader
   train.Telemetry = Deadly
-  if KILL == "save":
+  if SHARDS:
+    shards_are_kept(SHARDS)
+  if KILL in ("save", "termsave"):
     from orbax.checkpoint._src.path import atomicity
 
     finalize = atomicity.AtomicRenameTemporaryPath.finalize
 
     async def finalize_or_die(self, *args, **kwargs):
       if self.get_final().name == AT:
-        die()
+        die(signal.SIGKILL if KILL == "save" else signal.SIGTERM)
       return await finalize(self, *args, **kwargs)
 
     atomicity.AtomicRenameTemporaryPath.finalize = finalize_or_die

@@ -1,7 +1,14 @@
 """Checkpoints, telemetry and the optimizer on toy trees: no network is built here."""
 
 import json
+import os
+import re
 import resource
+import socket
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +22,7 @@ from cc_jax.checkpoint import Checkpoints, config_changes, jsonable
 from cc_jax.errors import UserError
 
 BASE = "b" * 64
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture
@@ -52,6 +60,14 @@ def test_keeps_the_last_and_restores_what_was_saved(tmp_path, config):
   assert equal(restored, tree(9)) and note["step"] == 9
   assert restored["opt_state"][1].dtype == jnp.bfloat16
   again.close()
+
+
+def test_keeps_every_nth_for_good(tmp_path, config):
+  checkpoints = Checkpoints(tmp_path / "c", keep=1, keep_every=4)
+  for step in range(2, 11, 2):
+    checkpoints.save(step, tree(step), record(config))
+  checkpoints.close()
+  assert sorted(int(p.name) for p in (tmp_path / "c").iterdir()) == [4, 8, 10]
 
 
 def test_a_save_survives_the_donation_of_its_buffers(tmp_path, config):
@@ -146,6 +162,88 @@ def test_no_room_leaves_earlier_checkpoints_intact(saved, config, capfd):
   assert "Traceback" not in capfd.readouterr().err
 
 
+def in_a_disk(size, body):
+  """Runs Python with a disk of `size` bytes at /tmp; skips where that is not allowed."""
+  mount = "mount -t tmpfs -o size=$0 disk /tmp"
+  if subprocess.run(["unshare", "-rm", "sh", "-c", mount, size], capture_output=True).returncode:
+    pytest.skip("no mounts in this container")
+  script = textwrap.dedent(body)
+  command = f"{mount} && exec {sys.executable} -c \"$1\""
+  return subprocess.run(
+    ["unshare", "-rm", "sh", "-c", command, size, script],
+    capture_output=True,
+    text=True,
+    cwd=ROOT,
+    timeout=200,
+  )
+
+
+def test_a_full_and_a_read_only_disk(tmp_path):
+  """The same errors of the system as elsewhere; one process for both, since imports take long."""
+  done = in_a_disk(
+    "4m",
+    """
+    import os, subprocess
+    import jax.numpy as jnp, ml_collections, numpy as np
+    from cc_jax.checkpoint import Checkpoints
+    from cc_jax.errors import UserError
+
+    config = ml_collections.ConfigDict({"base": "x", "encoder": {}, "injection": {}})
+    record = {"base_hash": "b", "config": config.to_dict(), "telemetry": {}}
+    checkpoints = Checkpoints("/tmp/c", keep=3)
+    checkpoints.save(1, {"x": jnp.ones(5)}, record)
+    checkpoints.wait()
+    big = np.random.default_rng(0).normal(size=4_000_000)
+    try:
+      checkpoints.save(2, {"x": jnp.asarray(big, jnp.float32)}, record)
+      checkpoints.wait()
+    except UserError as error:
+      print("full:", error)
+    again = Checkpoints("/tmp/c", keep=3)
+    state, note = again.restore({"x": jnp.zeros(5)}, base_hash="b", config=config)
+    print("restored:", note["step"], float(state["x"].sum()))
+    again.close()
+    subprocess.run(["mount", "-o", "remount,ro", "/tmp"], check=True)
+    try:
+      Checkpoints("/tmp/c", keep=3)
+    except UserError as error:
+      print("read-only:", error)
+    print(sorted(name for name in os.listdir("/tmp/c") if name.isdigit()))
+    os._exit(0)
+    """,
+  )
+  lines = done.stdout.splitlines()
+  assert len(lines) == 4, done.stderr
+  full = "full: .*(space|ENOSPC|RESOURCE_EXHAUSTED).* step 1 is intact; make room"
+  assert re.match(full, lines[0]), lines[0]
+  assert lines[1] == "restored: 1 5.0"
+  assert re.match("read-only: cannot write to /tmp/c: .*Read-only.*choose another --wo", lines[2])
+  assert lines[3] == "['1']"
+
+
+def test_a_bucket_that_does_not_answer(tmp_path):
+  """A proxy that takes the request and is silent: an error in time, and the process can end."""
+  with socket.create_server(("localhost", 0)) as silent:
+    proxy = f"http://localhost:{silent.getsockname()[1]}"
+    body = """
+    from cc_jax import checkpoint, errors
+    checkpoint.ANSWER_TIMEOUT = 3
+    errors.run(lambda argv: checkpoint.Checkpoints("gs://nobody/run/checkpoints", keep=1))
+    """
+    proxies = {key: proxy for key in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY")}
+    done = subprocess.run(
+      [sys.executable, "-c", textwrap.dedent(body)],
+      env={**os.environ, **proxies, "no_proxy": "", "NO_PROXY": ""},
+      capture_output=True,
+      text=True,
+      cwd=ROOT,
+      timeout=200,
+    )
+  assert done.returncode == 1
+  wanted = "error: cannot write to gs://nobody/run/checkpoints: no answer within 3 s; choose"
+  assert wanted in done.stderr and "Traceback" not in done.stderr
+
+
 def test_config_changes_name_dotted_keys(config):
   before = jsonable(config)
   config.train.steps = 11
@@ -181,7 +279,40 @@ def test_a_log_that_was_cut_equals_one_that_was_not(tmp_path):
   assert a == b
   assert [line["step"] for line in a] == [4, 8]
   assert a[1]["loss"] == pytest.approx(0.65) and a[1]["learning_rate"] == 8
-  assert lines(tmp_path / "a")[0].keys() >= {"seconds", "images_per_second", "data_wait"}
+  times = {"seconds", "images_per_second", "images_per_second_per_chip", "share/data"}
+  assert lines(tmp_path / "a")[0].keys() >= times and not a[0].keys() & times
+
+
+def test_what_a_step_costs_and_where_the_rest_of_the_time_went(tmp_path, monkeypatch):
+  clock = {"now": 0.0}
+  monkeypatch.setattr(telemetry.time, "perf_counter", lambda: clock["now"])
+  log = telemetry.Telemetry(epath.Path(tmp_path), start=0, steps=4, every=2, batch_size=6, chips=3)
+
+  def pass_by(seconds):
+    clock["now"] += seconds
+
+  log.program(flops=30.0, peak=20.0)
+  with log.spent("compiling"):
+    pass_by(6)
+  pass_by(3)
+  log.waited(2)
+  with log.spent("saving"):
+    pass_by(3)
+  log.step(1, {"loss": 1.0, "bad_steps": 0})
+  pass_by(8)
+  log.step(2, {"loss": 1.0, "bad_steps": 0})
+  pass_by(4)
+  log.step(3, {"loss": 1.0, "bad_steps": 0})
+  log.step(4, {"loss": 1.0, "bad_steps": 0})
+  log.close()
+  first, second = lines(tmp_path)
+  # 20 s, of them 9 outside of the steps: two steps took 11.
+  assert first["seconds"] == 5.5 and first["images_per_second"] == pytest.approx(12 / 11)
+  assert first["images_per_second_per_chip"] == pytest.approx(4 / 11)
+  assert first["mfu"] == pytest.approx(30 / 5.5 / 20)
+  shares = {key: first[f"share/{key}"] for key in ("data", "saving", "compiling")}
+  assert shares == {"data": 0.1, "saving": 0.15, "compiling": 0.3}
+  assert second["seconds"] == 2.0 and second["share/saving"] == 0.0
 
 
 def test_a_skipped_step_stays_out_of_the_averages(tmp_path):

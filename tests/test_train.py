@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import json
 import os
 import re
 import signal
@@ -47,7 +48,7 @@ FLAGS = {
 }
 
 
-def run(base, workdir, cache, kill=""):
+def run(base, workdir, cache, kill="", flags=None):
   environment = {
     **os.environ,
     "KILL": kill,
@@ -61,7 +62,7 @@ def run(base, workdir, cache, kill=""):
       Path(__file__).parent / "run_train.py",
       base,
       workdir,
-      *(f"--config.{key}={value}" for key, value in FLAGS.items()),
+      *(f"--config.{key}={value}" for key, value in {**FLAGS, **(flags or {})}.items()),
     ],
     env=environment,
     capture_output=True,
@@ -75,17 +76,46 @@ def test_killed_runs_go_on_bit_for_bit(setup, loader, tmp_path, quick_compile):
   whole, killed = tmp_path / "whole", tmp_path / "killed"
   train.train(setup.config, whole)
 
-  between = run(setup.config.base, killed, quick_compile, kill="step:5")
-  assert between.returncode == -signal.SIGKILL, between.stderr
-  assert os.listdir(killed / "checkpoints") == ["3"]
+  between = run(setup.config.base, killed, quick_compile, kill="term:4")
+  assert between.returncode == 143, between.stderr
+  assert "SIGTERM: step 5 is saved" in between.stdout  # the step that ran when it came
+  assert sorted(os.listdir(killed / "checkpoints")) == ["3", "5"]
   during = run(setup.config.base, killed, quick_compile, kill="save:6")
   assert during.returncode == -signal.SIGKILL, during.stderr
-  assert sorted(p.split(".")[0] for p in os.listdir(killed / "checkpoints")) == ["3", "6"]
+  assert sorted(p.split(".")[0] for p in os.listdir(killed / "checkpoints")) == ["3", "5", "6"]
   assert not (killed / "checkpoints" / "6").exists()  # there is only the unfinished one
   after = run(setup.config.base, killed, quick_compile)
   assert after.returncode == 0, after.stderr
+  same_to_the_bit(whole, killed)
+  logs = telemetry.read(whole / "metrics.jsonl")
+  assert [line["step"] for line in logs] == [2, 4, 4, 6, 8, 8]
+  assert {"gap/class", "gap/scene"} <= logs[2].keys()
 
-  a, b = (ocp.load(path / "checkpoints" / "8") for path in (whole, killed))
+
+@pytest.mark.slow
+def test_twenty_kills(setup, loader, tmp_path, quick_compile):
+  """SIGKILL and SIGTERM at every third step and in the middle of every kind of save."""
+  steps = {"train.steps": 70}
+  whole, killed = tmp_path / "whole", tmp_path / "killed"
+  config = setup.config.copy_and_resolve_references()
+  config.update_from_flattened_dict(steps)
+  train.train(config, whole)
+  kinds = ("step", "term", "save", "termsave")
+  codes = {"step": (-signal.SIGKILL,), "save": (-signal.SIGKILL,), "term": (143,)}
+  for number in range(20):
+    kind = kinds[number % 4]
+    at = 3 * (number + 1)  # a step at which a save is due, which the last kill did not reach
+    died = run(config.base, killed, quick_compile, kill=f"{kind}:{at}", flags=steps)
+    assert died.returncode in codes.get(kind, (143,)), (kind, at, died.stderr)
+  after = run(config.base, killed, quick_compile, flags=steps)
+  assert after.returncode == 0, after.stderr
+  same_to_the_bit(whole, killed)
+
+
+def same_to_the_bit(whole, killed):
+  """Parameters, averages, optimizer, step, log and adapter of two finished runs."""
+  step = max(map(int, os.listdir(whole / "checkpoints")))
+  a, b = (ocp.load(path / "checkpoints" / str(step)) for path in (whole, killed))
   assert a.keys() == b.keys()
   parts = {key.split("/")[0] for key in a}
   assert parts == {"trainable", "opt_state", "ema", "step", "bad_steps"}
@@ -93,8 +123,6 @@ def test_killed_runs_go_on_bit_for_bit(setup, loader, tmp_path, quick_compile):
     assert np.asarray(a[key]).tobytes() == np.asarray(b[key]).tobytes(), key
   logs = [telemetry.read(path / "metrics.jsonl") for path in (whole, killed)]
   assert logs[0] == logs[1]
-  assert [line["step"] for line in logs[0]] == [2, 4, 4, 6, 8, 8]
-  assert {"gap/class", "gap/scene"} <= logs[0][2].keys()
   x, y = (load_adapter(path / "adapter.safetensors").tensors for path in (whole, killed))
   assert x.keys() == y.keys() and all(np.array_equal(x[key], y[key]) for key in x)
   assert all(np.array_equal(x[key], a[f"ema/{key}"]) for key in x)
@@ -392,6 +420,11 @@ def test_stops_after_max_bad_steps_with_the_last_good_checkpoint(setup, loader, 
   config.train.update(max_bad_steps=2, save_every=3, gaps_every=0, log_every=1)
   with pytest.raises(UserError, match="2 steps in a row up to step 5; .*step 3 is intact; lower"):
     train.train(config, tmp_path)
+  bad = tmp_path / "bad_steps"
+  assert sorted(os.listdir(bad)) == [f"000000{step}.process0.json" for step in (2, 4, 5)]
+  found = json.loads((bad / "0000004.process0.json").read_text())
+  assert found["subject_id"] == [0, 0, 2, 2] and len(found["class_id"]) == 4
+  assert found["metrics"]["norm/gradient/unet"] == found["metrics"]["loss"] == "nan"
   # Step 3 was the latest save, and it holds no NaN though step 2 was bad.
   assert os.listdir(tmp_path / "checkpoints") == ["3"]
   for value in ocp.load(tmp_path / "checkpoints" / "3").values():
@@ -400,7 +433,8 @@ def test_stops_after_max_bad_steps_with_the_last_good_checkpoint(setup, loader, 
   seen = []
   views = train.Views(lambda *a: seen.append(a[-1].name), lambda *a: seen.append("end"))
   config.train.sample_every = 4
-  state = train.train(config, tmp_path, views)
+  state = train.train(config, tmp_path, views, profile_steps=(5, 6))
+  assert list((tmp_path / "profile").rglob("*.xplane.pb"))
   assert state.step == 8 and seen == ["0000004.png", "0000008.png", "end"]
   assert (tmp_path / "adapter.safetensors").exists()
   steps = [line["step"] for line in telemetry.read(tmp_path / "metrics.jsonl")]
@@ -535,6 +569,26 @@ def test_every_config_key_is_read():
       if not re.search(pattern, source, re.MULTILINE):
         unread.append(f"{section}.{key}")
   assert not unread
+
+
+def test_packages_and_their_norms(setup, compiled):
+  """Together they are the whole adapter's; what a step is asked for lies on the devices."""
+  state, metrics = compiled(setup.state(), setup.frozen, next(setup.batches()))
+  parts = step.packages(state.trainable)
+  assert sorted(parts) == [
+    "mfi_encoder.fusion", "mfi_encoder.heads", "mfi_encoder.textual", "mfi_encoder.visual", "unet"
+  ]  # fmt: skip
+  assert sum(map(len, parts.values())) == len(state.trainable)
+  for kind in ("gradient", "update"):
+    squares = sum(float(metrics[f"norm/{kind}/{part}"]) ** 2 for part in parts)
+    np.testing.assert_allclose(squares**0.5, metrics[f"norm/{kind}"], rtol=1e-5)
+
+
+@pytest.mark.parametrize("text", ["5", "7:5", "a:b"])
+def test_profile_steps(text):
+  assert train.parse_steps("10:15") == (10, 15) and train.parse_steps("") == (0, 0)
+  with pytest.raises(UserError, match="give the first and last step"):
+    train.parse_steps(text)
 
 
 def test_mistakes_on_the_command_line_are_one_line(tmp_path):

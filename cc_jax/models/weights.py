@@ -65,7 +65,10 @@ def load_weights(
   def place(path: tuple, array: np.ndarray, variable: nnx.Variable) -> jax.Array:
     array = array.astype(variable.dtype, copy=False)
     target = sharding and sharding(".".join(map(str, path)), array.shape)
-    return jnp.asarray(array) if target is None else jax.device_put(array, target)
+    if target is None:
+      return jnp.asarray(array)
+    # Of several processes each takes its part, which device_put would first compare between them.
+    return jax.make_array_from_callback(array.shape, target, lambda index: array[index])
 
   with contextlib.ExitStack() as stack:
     tensors = source

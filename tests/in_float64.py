@@ -1,0 +1,22 @@
+"""Importing this first makes the whole program compute in float64, and SGD out of the optimizer.
+
+For processes that compare meshes or process counts: differences that rounding makes vanish, so that
+the others show. Small arrays are cut as large ones are.
+"""
+
+import jax
+
+jax.config.update("jax_enable_x64", True)
+
+import jax.numpy as jnp  # noqa: E402
+
+jnp.float32 = jnp.float64  # where the program names the precision of losses, norms and defaults
+
+import optax  # noqa: E402
+
+from cc_jax import optimizer, sharding, train  # noqa: E402
+
+optimizer.make_optimizer = lambda settings: optax.trace(decay=0.0)  # its state is the gradient
+sharding.RULES = tuple(rule._replace(above=2) for rule in sharding.RULES)
+sharding.MAX_WHOLE = 1.0  # the tiny networks' sides are odd on purpose
+train.DTYPES = (*train.DTYPES, "float64")
