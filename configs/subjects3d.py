@@ -91,12 +91,12 @@ def get_config() -> ml_collections.ConfigDict:
   c.train.log_every = 50
   c.train.save_every = 500
   c.train.keep = 2
+  c.train.keep_every = 0  # steps whose multiples are kept for good; 0 = none
   c.train.sample_every = 500  # 0 = only at the end
   c.train.gaps_every = 500  # wrong-word loss gaps; 0 = never
 
   c.mesh = ml_collections.ConfigDict()
   # Devices along each axis, one of them -1 = those that are left. The batch is cut over data and
-  c.train.keep_every = 0  # steps whose multiples are kept for good; 0 = none
   # fsdp, parameters with optimizer and average over fsdp and tensor (cc_jax.sharding.RULES).
   c.mesh.data = -1
   c.mesh.fsdp = 1
