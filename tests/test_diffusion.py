@@ -715,3 +715,24 @@ def test_bad_arguments(given, match):
   for strength in (0.0, 1.1, 0.15, -1.0, float("nan")):
     with pytest.raises(UserError, match="strength .*leaves no step"):
       samplers.skip_of_strength(5, strength)
+
+
+def test_padding_of_a_table_changes_nothing_and_calls_nothing():
+  """The states that the network sees are the same, and it is not asked for more."""
+  table = samplers.step_table(NoiseSchedule(), steps=4, sampler="unipc")
+  noise = jnp.asarray(np.random.default_rng(0).standard_normal((2, 3, 3, 1)), jnp.float32)
+  asked = []
+
+  def model(x, t, step):
+    jax.debug.callback(lambda t: asked.append(float(t)), t)
+    return jnp.tanh(x) * (1 + t / 1000)
+
+  found = {}
+  for rows in (4, 9):
+    found[rows] = samplers.integrate(
+      model, noise, samplers.padded(table, rows), return_inputs=True
+    )
+    jax.effects_barrier()
+  assert asked == list(table.timestep) * 2
+  np.testing.assert_array_equal(found[4][0], found[9][0])
+  np.testing.assert_array_equal(found[4][1], found[9][1][:4])

@@ -130,7 +130,7 @@ def integrate(
   Args:
     model_fn: predicts what the table's schedule says. Guidance belongs in here (guidance.py).
     noise: of the first state.
-    table: may be traced.
+    table: may be traced, and may be `padded`.
     image: clean latents to start from, for a table made with `skip`.
     noise_fn: fresh noise; None leaves it out, which is only right where `adds_noise` is False.
     return_inputs: also return the states that the network saw.
@@ -154,12 +154,18 @@ def integrate(
     ]
     return (made[0], tuple(made[1:])), (state if return_inputs else None)
 
+  def skip(carry, row):
+    return carry, (carry[0] if return_inputs else None)
+
+  def unless_padding(carry, row):  # a branch at run time: what is left out costs nothing
+    return jax.lax.cond(row[1].timestep >= 0, call, skip, carry, row)
+
   first = table.start[1] * noise.astype(jnp.float32)
   if image is not None:
     first += table.start[0] * image.astype(jnp.float32)
   memory = (jnp.zeros_like(first),) * slots
   rows = (jnp.arange(len(table.step)), table._replace(start=None))
-  (final, _), inputs = jax.lax.scan(call, (first, memory), rows)
+  (final, _), inputs = jax.lax.scan(unless_padding, (first, memory), rows)
   return (final, inputs) if return_inputs else final
 
 
@@ -201,6 +207,16 @@ def step_table(
   columns = (x0_state, x0_prediction, limit, made.mix, np.array(made.start))
   columns = (np.asarray(column, np.float32) for column in columns)
   return StepTable(made.t.astype(np.float32), made.step.astype(np.int32), *columns)
+
+
+def padded(table: StepTable, calls: int) -> StepTable:
+  """The same trajectory in `calls` rows, for a function compiled for them; the rest is skipped."""
+  more = calls - len(table.step)
+  rows = [np.pad(x, [(0, more)] + [(0, 0)] * (x.ndim - 1)) for x in table[:-1]]
+  made = StepTable(*rows, table.start)
+  made.timestep[len(table.step) :] = -1  # no time that a network was trained for
+  made.step[len(table.step) :] = table.step[-1] + 1
+  return made
 
 
 def resolve_sampler(schedule: NoiseSchedule, sampler: str) -> str:
