@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import jax
 import ml_collections
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -52,6 +53,7 @@ RULES = (
   Rule("", {"fsdp": None}),
 )
 MAX_WHOLE = 0.02  # of the bytes that the rules should cut
+GATHERED = "gathered over fsdp"
 
 
 # Processes and devices.
@@ -269,6 +271,35 @@ def born(mesh: Mesh) -> Callable[[Callable], Callable]:
     return create
 
   return transform
+
+
+def for_use(params: Mapping[str, jax.Array], mesh: Mesh | AbstractMesh) -> dict[str, jax.Array]:
+  """Parameters inside a jitted function, gathered over `fsdp` (and named GATHERED).
+
+  Left to itself the partitioner cuts some activations as the weight before them is cut, and gathers
+  the batch instead of the weight.
+  """
+
+  def one(name: str, x: jax.Array) -> jax.Array:
+    axes = spec(name, x.shape, mesh)
+    if "fsdp" not in axes:
+      return x
+    rest = PartitionSpec(*(None if axis == "fsdp" else axis for axis in axes))
+    x = jax.lax.with_sharding_constraint(x, NamedSharding(mesh, rest))
+    return checkpoint_name(x, GATHERED)
+
+  return {name: one(name, x) for name, x in params.items()}
+
+
+def gathered_again(function: Callable, mesh: Mesh | AbstractMesh | None) -> Callable:
+  """`function` whose gradient gathers the parameters of `for_use` anew and keeps all else.
+
+  Kept from the forward to the backward pass, they would be whole on every device.
+  """
+  if mesh is None or mesh.shape["fsdp"] == 1:
+    return function
+  policy = jax.checkpoint_policies.save_anything_except_these_names(GATHERED)
+  return jax.checkpoint(function, policy=policy)
 
 
 def cuts(mesh: Mesh | AbstractMesh) -> bool:

@@ -7,6 +7,7 @@ inside `loss`, where its methods are called.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ from cc_jax.assemble import Params, join
 from cc_jax.customcontrast.model import CustomContrast
 from cc_jax.diffusion.schedule import NoiseSchedule
 from cc_jax.errors import UserError
+from cc_jax.models.remat import check_policies, set_policies
 from cc_jax.objectives.contrast import NAIVE, Contrast
 from cc_jax.objectives.cscl import cscl
 from cc_jax.objectives.diffusion import diffusion_loss, min_snr_weights
@@ -61,6 +63,8 @@ class Method:
         f"train.batch_size={train.batch_size} does not divide into train.accumulate="
         f"{train.accumulate} parts on {self.contrast.devices} devices; use a multiple of {parts}"
       )
+    check_policies("train.remat_unet", train.remat_unet)
+    check_policies("train.remat_text", [train.remat_text])
     if objective.cscl_frame not in CSCL_FRAMES:
       raise UserError(
         f"unknown cscl_frame {objective.cscl_frame!r}; we have {', '.join(CSCL_FRAMES)}"
@@ -86,6 +90,18 @@ class Method:
   def model(self, *parts: Params) -> CustomContrast:
     """The CustomContrast module with these weights (adapter's and base's)."""
     return join(self.definition, *parts)
+
+  def learning_model(self, *parts: Params) -> CustomContrast:
+    """The same for a gradient: gathered over fsdp, with train.remat_unet and train.remat_text."""
+    if self.mesh is not None and sharding.cuts(self.mesh):
+      parts = [sharding.for_use(part, self.mesh) for part in parts]
+    model, train = self.model(*parts), self.config.train
+    unet = model.unet
+    blocks = [*unet.down_blocks, unet.mid_block, *unet.up_blocks]
+    check_policies("train.remat_unet", train.remat_unet, len(blocks))
+    set_policies(blocks, train.remat_unet)
+    set_policies([t.text_model.encoder for t in model.text_encoders], [train.remat_text])
+    return model
 
 
 def init_state(trainable: Params, config: ml_collections.ConfigDict) -> TrainState:
@@ -204,7 +220,7 @@ def loss(
   sees every image: condition dropout concerns the diffusion loss alone, since the tokens of dropped
   images would all be the same.
   """
-  model = method.model(trainable, frozen)
+  model = method.learning_model(trainable, frozen)
   draws = draw(method, key, batch["target"].shape[0])
   features, embed = model.image_features(unit(batch["reference"]))
   total, metrics = diffusion(method, model, batch, features, draws)
@@ -232,7 +248,7 @@ def accumulated(
   def look(trainable, chunk):
     """(model, features, embeddings) of a part."""
     batch, draws = chunk
-    model = method.model(trainable, frozen)
+    model = method.learning_model(trainable, frozen)
     features, embed = model.image_features(unit(batch["reference"]))
     return model, features, embeddings(model, objective, batch, features, embed, draws.t)
 
@@ -247,7 +263,8 @@ def accumulated(
     return total / count + sum(jax.tree.leaves(inner)), metrics
 
   def add(gradients, inputs):
-    more, metrics = jax.grad(part, has_aux=True)(trainable, *inputs)
+    gradient = jax.grad(sharding.gathered_again(part, method.mesh), has_aux=True)
+    more, metrics = gradient(trainable, *inputs)
     return jax.tree.map(jnp.add, gradients, more), metrics
 
   _, seen = jax.lax.scan(lambda _, chunk: (None, look(trainable, chunk)[2]), None, chunks)
@@ -395,9 +412,13 @@ def train_step(
 ) -> tuple[TrainState, Metrics]:
   """One update. All randomness is fold_in(seed, step): a step is a function of its arguments."""
   key = jax.random.fold_in(jax.random.key(method.config.seed), state.step)
-  whole = jax.value_and_grad(loss, argnums=1, has_aux=True)
-  gradient = accumulated if method.config.train.accumulate > 1 else whole
-  (_, metrics), gradients = gradient(method, state.trainable, frozen, batch, key)
+  if method.config.train.accumulate > 1:
+    (_, metrics), gradients = accumulated(method, state.trainable, frozen, batch, key)
+  else:
+    whole = sharding.gathered_again(functools.partial(loss, method), method.mesh)
+    (_, metrics), gradients = jax.value_and_grad(whole, has_aux=True)(
+      state.trainable, frozen, batch, key
+    )
   if method.mesh is not None and sharding.cuts(method.mesh):
     # Each device needs the sum of its own part only, and holds no more than that.
     gradients = jax.lax.with_sharding_constraint(

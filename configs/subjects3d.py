@@ -86,6 +86,10 @@ def get_config() -> ml_collections.ConfigDict:
   c.train.ema = 0.995
   c.train.dtype = "float32"  # compute: 'float32' | 'bfloat16'
   c.train.base_dtype = "float32"  # how the frozen base is stored
+  # What the backward pass computes again: 'none' | 'products' (all but convolutions and products
+  # with weights) | 'full'. For the UNet one word, or one for each of its blocks down, mid, up.
+  c.train.remat_unet = ("none",)
+  c.train.remat_text = "none"  # the text encoders, which see a sequence for every layer
   c.train.warm_start = ""  # an IP-Adapter(-plus) .safetensors file to start from; '' = random
   c.train.max_bad_steps = 1
   c.train.log_every = 50

@@ -6,6 +6,7 @@ is what the partitioner made of the program, not the rounding of sums in another
 is moved away from its start, where closed gates would make most gradients zero.
 """
 
+import json
 import sys
 from pathlib import Path
 
@@ -57,7 +58,7 @@ def configure(base, sizes, contrast, parts):
 
 
 def steps(config, base, mesh):
-  """(the state after the last step, what is compared, the compiled program's text)."""
+  """(the state after the last step, what is compared, the compiled program's text, the base)."""
   born = sharding.born(mesh)
   definition, trainable, frozen = assemble(
     base, *train.networks(config), dtype=jnp.float64, transform=born
@@ -83,11 +84,12 @@ def steps(config, base, mesh):
       compiled = compiled.lower(state, frozen, batch).compile()
     state, metrics = compiled(state, frozen, batch)
     if number == 0:
-      found |= {f"gradient/{key}": x for key, x in state.opt_state.trace.items()}
+      trace = jax.device_get(state.opt_state.trace)  # now, since the state is donated
+      found |= {f"gradient/{key}": value for key, value in trace.items()}
     found |= {f"metric/{number}/{key}": value for key, value in metrics.items()}
   found |= {f"parameter/{key}": value for key, value in state.trainable.items()}
   found |= {f"average/{key}": value for key, value in state.ema.items()}
-  return state, jax.device_get(found), compiled.as_text()
+  return state, jax.device_get(found), compiled.as_text(), frozen
 
 
 def main(base: str, folder: Path) -> None:
@@ -102,10 +104,13 @@ def main(base: str, folder: Path) -> None:
     hub_base = hub.load_base(
       base, dtype=jnp.float64, param_dtype=jnp.float64, sharding=sharding.by_name(mesh)
     )
-    states[sizes], found, text = steps(config, hub_base, mesh)
+    states[sizes], found, text, frozen = steps(config, hub_base, mesh)
     name = "x".join(map(str, sizes))
     np.savez(folder / f"{name}.npz", **found)
     (folder / f"{name}.hlo").write_text(text)
+
+  parameters = {**frozen, **states[8, 1, 1].trainable}
+  (folder / "shapes.json").write_text(json.dumps([x.shape for x in parameters.values()]))
 
   # A checkpoint does not know how its arrays were cut.
   saved = states[8, 1, 1]

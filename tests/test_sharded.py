@@ -1,6 +1,7 @@
 """Four meshes of virtual devices give the same numbers; what is cut how; what is refused."""
 
 import importlib
+import json
 import math
 import re
 import subprocess
@@ -61,9 +62,13 @@ def test_a_checkpoint_is_restored_onto_other_meshes_bit_for_bit(runs):
   assert int(lines[0][4]) > 100 and int(lines[1][4]) == 0  # it really was cut
 
 
+LAYERS, SAMPLES, QUERIES, WIDTH = 4, 16, 2, 8
+
+
 def gathered(hlo):
   shapes = re.findall(r"= \w+\[([\d,]+)\]\S* all-gather", hlo)
-  return [math.prod(int(n) for n in shape.split(",")) for shape in shapes]
+  assert shapes
+  return {tuple(int(n) for n in shape.split(",")) for shape in shapes}
 
 
 def test_only_small_things_are_gathered(runs):
@@ -71,10 +76,18 @@ def test_only_small_things_are_gathered(runs):
 
   A reshape that folds layers into the batch would gather every layer's text, forward and backward.
   """
-  sizes = gathered((runs[1] / "8x1x1.hlo").read_text())
-  assert sizes, "CSCL and MACL gather their keys"
-  layers, samples, queries, width = 4, 16, 2, 8
-  assert max(sizes) <= layers * samples * queries * width
+  shapes = gathered((runs[1] / "8x1x1.hlo").read_text())
+  assert max(map(math.prod, shapes)) <= LAYERS * SAMPLES * QUERIES * WIDTH
+
+
+def test_over_fsdp_weights_are_gathered_and_not_what_goes_through_them(runs):
+  """Without sharding.for_use the partitioner cuts channels as a weight is cut."""
+  known = {tuple(shape) for shape in json.loads((runs[1] / "shapes.json").read_text())}
+  tokens = {(LAYERS, SAMPLES, WIDTH), (SAMPLES, WIDTH)}  # pooled, for metrics and losses
+  shapes = gathered((runs[1] / "1x8x1.hlo").read_text())
+  assert known & shapes and not shapes - known - tokens
+  moved = re.findall(r" (all-to-all|collective-permute)\(.*", (runs[1] / "1x8x1.hlo").read_text())
+  assert set(moved) <= {"collective-permute"}  # the ring's
 
 
 # Placement, without devices.

@@ -1,6 +1,7 @@
 """The training step and loop on the tiny base: kills, skipped updates, every objective, errors."""
 
 import dataclasses
+import functools
 import importlib
 import json
 import os
@@ -358,6 +359,35 @@ def test_gradients_do_not_depend_on_the_number_of_parts(setup):
   assert jax.eval_shape(update, setup.state(), setup.frozen, batch).keys() == trainable.keys()
 
 
+def test_what_is_computed_again_does_not_change_the_gradient(setup):
+  """The diffusion loss through UNet and text encoders; what is kept for its gradient shrinks."""
+  unet = ("none", "products", "full", "products", "full")
+  methods = setup.method(), setup.method(train__remat_unet=unet, train__remat_text="full")
+  rng = np.random.default_rng(1)
+  trainable = {
+    key: np.asarray(value + 0.3 * rng.normal(size=value.shape), np.float32)
+    for key, value in sorted(setup.trainable.items())
+  }
+  draws = step.draw(methods[0], jax.random.key(1), 4)
+  batch = next(setup.batches())
+
+  def loss(method, trainable):
+    model = method.learning_model(trainable, setup.frozen)
+    features, _ = model.image_features(step.unit(batch["reference"]))
+    return step.diffusion(method, model, batch, features, draws)[0]
+
+  gradients, kept = [], []
+  for method in methods:
+    of = functools.partial(loss, method)
+    gradients.append(jax.jit(jax.grad(of))(trainable))
+    residuals = jax.eval_shape(lambda t, of=of: jax.vjp(of, t)[1], trainable)
+    kept.append(sum(x.size for x in jax.tree.leaves(residuals)))
+  for key, value in gradients[0].items():
+    error = np.linalg.norm(gradients[1][key] - value)
+    assert error <= 1e-4 * np.linalg.norm(value) + 1e-7, key
+  assert kept[1] < 0.8 * kept[0], kept
+
+
 def test_cut_and_paste():
   x = np.arange(24).reshape(12, 2)
   parts = step.cut({"x": x}, 3)["x"]
@@ -478,6 +508,8 @@ def test_a_workdir_that_cannot_be_written(setup, tmp_path):
     ("mesh.data", 3, "mesh.data=3, mesh.fsdp=1, mesh.tensor=1, but there are"),
     ("objective.contrast", "other", "auto, naive, tiled, ring"),
     ("objective.tile", 0, "objective.tile is 0"),
+    ("train.remat_text", "all", "train.remat_text has 'all'; use none, products, full"),
+    ("train.remat_unet", ("full", "none"), "train.remat_unet has 2 words for 5 blocks"),
     ("train.accumulate", 3, "batch_size=4 does not divide into train.accumulate=3 parts"),
   ],
 )

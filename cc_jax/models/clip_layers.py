@@ -6,6 +6,7 @@ Attribute names are PyTorch's module names, so a weight's path is its key in the
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
@@ -14,6 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from cc_jax.errors import UserError
+from cc_jax.models.remat import rematerialised
 
 # OpenAI's models were trained with quick_gelu, LAION's with the exact gelu.
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -135,6 +137,8 @@ class CLIPEncoderLayer(nnx.Module):
 class CLIPEncoder(nnx.Module):
   """The layers in a row; returns their input and every output: num_hidden_layers + 1 states."""
 
+  remat = "none"  # of each layer; see models/remat.py
+
   def __init__(self, config, *, dtype, param_dtype, rngs: nnx.Rngs):
     self.layers = nnx.List([
       CLIPEncoderLayer(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
@@ -151,7 +155,8 @@ class CLIPEncoder(nnx.Module):
     """`causal`: a token sees none after it. `mask`: which tokens may be seen at all."""
     states = [x]
     for layer in self.layers:
-      states.append(layer(states[-1], causal=causal, mask=mask))
+      run = functools.partial(layer, causal=causal, mask=mask)
+      states.append(rematerialised(self.remat, run)(states[-1]))
     return tuple(states)
 
 

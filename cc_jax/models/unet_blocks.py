@@ -15,6 +15,7 @@ from jaxtyping import Array, Float
 
 from cc_jax.models.attention import Transformer2D
 from cc_jax.models.layers import Downsample2D, ResnetBlock2D, Upsample2D
+from cc_jax.models.remat import rematerialised
 
 
 @dataclass(frozen=True)
@@ -68,12 +69,19 @@ class Contexts:
 class _Block(nnx.Module):
   """resnets, each followed by a transformer if the block has cross-attention."""
 
+  remat = "none"  # of each layer; see models/remat.py
+
   def _layer(self, i: int, x, temb, contexts: Contexts):
-    x = self.resnets[i](x, temb)
+    transformer, taken = None, ()
     if hasattr(self, "attentions"):
       transformer = self.attentions[i]
-      x = transformer(x, contexts.take(len(transformer.transformer_blocks)), temb)
-    return x
+      taken = contexts.take(len(transformer.transformer_blocks))
+
+    def layer(x, temb):
+      x = self.resnets[i](x, temb)
+      return x if transformer is None else transformer(x, taken, temb)
+
+    return rematerialised(self.remat, layer)(x, temb)
 
 
 class DownBlock(_Block):
@@ -104,6 +112,8 @@ class DownBlock(_Block):
 class MidBlock(nnx.Module):
   """resnet, transformer, resnet (`UNetMidBlock2DCrossAttn`)."""
 
+  remat = "none"
+
   def __init__(self, sizes: BlockSizes, **kw):
     self.resnets = nnx.List(sizes.resnet(sizes.channels, **kw) for _ in range(2))
     self.attentions = nnx.List([sizes.transformer(**kw)])
@@ -112,9 +122,12 @@ class MidBlock(nnx.Module):
     self, x: Float[Array, "b h w c"], temb: Float[Array, "b e"], contexts: Contexts
   ) -> Float[Array, "b h w c"]:
     transformer = self.attentions[0]
-    x = self.resnets[0](x, temb)
-    x = transformer(x, contexts.take(len(transformer.transformer_blocks)), temb)
-    return self.resnets[1](x, temb)
+    taken = contexts.take(len(transformer.transformer_blocks))
+
+    def layer(x, temb):
+      return self.resnets[1](transformer(self.resnets[0](x, temb), taken, temb), temb)
+
+    return rematerialised(self.remat, layer)(x, temb)
 
 
 class UpBlock(_Block):
