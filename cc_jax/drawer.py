@@ -86,7 +86,7 @@ class Drawer:
     use_image: Bool[np.ndarray, " n"] | None = None,
     scale: float | Sequence | np.ndarray = 1.0,
     s_plus: bool = True,
-    guidance: float = 3.0,
+    guidance: float = 5.0,
     image_guidance: float | None = None,
     steps: int = 20,
     sampler: str = "default",
@@ -204,7 +204,7 @@ def check_guidance(guidance: float, image_guidance: float | None) -> None:
   """Raises UserError for a guidance that is negative or no number."""
   for name, value in (("guidance", guidance), ("image_guidance", image_guidance)):
     if value is not None and not (np.isfinite(value) and value >= 0):
-      raise UserError(f"{name} {value} makes no sense; use 1 (none) to about 10, usually 3")
+      raise UserError(f"{name} {value} makes no sense; use 1 (none) to about 10, usually 5")
 
 
 def encode_prompts(

@@ -270,7 +270,7 @@ def define_flags() -> None:
   flags.DEFINE_string("split", "test", "train, validation or test.")
   flags.DEFINE_integer("count", 0, "Subjects (default 100) or prompts (default 200).")
   flags.DEFINE_integer("steps", 20, "Denoising steps.")
-  flags.DEFINE_float("guidance", 3.0, "Classifier-free guidance.")
+  flags.DEFINE_float("guidance", 5.0, "Classifier-free guidance.")
   flags.DEFINE_float("image_guidance", -1.0, "The image's own guidance; negative = one for both.")
   flags.DEFINE_float("scale", 1.0, "How much of the subject.")
 

@@ -149,7 +149,7 @@ class Pipeline:
     masks: Sequence[Any] | None = None,
     *,
     scale: float | Sequence | np.ndarray = 1.0,
-    guidance: float = 3.0,
+    guidance: float = 5.0,
     image_guidance: float | None = None,
     steps: int = 20,
     seed: int | Sequence[int] = 0,
@@ -361,7 +361,7 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
   text("checkpoint", None, "An adapter, or a training's workdir; the shipped adapter by default.")
   text("base", None, "A folder in the diffusers layout; the adapter's base by default.")
   number("scale", 1.0, "How much of the subject; 0 draws with the base alone.")
-  number("guidance", 3.0, "Classifier-free guidance; 1 = none.")
+  number("guidance", 5.0, "Classifier-free guidance; 1 = none.")
   number("image_guidance", None, "The image's own guidance, apart from the prompt's.")
   number("steps", 20, "Denoising steps.")
   text("sampler", None, f"{' or '.join(SAMPLERS)}; the base's own by default.")

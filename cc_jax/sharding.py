@@ -100,7 +100,6 @@ def keep_freed_memory() -> None:
   mallopt(-4, 0)  # M_MMAP_MAX: no mappings of single buffers
   mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD, bytes at the heap's end before it shrinks
   mallopt(-2, 2**26)  # M_TOP_PAD: grow by 64 MiB at a time
-  mallopt(-8, 1)  # M_ARENA_MAX: other arenas fall back on mappings for all that is large
 
 
 def join(mesh: ml_collections.ConfigDict) -> str:

@@ -113,7 +113,7 @@ def get_config() -> ml_collections.ConfigDict:
   c.sample.subjects = 40
   c.sample.sampler = "dpmsolver++"
   c.sample.steps = 20
-  c.sample.guidance = 3.0
+  c.sample.guidance = 5.0
   c.sample.image_guidance = -1.0  # apart from the text's when >= 0
   c.sample.scale = 1.0
   return c

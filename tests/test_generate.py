@@ -221,7 +221,7 @@ def test_without_references_it_is_a_naive_stable_diffusion(folder, pipe, with_ad
   drawer._draw = lambda *args, **kwargs: drawn.append(draw(*args, **kwargs)) or drawn[-1]
   drawer(
     encode_prompts([tokenizer], [PROMPT] * 2), encode_prompts([tokenizer], [""]), noise=noise,
-    steps=STEPS,
+    steps=STEPS, guidance=3.0,
   )  # fmt: skip
   drawer._draw = draw
   np.testing.assert_allclose(drawn[0].images, expected, atol=1e-4)
