@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -49,7 +50,9 @@ class Checkpoints:
     """
     if keep < 1:
       raise UserError(f"train.keep is {keep}; keep at least one checkpoint")
-    self._folder = epath.Path(folder)
+    folder = os.fspath(folder)
+    # Orbax takes no relative path; a bucket's URL has none.
+    self._folder = epath.Path(folder if "://" in folder else os.path.abspath(folder))
     # Orbax logs every step of a save, and every error with its traceback before it raises it.
     for name in ("absl", "asyncio"):
       logging.getLogger(name).setLevel(logging.CRITICAL)

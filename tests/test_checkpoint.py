@@ -62,6 +62,15 @@ def test_keeps_the_last_and_restores_what_was_saved(tmp_path, config):
   again.close()
 
 
+def test_a_relative_workdir(tmp_path, config, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  checkpoints = Checkpoints("runs/first", keep=1)
+  checkpoints.save(1, tree(1.0), record(config))
+  checkpoints.wait()
+  checkpoints.close()
+  assert (tmp_path / "runs" / "first" / "1").is_dir()
+
+
 def test_keeps_every_nth_for_good(tmp_path, config):
   checkpoints = Checkpoints(tmp_path / "c", keep=1, keep_every=4)
   for step in range(2, 11, 2):
