@@ -83,6 +83,8 @@ class Drawer:
     *,
     noise: Float[np.ndarray, "n h w c"],
     references: UInt8[np.ndarray, "n r h w 3"] | None = None,
+    also: Sequence[UInt8[np.ndarray, "n r h w 3"]] = (),
+    toward: tuple[UInt8[np.ndarray, "n r h w 3"], Float[np.ndarray, " n"]] | None = None,
     use_image: Bool[np.ndarray, " n"] | None = None,
     scale: float | Sequence | np.ndarray = 1.0,
     s_plus: bool = True,
@@ -108,6 +110,8 @@ class Drawer:
       negative: what to be led away from, one for all; usually the empty prompt.
       noise: see `noise`; equal noise makes pictures comparable. Its size is the pictures'.
       references: R references of each subject, as training shows them; None draws with the base.
+      also: the references of the further subjects that the prompts name (`Prompts.more`).
+      toward: references of another subject, and how far each picture goes to it: 0 to 1.
       use_image: per picture; False draws that one with the base.
       scale: of the visual path: a number, [L] per layer, or [steps, L] (either may be 1). 0
         everywhere, like no reference, draws with the base: without S+.
@@ -140,6 +144,7 @@ class Drawer:
     if not self.is_subject_model or not scale.any():
       references = None
     if references is None:
+      also, toward = (), None
       use_image = np.zeros(count, bool)
       scale = np.zeros_like(scale)
     elif use_image is None:
@@ -153,7 +158,12 @@ class Drawer:
       raise UserError("a plain base has no location maps; give an adapter")
     plan = Plan(branches, adds_noise(table), s_plus, maps, clip_skip)
 
-    rows = (prompts, references, np.asarray(use_image, bool), np.asarray(noise, np.float32), image)
+    if not also:
+      prompts = prompts._replace(more=())
+    rows = (
+      (prompts, references, np.asarray(use_image, bool), np.asarray(noise, np.float32), image),
+      (tuple(also), toward),
+    )
     size = batch_size or count
     if self.mesh is not None:
       size = -(-size // self.mesh.size) * self.mesh.size
@@ -162,9 +172,10 @@ class Drawer:
       range(0, count, size), desc="drawing", unit="batch", disable=not progress
     ):
       here = min(size, count - start)
-      batch = jax.tree.map(lambda x: _padded(x[start : start + here], size), rows)  # noqa: B023
+      rows_here = jax.tree.map(lambda x: _padded(x[start : start + here], size), rows)  # noqa: B023
       if self.mesh is not None:
-        batch = jax.device_put(batch, sharding.over_data(self.mesh))
+        rows_here = jax.device_put(rows_here, sharding.over_data(self.mesh))
+      batch, subjects = rows_here
       request = Request(
         batch[0],
         tuple(i[:1] for i in negative.ids),
@@ -174,6 +185,7 @@ class Drawer:
         np.float32(0.0 if image_guidance is None else image_guidance),
         table,
         np.asarray(time_ids, np.float32),
+        *subjects,
       )
       drawing = self._draw(self.params if params is None else params, request, plan=plan, tick=tick)
       pixels = np.asarray(drawing.images)[:here]
@@ -208,26 +220,49 @@ def check_guidance(guidance: float, image_guidance: float | None) -> None:
 
 
 def encode_prompts(
-  tokenizers: Sequence[Any], prompts: Sequence[str], nouns: Sequence[str] | None = None,
+  tokenizers: Sequence[Any], prompts: Sequence[str],
+  nouns: Sequence[str | Sequence[str]] | None = None,
   *, s_words: int = 0,
 ) -> Prompts:
   """Token ids of prompts and, with `nouns`, where S+ goes (else at the end: no S+ may be used).
 
+  A prompt of several subjects has a sequence of nouns, in the order in which the prompt names them,
+  and as many as the others; a noun that comes twice means its second occurrence the second time.
+
   Raises:
-    UserError, DataError: a prompt is too long (with S+'s `s_words` tokens) or lacks its noun.
+    UserError, DataError: a prompt is too long (with S+'s `s_words` tokens), lacks its noun, or
+      names its subjects in another order.
   """
   first = tokenizers[0]
+  places = [(np.zeros(len(prompts), np.int32), np.zeros((len(prompts), 2), np.int32))]
   if nouns is None:
     ids = np.stack([_plain_ids(first, prompt) for prompt in prompts])
-    slot = np.zeros(len(ids), np.int32)
-    span = np.zeros((len(ids), 2), np.int32)
   else:
-    ids, slot, span = (
-      np.stack(column)
-      for column in zip(*(encode_prompt(first, p, n, s_words) for p, n in zip(prompts, nouns)))
-    )
+    nouns = [(noun,) if isinstance(noun, str) else tuple(noun) for noun in nouns]
+    rows = [_encode_subjects(first, *row, s_words) for row in zip(prompts, nouns, strict=True)]
+    ids = np.stack([row[0] for row in rows])
+    places = [
+      (np.asarray([slot for slot, _ in place], np.int32), np.stack([span for _, span in place]))
+      for place in zip(*(row[1] for row in rows), strict=True)
+    ]
   others = [np.stack([_plain_ids(t, p) for p in prompts]) for t in tokenizers[1:]]
-  return Prompts((ids, *others), slot.astype(np.int32), span)
+  return Prompts((ids, *others), *places[0], more=tuple(places[1:]))
+
+
+def _encode_subjects(tokenizer: Any, prompt: str, nouns: tuple[str, ...], s_words: int):
+  """(ids, (slot, span) of each noun's subject)."""
+  places = []
+  for number, noun in enumerate(nouns):
+    ids, slot, span = encode_prompt(
+      tokenizer, prompt, noun, s_words * len(nouns), occurrence=nouns[:number].count(noun)
+    )
+    if places and slot <= places[-1][0]:
+      raise UserError(
+        f"the prompt {prompt!r} names {noun!r} before {nouns[number - 1]!r}; give the class nouns, "
+        "and their references, in the order of the prompt"
+      )
+    places.append((slot, span))
+  return ids, places
 
 
 def _plain_ids(tokenizer: Any, prompt: str) -> Int[np.ndarray, " t"]:

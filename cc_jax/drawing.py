@@ -16,7 +16,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
-from cc_jax.customcontrast.model import Conditioning, CustomContrast
+from cc_jax.customcontrast.model import Conditioning, CustomContrast, Subject
 from cc_jax.diffusion.guidance import classifier_free
 from cc_jax.diffusion.samplers import StepTable, integrate, keyed_noise
 
@@ -30,10 +30,12 @@ class Prompts(NamedTuple):
   ids: tuple[Int[np.ndarray, "b t"], ...]
   slot: Int[np.ndarray, " b"]  # where S+ goes
   noun_span: Int[np.ndarray, "b 2"]  # the class noun's tokens
+  # Of the further subjects in the same prompts, in the order of their slots.
+  more: tuple[tuple[Int[np.ndarray, " b"], Int[np.ndarray, "b 2"]], ...] = ()
 
 
 class Request(NamedTuple):
-  """One batch for `draw`: B pictures, each of R references."""
+  """One batch for `draw`: B pictures, each of one subject with R references, or of several."""
 
   prompts: Prompts
   negative: tuple[Int[Array, "1 t"], ...]  # the prompt to be led away from, one for all
@@ -46,6 +48,9 @@ class Request(NamedTuple):
   image_guidance: Float[Array, ""]
   table: StepTable  # of the sampler
   time_ids: Float[Array, 6]  # SDXL's (original h, w, crop top, left, target h, w), pixels
+  also: tuple[UInt8[Array, "b r h w 3"], ...] = ()  # the further subjects of prompts.more
+  # Another subject and how far to go to it: what lies between two subjects.
+  toward: tuple[UInt8[Array, "b r h w 3"], Float[Array, " b"]] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,19 +159,31 @@ def _subject(model: CustomContrast, request: Request, plan: Plan):
   prompts, use_image, size = request.prompts, request.use_image, request.noise.shape[0]
   time_ids = jnp.broadcast_to(request.time_ids, (size, 6))
   no_image = model.visual(None, batch=1)
-  features = visual = None
-  if request.references is not None:
-    rows, count = request.references.shape[:2]
-    pixels = request.references.reshape(rows * count, *request.references.shape[2:])
+  features = visual = toward = None
+  also = []
+
+  def look(references):
+    rows, count = references.shape[:2]
+    pixels = references.reshape(rows * count, *references.shape[2:])
     features, _ = model.image_features(pixels.astype(jnp.float32) / 255)
     # Several references of one subject: their tokens side by side, so that one attention, which
     # knows no order among tokens, picks from all of them. [R]; averaging would blur two views.
     features = features.reshape(rows, -1, features.shape[-1])
-    visual = model.visual(features, use_image)
+    return features, model.visual(features, use_image)
+
+  if request.references is not None:
+    features, visual = look(request.references)
+    for references, (slot, span) in zip(request.also, prompts.more, strict=True):
+      more, seen = look(references)
+      also.append(Subject(more, jnp.asarray(slot), jnp.asarray(span), seen))
+    if request.toward is not None:
+      more, seen = look(request.toward[0])
+      slot, span = jnp.asarray(prompts.slot), jnp.asarray(prompts.noun_span)
+      toward = Subject(more, slot, span, seen), jnp.asarray(request.toward[1])
 
   def without_image(ids, t) -> Conditioning:
     rows = ids[0].shape[0]
-    return model.condition(
+    condition = model.condition(
       None,
       [jnp.asarray(i) for i in ids],
       None,
@@ -176,6 +193,7 @@ def _subject(model: CustomContrast, request: Request, plan: Plan):
       time_ids=time_ids[:rows],
       clip_skip=plan.clip_skip,
     )
+    return _with_copies(condition, 1 + len(also))
 
   def branch(name: str, t) -> Conditioning:
     if name == EMPTY:  # the same for all pictures: made once
@@ -193,6 +211,8 @@ def _subject(model: CustomContrast, request: Request, plan: Plan):
       visual=visual,
       time_ids=time_ids,
       clip_skip=plan.clip_skip,
+      also=also,
+      toward=toward,
     )
 
   def conditions(branches, t, step) -> Conditioning:
@@ -242,6 +262,17 @@ def _repeat(condition: Conditioning, count: int) -> Conditioning:
   tokens = jnp.repeat(condition.textual_tokens, count, axis=1)  # its batch is axis 1
   rest = condition.replace(textual_tokens=None)
   return jax.tree.map(lambda x: jnp.repeat(x, count, axis=0), rest).replace(textual_tokens=tokens)
+
+
+def _with_copies(condition: Conditioning, count: int) -> Conditioning:
+  """Its visual tokens `count` times over: as many as several subjects have, and the same answer.
+
+  Attention over equal keys is attention over one of them.
+  """
+  if count == 1:
+    return condition
+  context = tuple(c.replace(visual=jnp.tile(c.visual, (1, count, 1))) for c in condition.context)
+  return condition.replace(context=context)
 
 
 def _with_scale(condition: Conditioning, scale: Float[Array, "l b"]) -> Conditioning:

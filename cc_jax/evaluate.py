@@ -29,11 +29,12 @@ from cc_jax.diffusion.schedule import NoiseSchedule
 from cc_jax.drawer import Drawer, bundle, encode_prompts
 from cc_jax.errors import UserError
 from cc_jax.metrics import factors as judging
+from cc_jax.metrics import leakage
 from cc_jax.pictures import grid
 from data_pipeline.subjects3d import factors as world
 from data_pipeline.subjects3d.captions import caption
 from data_pipeline.subjects3d.renderer import render_many
-from data_pipeline.triples import segment_reference
+from data_pipeline.triples import TripleConfig, show_reference
 
 SCORES = ("scene", "class_id", "color1", "color2", "pattern")
 GRID_SUBJECTS = 20
@@ -43,23 +44,63 @@ _SEED = 20_000  # of trials and their noise
 class Trials(NamedTuple):
   """n subjects, one reference and one prompt each.
 
-  The prompt's scene differs from the reference's. `seen` says per factor in which references it is
-  visible; a score counts only those.
+  The prompt's scene differs from the reference's. `seen` says per factor in which trials it can be
+  seen, in the reference and in what the prompt asks for; a score counts only those.
   """
 
-  references: UInt8[np.ndarray, "n h w 3"]  # on white, as the adapter gets them
+  references: UInt8[np.ndarray, "n h w 3"]  # as the adapter gets them, usually on white
   prompts: tuple[str, ...]
   nouns: tuple[str, ...]
   scenes: np.ndarray  # of the prompts
+  styles: np.ndarray  # of the prompts; 0 = none is asked for
   factors: world.Factors  # of the references
   seen: dict[str, np.ndarray]
 
+  def first(self, count: int) -> Trials:
+    """The first `count` of them."""
+    cut = lambda x: x[:count]  # noqa: E731
+    return Trials(*map(cut, self[:5]), self.factors.take(slice(count)),
+                  {name: cut(column) for name, column in self.seen.items()})
 
-def make_trials(split: str, count: int, *, share: float = 0.8, size: int = 64) -> Trials:
+
+def make_trials(split: str, count: int, *, share: float = 0.8, size: int = 64,
+                place: str = "centred", styled: int = 0) -> Trials:
   """`count` subjects of a split, as evenly over the classes as it goes; always the same ones.
+
+  Args:
+    share, size, place: how references are shown (config.data.reference_share, image_size and
+      reference_place).
+    styled: every so many prompts, one asks for a sketch or a watercolour besides; 0 = none.
 
   Raises:
     UserError: the split has fewer subjects.
+  """
+  subjects, rng = choose_subjects(split, count)
+  factors = world.sample_factors(rng, subjects, hat=0, style=0)
+  rendered = render_many(factors, resolution=size, progress=False)
+  scenes = (factors.scene + rng.integers(1, len(world.SCENES), count)) % len(world.SCENES)
+  styles = np.zeros(count, np.int32)
+  if styled:
+    nth = np.arange(count) // styled
+    styles = np.where(np.arange(count) % styled == 0, 1 + nth % (len(world.STYLES) - 1), 0)
+  asked = factors._replace(scene=scenes.astype(factors.scene.dtype),
+                           style=styles.astype(factors.style.dtype))
+  mentions = [("scene", "style") if style else ("scene",) for style in styles]
+  return Trials(
+    references=show(rendered, TripleConfig(size, share, reference_place=place)),
+    prompts=tuple(caption(rng, asked.take(i), mention=mentions[i]).text for i in range(count)),
+    nouns=tuple(world.CLASSES[c] for c in factors.class_id),
+    scenes=scenes,
+    styles=styles,
+    factors=factors,
+    seen=judging.visible(asked, rendered.coverage),
+  )
+
+
+def choose_subjects(split: str, count: int) -> tuple[world.Subjects, np.random.Generator]:
+  """`count` subjects of a split, as evenly over the classes as it goes, and what to draw on with.
+
+  Always the same ones, and fewer are the first of more. Raises UserError if there are not so many.
   """
   table = world.subjects(split)
   if not 1 <= count <= len(table.subject_id):
@@ -70,33 +111,71 @@ def make_trials(split: str, count: int, *, share: float = 0.8, size: int = 64) -
   for class_id in range(len(world.CLASSES)):
     members = order[table.class_id[order] == class_id]
     rank[members] = np.arange(len(members))
-  chosen = np.lexsort((table.class_id, rank))[:count]
-  factors = world.sample_factors(rng, table.take(chosen), hat=0, style=0)
-  rendered = render_many(factors, resolution=size, progress=False)
-  scenes = (factors.scene + rng.integers(1, len(world.SCENES), count)) % len(world.SCENES)
-  asked = factors._replace(scene=scenes.astype(factors.scene.dtype))
-  return Trials(
-    references=np.stack([
-      segment_reference(image, mask, share=share, size=size)
-      for image, mask in zip(rendered.image, rendered.mask)
-    ]),
+  return table.take(np.lexsort((table.class_id, rank))[:count]), rng
+
+
+def show(rendered, config: TripleConfig) -> UInt8[np.ndarray, "n s s 3"]:
+  """Rendered pictures (`data_pipeline.subjects3d.renderer.Rendered`) as references."""
+  middle = np.full(3, 0.5)
+  pairs = zip(rendered.image, rendered.mask)
+  return np.stack([show_reference(image, mask, config, middle) for image, mask in pairs])
+
+
+class Interventions(NamedTuple):
+  """n subjects, each shown in several references that differ in one irrelevant factor."""
+
+  references: dict[str, UInt8[np.ndarray, "n h w 3"]]  # 'start' and the names of the moves
+  prompts: tuple[str, ...]
+  nouns: tuple[str, ...]
+  factors: world.Factors  # of the references at the start
+
+
+def make_interventions(
+  split: str, count: int, *, moves: Sequence[str] = tuple(leakage.MOVES), share: float = 0.8,
+  size: int = 64, place: str = "in_place",
+) -> Interventions:
+  """`count` subjects, the same as those of `make_trials`, for `leakage.measure`.
+
+  The prompt's scene is one that no reference shows. Raises UserError as `make_trials` does.
+  """
+  subjects, rng = choose_subjects(split, count)
+  start = leakage.start(rng, subjects)
+  views = {"start": start} | {name: leakage.moved(start, name) for name in moves}
+  rendered = render_many(world.concatenate(list(views.values())), resolution=size, progress=False)
+  shown = show(rendered, TripleConfig(size, share, reference_place=place))
+  asked = start._replace(scene=leakage.asked_scene(rng, start).astype(start.scene.dtype))
+  return Interventions(
+    references=dict(zip(views, shown.reshape(len(views), count, *shown.shape[1:]))),
     prompts=tuple(caption(rng, asked.take(i), mention=("scene",)).text for i in range(count)),
-    nouns=tuple(world.CLASSES[c] for c in factors.class_id),
-    scenes=scenes,
-    factors=factors,
-    seen=judging.visible(factors, rendered.coverage),
+    nouns=tuple(world.CLASSES[c] for c in start.class_id),
+    factors=start,
   )
+
+
+def identity(reading: dict[str, np.ndarray], trials: Trials) -> np.ndarray:
+  """Subject fidelity of each picture, [n]: the share of visible intrinsic factors that agree."""
+  return judging.share(judging.agreement(reading, trials.factors, trials.seen))
+
+
+def control(reading: dict[str, np.ndarray], trials: Trials) -> np.ndarray:
+  """Text control of each picture, [n]: the share of what the prompt asks for that is there."""
+  asked = dict(scene=trials.scenes, style=trials.styles)
+  named = dict(scene=np.ones(len(trials.scenes), bool), style=trials.styles > 0)
+  return judging.share(judging.agreement(reading, asked, named, judging.CONTEXT))
 
 
 def score(images: UInt8[np.ndarray, "n h w 3"], trials: Trials, judge) -> dict[str, float]:
   """What the judge finds: shares of agreement, and correlations with the reference.
 
-  scene: with the prompt; class_id, color1, color2, pattern: with the reference, where visible in
-  it; copied_size, copied_x, copied_y: correlation with the reference's (0 is what one wants, but
-  for what the class alone implies: compare with the base's).
+  fidelity, control: the means of `identity` and `control`; scene: with the prompt; class_id,
+  color1, color2, pattern: with the reference, where visible; copied_size, copied_x, copied_y:
+  correlation with the reference's (0 is what one wants, but for what the class alone implies:
+  compare with the base's).
   """
   reading = judging.read(judge, images)
-  scores = {"scene": float(np.mean(reading["scene"] == trials.scenes))}
+  scores = {"fidelity": float(np.nanmean(identity(reading, trials))),
+            "control": float(np.nanmean(control(reading, trials))),
+            "scene": float(np.mean(reading["scene"] == trials.scenes))}
   for name in SCORES[1:]:
     seen = trials.seen[name]
     scores[name] = float(np.mean((reading[name] == getattr(trials.factors, name))[seen]))
@@ -106,9 +185,22 @@ def score(images: UInt8[np.ndarray, "n h w 3"], trials: Trials, judge) -> dict[s
   return scores
 
 
-def draw_trials(drawer: Drawer, tokenizers, trials: Trials, settings, *, s_words: int,
-                scale: float, batch_size: int, progress: bool = True) -> np.ndarray:
-  """One picture per trial, uint8 [n, h, w, 3]; `scale` 0 is the base, on the same noise."""
+def draw_trials(drawer: Drawer, tokenizers, trials: Trials | Interventions, settings, *,
+                s_words: int, scale: float, batch_size: int, progress: bool = True,
+                params=None) -> np.ndarray | dict[str, np.ndarray]:
+  """One picture per trial, uint8 [n, h, w, 3]; `scale` 0 is the base, on the same noise.
+
+  Of interventions, one for each of their references, under the same names, on the same noise.
+  `params`: in place of the drawer's own.
+  """
+  if isinstance(trials, Interventions):
+    names, count = list(trials.references), len(trials.references)
+    trials = trials._replace(
+      references=np.concatenate(list(trials.references.values())),
+      prompts=trials.prompts * count, nouns=trials.nouns * count)
+    seeds = list(range(_SEED, _SEED + len(trials.prompts) // count)) * count
+  else:
+    names, seeds = None, range(_SEED, _SEED + len(trials.prompts))
   subject = scale > 0 and drawer.is_subject_model
   prompts = encode_prompts(
     tokenizers, trials.prompts, trials.nouns if subject else None, s_words=s_words)
@@ -116,7 +208,7 @@ def draw_trials(drawer: Drawer, tokenizers, trials: Trials, settings, *, s_words
   images, _ = drawer(
     prompts,
     encode_prompts(tokenizers, [""]),
-    noise=drawer.noise(range(_SEED, _SEED + len(trials.prompts))),
+    noise=drawer.noise(seeds),
     references=trials.references[:, None] if subject else None,
     scale=scale,
     guidance=settings.guidance,
@@ -125,8 +217,11 @@ def draw_trials(drawer: Drawer, tokenizers, trials: Trials, settings, *, s_words
     sampler=settings.sampler,
     batch_size=batch_size,
     progress=progress,
+    params=params,
   )
-  return images
+  if names is None:
+    return images
+  return dict(zip(names, images.reshape(len(names), -1, *images.shape[1:])))
 
 
 def contact_sheet(trials: Trials, images: np.ndarray, count: int, *, title: str = ""):
@@ -155,8 +250,7 @@ def draw(config: ml_collections.ConfigDict, base: hub.Base, model: CustomContras
   """Writes a small grid of validation subjects while training goes on."""
   if not on_subjects3d(config):
     return
-  trials = make_trials("validation", 10, share=config.data.reference_share,
-                       size=config.data.image_size)
+  trials = make_trials("validation", 10, **shown(config.data))
   drawer, batch = _drawer(config, base, model, 10)
   images = draw_trials(drawer, base.tokenizers, trials, config.sample, batch_size=batch,
                        s_words=config.encoder.s_words, scale=config.sample.scale, progress=False)
@@ -174,8 +268,7 @@ def finish(config: ml_collections.ConfigDict, base: hub.Base, model: CustomContr
           f"python -m cc_jax.generate --checkpoint={workdir} --base={config.base}")
     return None
   c = config.sample
-  trials = make_trials(c.split, c.subjects, share=config.data.reference_share,
-                       size=config.data.image_size)
+  trials = make_trials(c.split, c.subjects, **shown(config.data))
   drawer, batch = _drawer(config, base, model, c.subjects)
   return compare(drawer, base.tokenizers, trials, c, workdir, batch_size=batch, scale=c.scale,
                  s_words=config.encoder.s_words)
@@ -185,7 +278,8 @@ def compare(drawer: Drawer, tokenizers, trials: Trials, settings, workdir, *, sc
             **rest) -> dict[str, dict[str, float]]:
   """Draws all trials with the adapter and with the base; scores, prints and writes both.
 
-  `rest`: batch_size and s_words of `draw_trials`.
+  Fidelity over control is a point of the trade-off figure. `rest`: batch_size and s_words of
+  `draw_trials`.
   """
   judge, _ = judging.load_judge()  # before the drawing, which takes longer
   images = draw_trials(drawer, tokenizers, trials, settings, scale=scale, **rest)
@@ -201,6 +295,12 @@ def compare(drawer: Drawer, tokenizers, trials: Trials, settings, workdir, *, sc
   _save(contact_sheet(trials, images, min(GRID_SUBJECTS, count)), folder / "grid.png")
   print(f"{folder / 'grid.png'}: references above, new pictures with their prompts below")
   return scores
+
+
+def shown(data: ml_collections.ConfigDict) -> dict:
+  """How a training showed its references, as arguments of `make_trials`; chance has no say here."""
+  place = data.reference_place if data.reference_place != "random" else "in_place"
+  return dict(share=data.reference_share, size=data.image_size, place=place)
 
 
 def on_subjects3d(config: ml_collections.ConfigDict) -> bool:

@@ -144,7 +144,7 @@ class Pipeline:
   def __call__(
     self,
     prompt: str,
-    class_noun: str | None = None,
+    class_noun: str | Sequence[str] | None = None,
     references: Sequence[Any] = (),
     masks: Sequence[Any] | None = None,
     *,
@@ -173,7 +173,8 @@ class Pipeline:
 
     Args:
       prompt: a sentence; with references it must contain the class noun, after which S+ goes.
-      class_noun: what the subject is, in one or several words.
+      class_noun: what the subject is, in one or several words. Several subjects in one picture
+        have a list of nouns, in the order of the prompt, and a list of references for each.
       references: one picture or several of one subject (paths, PIL images, uint8 [h, w, 3 or 4]),
         used together, their order without meaning. A mask, or an alpha channel, cuts the subject
         out. None: the base draws alone.
@@ -204,13 +205,16 @@ class Pipeline:
     Raises:
       UserError, DataError: one line that says what is wrong and what to do.
     """
-    references, masks = _listed(references), _listed(masks)
+    nouns = [class_noun] if isinstance(class_noun, str) else list(class_noun or ())
+    references, masks = _subjects(references, masks, nouns)
     seeds = self._seeds(seed, num_images)
-    self._check(prompt, class_noun, references, masks)
+    for number in range(len(references)):
+      self._check(prompt, nouns[number : number + 1], references[number], masks[number])
     check_guidance(guidance, image_guidance)
     width, height = self._size(width, height)
     latent_size = (height // self.drawer.factor, width // self.drawer.factor)
-    pictures = self._references(references, masks)
+    pictures = [self._references(*pair) for pair in zip(references, masks)]
+    pictures = None if pictures[0] is None else [np.stack([p] * len(seeds)) for p in pictures]
     sampling = dict(steps=steps, sampler=sampler or "default", eta=eta, strength=None)
     start = None
     if image is not None:
@@ -221,7 +225,7 @@ class Pipeline:
     encoded = encode_prompts(
       tokenizers,
       [prompt] * len(seeds),
-      [class_noun] * len(seeds) if class_noun else None,
+      [nouns] * len(seeds) if any(nouns) else None,
       s_words=self.s_words if pictures is not None and s_plus else 0,
     )
     self._bar = tqdm(total=calls, desc="drawing", unit="step", disable=not progress)
@@ -230,7 +234,8 @@ class Pipeline:
         encoded,
         encode_prompts(tokenizers, [negative_prompt]),
         noise=self.drawer.noise(seeds, latent_size),
-        references=None if pictures is None else np.stack([pictures] * len(seeds)),
+        references=None if pictures is None else pictures[0],
+        also=() if pictures is None else pictures[1:],
         scale=scale,
         s_plus=s_plus,
         guidance=guidance,
@@ -270,14 +275,14 @@ class Pipeline:
         )
     return size
 
-  def _check(self, prompt, class_noun, references, masks) -> None:
+  def _check(self, prompt, nouns, references, masks) -> None:
     if not prompt or not prompt.strip():
       raise UserError("there is no prompt; say what to draw with --prompt")
     if references and self.adapter is None:
       raise UserError(
         f"the base {self.base.name} has no adapter to read references with; give --checkpoint"
       )
-    if references and not class_noun:
+    if references and not any(nouns):
       raise UserError(
         "a reference needs --class_noun, the word in the prompt that says what the subject is"
       )
@@ -285,7 +290,6 @@ class Pipeline:
       raise UserError(f"{len(masks)} masks for {len(references)} references; give one for each")
 
   def _references(self, references, masks) -> UInt8[np.ndarray, "r s s 3"] | None:
-    references, masks = _listed(references), _listed(masks)
     if not references:
       return None
     share = float(self.adapter.notes.get("reference_share", 0.8))
@@ -312,6 +316,22 @@ def _listed(pictures: Any) -> list[Any]:
   """One picture or several or None, as a list."""
   single = isinstance(pictures, str | os.PathLike | Image.Image | np.ndarray)
   return [pictures] if single else list(pictures or ())
+
+
+def _subjects(references: Any, masks: Any, nouns: Sequence[str]) -> tuple[list, list]:
+  """The references of each subject and their masks; one subject need not be listed as such."""
+  if len(nouns) < 2:
+    return [_listed(references)], [_listed(masks)]
+  references = [_listed(one) for one in references or ()]
+  masks = [_listed(one) for one in masks or [None] * len(nouns)]
+  if references and not len(nouns) == len(references) == len(masks):
+    raise UserError(
+      f"{len(references)} lists of references and {len(masks)} of masks for {len(nouns)} class "
+      "nouns; give one of each for every subject"
+    )
+  if any(not one for one in references):
+    raise UserError("a subject has no reference; give every class noun at least one")
+  return references or [[]], masks if references else [[]]
 
 
 def _sides(latent_size: tuple[int, int], pixels: int) -> tuple[int, int]:
@@ -357,7 +377,8 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
   text("prompt", "", "What to draw, for example 'a teapot on the beach'.")
   files("reference", "Pictures of one subject, a.png[,b.png]; none draws with the base alone.")
   files("mask", "A picture per reference, white on the subject.")
-  text("class_noun", None, "What the subject is: a word of the prompt.")
+  text("class_noun", None, "What the subject is: a word of the prompt. Several subjects, in its "
+       "order: vase,toy, with --reference=vase.png,toy.png, and a.png+b.png for two of one.")
   text("checkpoint", None, "An adapter, or a training's workdir; the shipped adapter by default.")
   text("base", None, "A folder in the diffusers layout; the adapter's base by default.")
   number("scale", 1.0, "How much of the subject; 0 draws with the base alone.")
@@ -433,9 +454,13 @@ def main(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> None:
     dtype=jnp.dtype(values.dtype),
   )
   call = {name: getattr(values, name) for name in _CALL} | told
+  references, masks = values.reference, values.mask
+  if "," in (values.class_noun or ""):
+    call["class_noun"] = [noun.strip() for noun in values.class_noun.split(",")]
+    references, masks = ([one.split("+") for one in given] for given in (references, masks))
   with warnings.catch_warnings():
     warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
-    images = pipe(references=values.reference, masks=values.mask, progress=True, **call)
+    images = pipe(references=references, masks=masks, progress=True, **call)
   for seed, image in enumerate(images, values.seed):
     path = out if len(images) == 1 else out.with_name(f"{out.stem}-{seed}.png")
     settings = call | dict(

@@ -18,6 +18,10 @@ def get_config() -> ml_collections.ConfigDict:
   c.data.reference_share = 0.8  # longer side of the reference's subject over the canvas
   c.data.reference_jitter = 0.0  # random change of the reference's size and place, 0 = none
   c.data.positive_share = (0.4, 0.9)  # range of the positive's longer side over the canvas
+  # The reference is 'centred'; the lab also shows it 'in_place' (as in its frame, on white), at a
+  # 'random' size and place like positives, or the whole 'frame' with its background.
+  c.data.reference_place = "centred"
+  c.data.frames = "multi_view"  # 'self': the reference is the target's own frame (lab's control)
   c.data.group = "family"  # hard negatives: 'class' | 'family'
   c.data.group_share = 0.0  # share of the global batch drawn from one group
 
@@ -33,7 +37,7 @@ def get_config() -> ml_collections.ConfigDict:
   # How (t, l) enters the queries: 'fourier_mlp' | 'none' [R].
   c.encoder.timestep_layer = "fourier_mlp"
   c.encoder.textual_cls = "mean"  # 'mean' over layers | 'last' [R]
-  c.encoder.s_plus_space = "per_layer"  # 'per_layer' | 'shared' by all layers [R]
+  c.encoder.s_plus_space = "per_layer"  # 'per_layer' | 'shared' by all layers | 'none' in use [R]
   c.encoder.s_plus_norm = "class_noun"  # 'class_noun' | 'free' [R]
   # The pooled text (or, for addition_embed_type 'text', the whole text) that goes to the time
   # embedding: from the prompt without S+ ('plain') or the mean over layers with it ('s_plus') [R].
@@ -41,6 +45,7 @@ def get_config() -> ml_collections.ConfigDict:
   c.encoder.fusion = "tv_fusion"  # 'tv_fusion' | 'visual_tokens' (the lab's control) [R]
   # Sizes of the groups of layers that share an S+ (SDXL has 70 layers); () = each its own.
   c.encoder.layer_groups = ()
+  c.encoder.contrast_head = 0  # width of a projection head between the S+ tokens and MACL; 0 = none
 
   c.injection = ml_collections.ConfigDict()
   c.injection.form = "complementary"  # 'complementary' | 'visual_only' | 'shared' [R]

@@ -24,6 +24,8 @@ class Maker:
       self, data_config, tokenizer: Callable, *, batch_size: int, seed: int, s_words: int
   ):
     self.triple = triples.TripleConfig.from_config(data_config)
+    self._frames = data_config.frames
+    sampling.check_frames(self._frames)
     self._group, self._group_share = data_config.group, data_config.group_share
     self._batch_size, self._seed = batch_size, seed
     encode = lambda caption, noun: tokens.encode_prompt(tokenizer, caption, noun, s_words)  # noqa: E731
@@ -51,6 +53,13 @@ class Maker:
         self._plans.clear()
       self._plans[step] = chosen
     return chosen
+
+  def frames(self, chosen: tuple[int, int, int]) -> tuple[int, int, int]:
+    """Frames (i, j, k) as `data.frames` asks for them; see `sampling.FRAMES`."""
+    i, j, k = chosen
+    if self._frames == "multi_view":
+      return chosen
+    return (j if i == k else i), k, k
 
   def example(
       self,

@@ -11,6 +11,10 @@ from data_pipeline.errors import DataError
 
 _SUBJECTS, _TRIPLE = 0, 1  # domains of the random streams: the batch's subjects, one row's triple
 _GROUPS = ("class", "family")
+# 'multi_view': the target is another frame than the reference (method.md). 'self': the reference is
+# cut out of the target's own frame, which is how earlier encoders were trained; positives, targets,
+# captions and all randomness are those of 'multi_view', so that the two can be compared in pairs.
+FRAMES = ("multi_view", "self")
 
 
 class SubjectTable(NamedTuple):
@@ -95,6 +99,12 @@ def check_group(table: SubjectTable, group: str, group_share: float) -> None:
         f"the data set does not know the {group} of its subjects; set data.group_share=0"
         + (" or data.group='class'" if group == "family" else "")
     )
+
+
+def check_frames(frames: str) -> None:
+  """Raises DataError for an unknown `data.frames`."""
+  if frames not in FRAMES:
+    raise DataError(f"data.frames={frames!r} is unknown; choose one of {', '.join(FRAMES)}")
 
 
 def choose_frames(

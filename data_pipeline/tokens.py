@@ -15,15 +15,16 @@ _LOCK = threading.Lock()  # fast tokenizers refuse to be used by two threads at 
 
 
 def encode_prompt(
-    tokenizer: Callable, prompt: str, class_noun: str, s_words: int, max_length: int | None = None
+    tokenizer: Callable, prompt: str, class_noun: str, s_words: int, max_length: int | None = None,
+    *, occurrence: int = 0,
 ) -> tuple[Int[np.ndarray, " t"], int, Int[np.ndarray, " 2"]]:
   """Token ids of the prompt without S+, the slot of S+, and the class noun's tokens.
 
   Args:
     tokenizer: a CLIPTokenizer of transformers, or what behaves like one.
     prompt: an English sentence that contains the class noun.
-    class_noun: one or several words, found whole and whatever its capitals; its first occurrence
-      counts.
+    class_noun: one or several words, found whole and whatever its capitals.
+    occurrence: which of the noun's occurrences counts; the first by default.
     s_words: number of pseudo-words for which room is kept.
     max_length: T; the tokenizer's `model_max_length` by default.
 
@@ -32,12 +33,18 @@ def encode_prompt(
     last token, where S+ will stand), `noun_span` int32 [2] = (start, end), end == slot.
 
   Raises:
-    DataError: the prompt does not contain the noun, or has more than T - s_words tokens.
+    DataError: the prompt does not contain the noun (so often), or has more than T - s_words tokens.
   """
   length = max_length or tokenizer.model_max_length
   words = class_noun.split()
   pattern = r"(?<!\w)" + r"\s+".join(map(re.escape, words)) + r"(?!\w)"
-  found = re.search(pattern, prompt, re.IGNORECASE) if words else None
+  matches = list(re.finditer(pattern, prompt, re.IGNORECASE)) if words else []
+  found = matches[occurrence] if len(matches) > occurrence else None
+  if matches and not found:
+    raise DataError(
+        f"the prompt {prompt!r} contains the class noun {class_noun!r} {len(matches)} times, not "
+        f"{occurrence + 1}; name every subject once"
+    )
   if not found:
     raise DataError(
         f"the prompt {prompt!r} does not contain the class noun {class_noun!r}; "

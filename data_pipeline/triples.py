@@ -16,6 +16,10 @@ from PIL import Image
 from data_pipeline.errors import DataError
 
 OPAQUE = 128  # a pixel belongs to the subject from this alpha on
+# How a reference is shown: cut out on white, centred; where and as large as in its frame; at a
+# random size and place, as positives are; or the whole frame with its background. The last three
+# are for the laboratory: only they let size, place and scene through to the encoder (or hide them).
+PLACES = ("centred", "in_place", "random", "frame")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +30,7 @@ class TripleConfig:
   reference_share: float = 0.8
   reference_jitter: float = 0.0
   positive_share: tuple[float, float] = (0.4, 0.9)
+  reference_place: str = "centred"
 
   @classmethod
   def from_config(cls, data) -> TripleConfig:
@@ -40,6 +45,11 @@ class TripleConfig:
       raise DataError(f"data.reference_jitter={config.reference_jitter} must lie in [0, 1)")
     if not 0 < low <= high <= 1:
       raise DataError(f"data.positive_share={(low, high)} must be a range inside (0, 1]")
+    if config.reference_place not in PLACES:
+      raise DataError(
+          f"data.reference_place={config.reference_place!r} is unknown; use one of "
+          f"{', '.join(PLACES)}"
+      )
     return config
 
 
@@ -60,11 +70,35 @@ def make_triple(
   low, high = config.positive_share
   share = low + (high - low) * positive_u[0]
   positive = _place_at(images[0], masks[0], size, share, positive_u[1:])
-  jitter = config.reference_jitter
-  share = min(1.0, config.reference_share * (1 + jitter * (2 * reference_u[0] - 1)))
-  reference = _place_at(images[1], masks[1], size, share, 0.5 + jitter * (reference_u[1:] - 0.5))
+  reference = show_reference(images[1], masks[1], config, reference_u)
   target, target_mask = square(images[2], masks[2], size)
   return dict(positive=positive, reference=reference, target=target, target_mask=target_mask)
+
+
+def show_reference(
+    image: UInt8[np.ndarray, "h w 3"],
+    mask: UInt8[np.ndarray, "h w"],
+    config: TripleConfig,
+    u: np.ndarray,
+) -> UInt8[np.ndarray, "s s 3"]:
+  """A frame as the encoder sees it: config.reference_place says how (`PLACES`).
+
+  `u` are three numbers in [0, 1): of the size, of x and of y, where chance has a say; 0.5 each is
+  the middle. Raises DataError for an empty mask or shapes that do not fit.
+  """
+  size, place = config.image_size, config.reference_place
+  if place in ("in_place", "frame"):
+    mask = _checked_mask(image, mask)
+    if place == "in_place":
+      alpha = mask[..., None].astype(np.uint32)
+      image = ((image * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
+    return square(image, mask, size)[0]
+  if place == "random":
+    low, high = config.positive_share
+    return _place_at(image, mask, size, low + (high - low) * u[0], u[1:])
+  jitter = config.reference_jitter
+  share = min(1.0, config.reference_share * (1 + jitter * (2 * u[0] - 1)))
+  return _place_at(image, mask, size, share, 0.5 + jitter * (u[1:] - 0.5))
 
 
 def segment_reference(

@@ -28,6 +28,7 @@ def config(**changes):
   fields = dict(
       source="folder", name="", data_dir="", image_size=32, reference_share=0.8,
       reference_jitter=0.0, positive_share=(0.4, 0.9), group="class", group_share=0.5,
+      reference_place="centred", frames="multi_view",
   )  # fmt: skip
   return types.SimpleNamespace(**fields | changes)
 
@@ -265,6 +266,25 @@ def test_render(mushrooms, tokenizer):
     assert not np.any(np.all(batch["positive"] == batch["reference"], axis=(1, 2, 3)))
 
 
+def test_self_reconstruction_differs_in_the_reference_alone(tmp_path, tokenizer):
+  """The reference is cut out of the target's frame; all else is as with several views."""
+  write_folder(tmp_path)
+  for source, more in (("folder", dict(name=str(tmp_path))), ("render", dict(image_size=16))):
+    data = config(source=source, group_share=0.0, **more)
+    several, one = (
+      take(types.SimpleNamespace(**vars(data) | dict(frames=frames, reference_place="frame")),
+           tokenizer, 1, batch_size=2)[0]
+      for frames in ("multi_view", "self")
+    )
+    for key in several:
+      if key != "reference":
+        np.testing.assert_array_equal(several[key], one[key], err_msg=f"{source} {key}")
+    np.testing.assert_array_equal(one["reference"], one["target"])
+    assert not np.array_equal(several["reference"], one["reference"])
+  with pytest.raises(data_pipeline.DataError, match="data.frames='twice' is unknown"):
+    take(config(name=str(tmp_path), frames="twice"), tokenizer, 1)
+
+
 def test_rendered_references_are_photos_without_hat():
   from data_pipeline.sources import render
 
@@ -291,7 +311,8 @@ table = factors.subjects("train")
 factors.subjects = lambda split: table.take(table.class_id == 2)
 data = types.SimpleNamespace(
     source="render", image_size=16, reference_share=0.8, reference_jitter=0.0,
-    positive_share=(0.4, 0.9), group="class", group_share=0.0)
+    positive_share=(0.4, 0.9), group="class", group_share=0.0, reference_place="centred",
+    frames="multi_view")
 tokenizer = make_tokenizer(Path({str(tmp_path)!r}) / "tokenizer", max_length=160)
 loader = data_pipeline.make_loader(data, tokenizer, batch_size=2, seed=0)
 assert next(loader)["target"].shape == (2, 16, 16, 3)

@@ -228,6 +228,33 @@ def test_reference_jitter_moves_the_reference_alone():
   assert 0.23 < place.min() < 0.33 and 0.67 < place.max() < 0.77
 
 
+def test_places_of_the_reference():
+  """The lab's ways of showing a reference; positive, target and every other row stay the same."""
+  image, mask = box_picture(100, 100, (50, 20, 80, 40))
+  rows = {
+    place: triples.make_triple(
+      sampling.row_rng(0, 0, 0), [image] * 3, [mask] * 3,
+      triples.TripleConfig(50, 0.8, 0.0, (0.4, 0.6), place))
+    for place in triples.PLACES
+  }
+  for row in rows.values():
+    np.testing.assert_array_equal(row["positive"], rows["centred"]["positive"])
+    np.testing.assert_array_equal(row["target"], rows["centred"]["target"])
+  np.testing.assert_allclose(extent(rows["centred"]["reference"]), [5, 11.6, 45, 38.4], atol=0.5)
+  kept = rows["in_place"]["reference"]  # half the size, where it was, on white
+  np.testing.assert_allclose(extent(kept), [25, 10, 40, 20], atol=0.5)
+  assert np.all(kept[:8] == 255)
+  np.testing.assert_array_equal(rows["frame"]["reference"], rows["frame"]["target"])
+  boxes = []
+  for row in range(60):
+    config = triples.TripleConfig(50, 0.8, 0.0, (0.4, 0.6), "random")
+    out = triples.make_triple(sampling.row_rng(0, 0, row), [image] * 3, [mask] * 3, config)
+    boxes.append(extent(out["reference"]))
+  longer = (np.array(boxes)[:, 2] - np.array(boxes)[:, 0]) / 50
+  assert 0.38 < longer.min() < 0.44 and 0.56 < longer.max() < 0.62
+  assert np.ptp(np.array(boxes)[:, 0]) > 20
+
+
 def test_target_keeps_its_ground_and_is_cropped_around_the_subject():
   image, mask = box_picture()
   config = triples.TripleConfig(image_size=90)
@@ -277,6 +304,7 @@ def test_pictures_that_cannot_be_used():
 @pytest.mark.parametrize("field, value", [
     ("image_size", 4), ("reference_share", 0.0), ("reference_share", 1.2),
     ("reference_jitter", 1.0), ("positive_share", (0.9, 0.4)), ("positive_share", (0.0, 0.5)),
+    ("reference_place", "somewhere"),
 ])  # fmt: skip
 def test_config_values_that_make_no_sense(field, value):
   import dataclasses

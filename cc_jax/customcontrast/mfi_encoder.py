@@ -1,9 +1,11 @@
 """The MFI-Encoder (Multimodal Feature Injection): one subject's image features in, tokens out."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
@@ -16,7 +18,7 @@ from cc_jax.errors import UserError
 _CHOICES = {
   "timestep_layer": ("fourier_mlp", "none"),
   "textual_cls": ("mean", "last"),
-  "s_plus_space": ("per_layer", "shared"),
+  "s_plus_space": ("per_layer", "shared", "none"),
   "s_plus_norm": ("class_noun", "free"),
   "s_plus_pooled": ("plain", "s_plus"),
   "fusion": ("tv_fusion", "visual_tokens"),
@@ -42,6 +44,7 @@ class MFIEncoderConfig:
   s_plus_pooled: str = "plain"
   fusion: str = "tv_fusion"
   layer_groups: tuple = ()
+  contrast_head: int = 0
 
   @classmethod
   def from_config(cls, values: Mapping[str, Any]) -> "MFIEncoderConfig":
@@ -58,6 +61,10 @@ class MFIEncoderConfig:
       raise UserError(
         f"config.encoder.s_words is {config.s_words}, but there are only {config.textual_queries} "
         "textual queries to take them from; raise config.encoder.textual_queries"
+      )
+    if config.contrast_head < 0:
+      raise UserError(
+        f"config.encoder.contrast_head is {config.contrast_head}; use 0 for no projection head"
       )
     if not config.image_layers:
       raise UserError("config.encoder.image_layers is empty; name at least one hidden state")
@@ -85,9 +92,23 @@ class MFIFeatures(NamedTuple):
   visual_cls: Float[Array, "b d"]
   visual_tokens: Float[Array, "b v d"]
   textual_cls: Float[Array, "b d"]
-  textual_tokens: Float[Array, "g b q d"]
+  textual_tokens: Float[Array, "g b q d"]  # what MACL compares: behind the head, if there is one
   fused: Float[Array, "g b k d"]  # what the visual cross-attention reads; K = Q (V if unfused)
   words: tuple[Float[Array, "s b w e"], ...]  # S+ per text encoder; S = G (1 if shared)
+
+  def blend(self, other: "MFIFeatures", weight: Float[Array, " b"]) -> "MFIFeatures":
+    """From this subject (weight 0) to another (1), in everything that a drawing reads."""
+
+    def mixed(axis: int, a, b):
+      w = weight.astype(a.dtype).reshape([-1 if i == axis else 1 for i in range(a.ndim)])
+      return (1 - w) * a + w * b
+
+    batch_axis = dict(visual_cls=0, visual_tokens=0, textual_cls=0)
+    parts = {
+      name: jax.tree.map(functools.partial(mixed, batch_axis.get(name, 1)), *pair)
+      for name, pair in zip(self._fields, zip(self, other))
+    }
+    return MFIFeatures(**parts)
 
 
 class MFIEncoder(nnx.Module):
@@ -124,6 +145,9 @@ class MFIEncoder(nnx.Module):
     if config.fusion == "tv_fusion":
       self.fusion = TVFusion(config.width, **kinds)
     self.heads = nnx.List([nnx.Linear(config.width, width, **kinds) for width in text_widths])
+    if config.contrast_head:  # [R] as in SimCLR; the lab's variant, since it can hide pose
+      self.contrast_in = nnx.Linear(config.width, config.contrast_head, **kinds)
+      self.contrast_out = nnx.Linear(config.contrast_head, config.width, **kinds)
 
   def __call__(
     self,
@@ -146,4 +170,6 @@ class MFIEncoder(nnx.Module):
     if self.config.s_plus_space == "shared":
       words = jnp.mean(words, axis=0, keepdims=True)
     words = tuple(head(words) for head in self.heads)
+    if self.config.contrast_head:
+      textual = self.contrast_out(jax.nn.gelu(self.contrast_in(textual)))
     return MFIFeatures(visual_cls, visual, textual_cls, textual, fused, words)

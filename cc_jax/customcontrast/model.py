@@ -52,6 +52,16 @@ class Conditioning:
     return jax.tree.map(lambda *x: jnp.concatenate(x), *rest).replace(textual_tokens=tokens)
 
 
+@struct.dataclass
+class Subject:
+  """One more subject of the same prompt, with a noun and a slot of its own, behind the first's."""
+
+  features: Float[Array, "b p c"]  # of `image_features`
+  slot: Int[Array, " b"]
+  noun_span: Int[Array, "b 2"]
+  visual: tuple[Float[Array, "b d"], Float[Array, "b v d"]] | None = None  # of `visual`, if known
+
+
 class CustomContrast(nnx.Module):
   """Frozen base (image encoder, text encoders, VAE, UNet) and the trainable adapter.
 
@@ -180,6 +190,8 @@ class CustomContrast(nnx.Module):
     scale: Float[Array, "*l_or_b"] | float = 1.0,
     time_ids: Float[Array, "b 6"] | None = None,
     clip_skip: int = 0,
+    also: Sequence[Subject] = (),
+    toward: tuple[Subject, Float[Array, " b"]] | None = None,
   ) -> Conditioning:
     """Everything that subject and prompt say to the denoiser at timesteps t [B] in [0, 1000).
 
@@ -193,27 +205,42 @@ class CustomContrast(nnx.Module):
       scale: the user's knob: one number, [L], [B], or any of [L, 1], [1, B], [L, B].
       time_ids: SDXL's (original h, w, crop top, left, target h, w).
       clip_skip: how many more layers of the text encoders to leave out at the end.
+      also: further subjects, in the order of their slots, all of which count in the prompt as it
+        is without any S+. Every subject's words stand after its own noun; the visual attention
+        reads the tokens of all, side by side [R].
+      toward: another subject and how far to go to it, per sample: 0 = not at all, 1 = that one.
+        Its slot and noun are not read: the prompt names one subject.
 
     Raises:
       UserError: a prompt has no room for S+ (checked outside jit only), or scale has a wrong shape.
     """
     ids = list(input_ids) if isinstance(input_ids, list | tuple) else [input_ids]
     ids = ids * len(self.text_encoders) if len(ids) == 1 else ids
-    if features is None:
+    if features is None or self.mfi_encoder.config.s_plus_space == "none":
       use_s_plus = False
     if use_s_plus is not False:
-      self._check_room(ids)
+      self._check_room(ids, 1 + len(also))
     encoded = self.encode(features, t, use_image, visual)
-    words = None if use_s_plus is False else encoded.words
+    if toward is not None:
+      other, weight = toward
+      encoded = encoded.blend(self.encode(other.features, t, use_image, other.visual), weight)
+    others = [self.encode(one.features, t, use_image, one.visual) for one in also]
+    fused = encoded.fused
+    if others:
+      fused = jnp.concatenate([fused, *(other.fused for other in others)], axis=2)
+    placed = None  # every subject's words with their slot and noun, the first subject first
+    if use_s_plus is not False:
+      placed = [(encoded.words, slot, noun_span)]
+      placed += [(o.words, one.slot, one.noun_span) for o, one in zip(others, also)]
     use = jnp.broadcast_to(jnp.asarray(use_s_plus), t.shape)
     use = use if use_image is None else use & use_image
 
-    texts, plain, pooled = self._encode_text(ids, words, slot, noun_span, use, clip_skip)
+    texts, plain, pooled = self._encode_text(ids, placed, use, clip_skip)
     scales = _per_layer(scale, len(self.group_of_layer), t.shape[0])
     context = tuple(
       LayerCondition(
         text=texts[min(group, texts.shape[0] - 1)],  # one sequence serves all when S+ is shared
-        visual=encoded.fused[group],
+        visual=fused[group],
         scale=scales[layer],
       )
       for layer, group in enumerate(self.group_of_layer)
@@ -259,32 +286,39 @@ class CustomContrast(nnx.Module):
     }
     return prediction, tuple(by_path[path] for path in self.layer_paths if path in by_path)
 
-  def _check_room(self, ids) -> None:
+  def _check_room(self, ids, subjects: int) -> None:
     """Raises UserError where S+ would push EOS out; under jit nobody can look: no check there."""
     for tower, ids_BxT in zip(self.text_encoders, ids):
       if not isinstance(ids_BxT, jax.core.Tracer):
         eos = tower.pool_position(ids_BxT)
         if not isinstance(eos, jax.core.Tracer):
-          s_plus.check_room(ids_BxT, eos, self.mfi_encoder.config.s_words)
+          s_plus.check_room(ids_BxT, eos, subjects * self.mfi_encoder.config.s_words)
 
-  def _encode_text(self, ids, words, slot, noun_span, use, clip_skip):
-    """(texts [S, B, T, D], plain text or None, pooled or None); S = G, or 1 without S+ / shared."""
+  def _encode_text(self, ids, placed, use, clip_skip):
+    """(texts [S, B, T, D], plain text or None, pooled or None); S = G, or 1 without S+ / shared.
+
+    `placed`: for each subject (words, slot, noun_span), in the order of the slots; None = no S+.
+    """
     addition = self.unet.config.addition_embed_type
     config = self.mfi_encoder.config
-    pooled_s_plus = config.s_plus_pooled == "s_plus" and words is not None
+    pooled_s_plus = config.s_plus_pooled == "s_plus" and placed is not None
     several = len(self.text_encoders) > 1  # SDXL: penultimate states, concatenated; no final norm
-    needs_plain = addition is not None and words is not None and not pooled_s_plus
+    needs_plain = addition is not None and placed is not None and not pooled_s_plus
     all_texts, all_plain, pooled = [], [], None
     for index, (tower, ids_BxT) in enumerate(zip(self.text_encoders, ids)):
       embeddings = tower.token_embedding(ids_BxT)
       sequences, pool_ids = embeddings[None], ids_BxT[None]
-      if words is not None:
-        eos = tower.pool_position(ids_BxT)
-        w = words[index]
-        if config.s_plus_norm == "class_noun":
-          w = s_plus.set_norm(w, s_plus.noun_norm(embeddings, noun_span))
-        sequences = s_plus.insert_words(embeddings, w, slot, eos, use)
-        shifted = s_plus.insert_ids(ids_BxT, w.shape[2], slot, eos, use)
+      if placed is not None:
+        eos, shifted = tower.pool_position(ids_BxT), ids_BxT
+        # The last subject first, so that what is inserted moves no slot that is still to be filled.
+        for number, (words, slot, noun_span) in enumerate(reversed(placed)):
+          w = words[index]
+          if config.s_plus_norm == "class_noun":
+            w = s_plus.set_norm(w, s_plus.noun_norm(embeddings, noun_span))
+          insert = s_plus.insert_more_words if number else s_plus.insert_words
+          end = eos + number * w.shape[2]
+          sequences = insert(sequences if number else embeddings, w, slot, end, use)
+          shifted = s_plus.insert_ids(shifted, w.shape[2], slot, end, use)
         pool_ids = jnp.broadcast_to(shifted, (sequences.shape[0], *shifted.shape))
         if needs_plain:  # the unmodified prompt rides in the same batch
           sequences = jnp.concatenate([sequences, embeddings[None]])

@@ -1,5 +1,6 @@
 """S+: pseudo-words for the subject, placed in a prompt right after its class noun."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
@@ -51,6 +52,18 @@ def insert_words(
   is_word = _is_word(length, count, slot, eos)
   inserted = jnp.where(is_word[..., None], placed.astype(embeddings.dtype), moved)
   return jnp.where(use[:, None, None], inserted, embeddings)
+
+
+def insert_more_words(
+  sequences: Float[Array, "s b t d"],
+  words: Float[Array, "s b w d"],
+  slot: Int[Array, " b"],
+  eos: Int[Array, " b"],
+  use: Bool[Array, " b"],
+) -> Float[Array, "s b t d"]:
+  """`insert_words` where each layer has its own sequence already: a prompt's second subject."""
+  insert = lambda sequence, w: insert_words(sequence, w[None], slot, eos, use)[0]  # noqa: E731
+  return jax.vmap(insert)(sequences, words)
 
 
 def insert_ids(

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
+from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
@@ -30,6 +31,9 @@ CATEGORIES = dict(
     pattern=len(world.PATTERNS), pattern_color=len(world.COLORS), scene=len(world.SCENES),
     hat=1 + len(world.COLORS), style=len(world.STYLES))
 CONTINUOUS = ("size", "x", "y")
+# What makes the individual, and what a prompt may ask for.
+INTRINSIC = ("class_id", "color1", "color2", "pattern", "pattern_color")
+CONTEXT = ("scene", "style")
 AZIMUTH_BINS = 8
 
 
@@ -182,7 +186,11 @@ def _reader(graph):
 
 
 def read(judge: FactorJudge, images: np.ndarray, *, batch: int = 64) -> dict[str, np.ndarray]:
-  """Reads pictures uint8 [n,64,64,3]: categories int [n], azimuth radians [n], size, x, y [n]."""
+  """Reads pictures uint8 [n,h,w,3]: categories int [n], azimuth radians [n], size, x, y [n].
+
+  Pictures of another size than the judge's 64 pixels are resized.
+  """
+  images = resized(images, 64)
   graph, state = nnx.split(judge)
   rows = []
   for start in range(0, len(images), batch):
@@ -194,6 +202,57 @@ def read(judge: FactorJudge, images: np.ndarray, *, batch: int = 64) -> dict[str
   reading = {name: out[name].argmax(1) for name in CATEGORIES}
   reading["azimuth"] = np.arctan2(out["azimuth"][:, 1], out["azimuth"][:, 0])
   return reading | {name: out[name][:, 0] for name in CONTINUOUS}
+
+
+def resized(images: np.ndarray, side: int) -> np.ndarray:
+  """uint8 [n,h,w,3] -> [n,side,side,3], bicubic; the same array if it has that size already."""
+  if images.shape[1:3] == (side, side):
+    return images
+  how = Image.Resampling.BICUBIC
+  resize = lambda image: np.asarray(Image.fromarray(image).resize((side, side), how))  # noqa: E731
+  return np.stack([resize(image) for image in images])
+
+
+def agreement(reading: Mapping[str, np.ndarray], truth: world.Factors | Mapping[str, np.ndarray],
+              seen: Mapping[str, np.ndarray], names=INTRINSIC) -> dict[str, np.ndarray]:
+  """Per factor, float [n]: 1 where the reading is the truth, 0 where not, NaN where not `seen`."""
+  truth = truth._asdict() if isinstance(truth, world.Factors) else truth
+  return {name: np.where(seen[name], (reading[name] == truth[name]).astype(float), np.nan)
+          for name in names}
+
+
+def share(agreements: Mapping[str, np.ndarray]) -> np.ndarray:
+  """Per picture, the share of its visible factors that agree, [n]; NaN where none is visible."""
+  table = np.stack(list(agreements.values()))
+  counted = np.sum(~np.isnan(table), axis=0)
+  return np.where(counted > 0, np.nansum(table, axis=0) / np.maximum(counted, 1), np.nan)
+
+
+def real_similarity(subjects: world.Subjects | world.Factors) -> np.ndarray:
+  """How alike the individuals are, [n,n] in [0,1], from their intrinsic factors alone.
+
+  The mean of six: same class; nearness of the two part colours (1 - RGB distance over the largest);
+  same pattern; nearness of the pattern colours (1 if both are plain, 0 if one is); nearness of the
+  proportions (1 - mean absolute difference over the range).
+  """
+  rgb = np.asarray(list(world.COLOR_RGB.values()), float)
+  apart = np.linalg.norm(rgb[:, None] - rgb[None], axis=-1)
+  near = 1 - apart / apart.max()
+
+  def pairs(column, of=None):
+    column = np.asarray(column)
+    if of is None:
+      return (column[:, None] == column[None]).astype(float)
+    return of[column[:, None], column[None]]
+
+  plain = np.asarray(subjects.pattern) == world.PATTERNS.index("plain")
+  both, neither = plain[:, None] & plain[None], ~plain[:, None] & ~plain[None]
+  pattern_color = np.where(neither, pairs(subjects.pattern_color, near), both)
+  shape = np.stack([subjects.wide, subjects.tall, subjects.ratio], -1).astype(float)
+  proportions = 1 - np.abs(shape[:, None] - shape[None]).mean(-1) / 2
+  parts = (pairs(subjects.class_id), pairs(subjects.color1, near), pairs(subjects.color2, near),
+           pairs(subjects.pattern), pattern_color, proportions)
+  return np.mean(parts, axis=0)
 
 
 def azimuth_bin(azimuth: np.ndarray) -> np.ndarray:

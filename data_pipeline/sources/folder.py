@@ -91,7 +91,8 @@ def batches(maker: Maker, *, folder: str, start_step: int, rows: range) -> Itera
     rng = maker.rng(step, row)
     number = maker.subjects(table, step)[row]
     subject = subjects[number]
-    frames = [subject.frames[f] for f in sampling.choose_frames(rng, flags[number])]
+    chosen = maker.frames(sampling.choose_frames(rng, flags[number]))
+    frames = [subject.frames[f] for f in chosen]
     pictures, masks = zip(*(frame.load() for frame in frames))
     return maker.example(rng, table, number, pictures, masks, frames[2].caption, subject.noun)
 

@@ -32,6 +32,8 @@ def make_batch(
   views = factors.concatenate(
       [three_views(rng, subjects.take(chosen[[row] * 3])) for rng, row in zip(rngs, rows)]
   )
+  roles = np.asarray(maker.frames((0, 1, 2)))
+  views = views.take((np.arange(0, 3 * len(rngs), 3)[:, None] + roles).ravel())
   rendered = renderer.render(views, resolution=maker.triple.image_size)
   examples = []
   for n, (rng, row) in enumerate(zip(rngs, rows)):

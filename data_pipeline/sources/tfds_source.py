@@ -35,7 +35,7 @@ def batches(
     rng = maker.rng(step, row)
     number = maker.subjects(subjects.table, step)[row]
     subject = subjects[number]
-    frames = sampling.choose_frames(rng, subject.is_reference())
+    frames = maker.frames(sampling.choose_frames(rng, subject.is_reference()))
     pictures, masks = zip(*(subject.frame(f) for f in frames))
     caption = subject.texts("captions")[frames[2]]
     noun = subject.texts("class_noun")[0]

@@ -1,0 +1,230 @@
+"""The paper's pictures, from a trained adapter: a map of S+, location maps, two subjects in one
+picture, what lies between two subjects, a sheet of references and prompts.
+
+    python -m cc_jax.lab --suite=pictures --checkpoint=runs/lab/method-0 \\
+        --against=runs/lab/self_reconstruction-0 --figures=docs/lab
+
+Each function takes a `generate.Pipeline` and returns a picture; notebooks call them too.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import ml_collections
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from PIL import Image
+
+from cc_jax import evaluate, generate
+from cc_jax.drawer import encode_prompts
+from cc_jax.lab_scores import embed, make_views
+from cc_jax.metrics import features
+from cc_jax.pictures import grid
+from data_pipeline.subjects3d import factors as world
+
+MARKERS = "os^Dv*P<X>hp"  # one for each subject
+SEED = 40_000  # of the noise
+
+
+def pictures(
+  config: ml_collections.ConfigDict, checkpoint: str | os.PathLike,
+  against: str | os.PathLike | None, folder: Path,
+) -> None:
+  """Writes every picture of `checkpoint` to `folder`; `against` stands beside it in the map of S+.
+
+  Raises:
+    UserError: an adapter that does not exist or does not fit the base.
+  """
+  folder.mkdir(parents=True, exist_ok=True)
+  pipe = generate.load(checkpoint, config.run.base)
+  pipes = {_name(checkpoint): pipe}
+  if against is not None:
+    pipes = {_name(against): generate.load(against, config.run.base)} | pipes
+  steps, trials = config.run.sample.steps, _trials(config, 6)
+  s_plus_map(pipes, config).savefig(folder / "s_plus_map.png", dpi=110, bbox_inches="tight")
+  drawn = {
+    "location_maps": location_maps(pipe, trials, steps=steps),
+    "two_subjects": two_subjects(pipe, trials, steps=steps),
+    "between_subjects": between_subjects(pipe, trials, steps=steps),
+    "sheet": sheet(pipe, trials, steps=steps),
+  }
+  for name, picture in drawn.items():
+    if picture is not None:
+      picture.save(folder / f"{name}.png")
+  print(f"{folder}: {', '.join(['s_plus_map', *drawn])} of {checkpoint}")
+
+
+def s_plus_map(
+  pipes: dict[str, generate.Pipeline], config: ml_collections.ConfigDict, *,
+  layers: Sequence[int] | None = None, subjects: int = 8, views: int = 10,
+) -> Figure:
+  """t-SNE of S+ at four layers, a row per adapter: one shape per subject, one colour per view.
+
+  All subjects are shown in the same views, so that a colour that gathers tells of a leaked view and
+  a shape that gathers of a known subject. Layers are counted from 1; by default they are spread.
+  """
+  score = config.score.copy_and_resolve_references()
+  score.update(probe_subjects=min(subjects, config.score.probe_subjects), probe_views=views)
+  references, factors = make_views(config.run, score, same=True)
+  subject = np.unique(factors.subject_id, return_inverse=True)[1]
+  view = np.tile(np.arange(views), score.probe_subjects)
+  count = len(next(iter(pipes.values())).layer_paths)
+  layers = layers or sorted({round(1 + share * (count - 1)) for share in (0, 1 / 3, 2 / 3, 1)})
+  figure = Figure(figsize=(3.4 * len(layers), 3.5 * len(pipes)))
+  grid_of_axes = figure.subplots(len(pipes), len(layers), squeeze=False)
+  for row, (name, pipe) in zip(grid_of_axes, pipes.items()):
+    pooled, _ = embed(model_of(pipe), references, config.score.timestep, batch=config.score.batch)
+    groups = [key for key in pooled if key.startswith("layer")]
+    for axes, layer in zip(row, layers):
+      group = groups[min(pipe_group(pipe, layer - 1), len(groups) - 1)]
+      points = features.tsne(pooled[group])
+      for s in range(score.probe_subjects):
+        own = subject == s
+        axes.scatter(*points[own].T, c=view[own], cmap="hsv", vmin=0, vmax=views, s=28,
+                     marker=MARKERS[s % len(MARKERS)], edgecolors="black", linewidths=0.3)
+      recall = features.recall_at_1(pooled[group], subject)
+      axes.set_title(f"{name}\nlayer {layer}, recall@1 {recall:.2f}", fontsize=9)
+      axes.set_xticks([])
+      axes.set_yticks([])
+  handles = [Line2D([], [], color="grey", marker=MARKERS[s % len(MARKERS)], ls="",
+                    label=world.CLASSES[factors.class_id[subject == s][0]])
+             for s in range(score.probe_subjects)]
+  figure.legend(handles=handles, loc="lower center", ncols=min(8, len(handles)), fontsize=8,
+                bbox_to_anchor=(0.5, -0.04), title="shape: subject, colour: view")
+  figure.tight_layout()
+  return figure
+
+
+def location_maps(
+  pipe: generate.Pipeline, trials: evaluate.Trials, *, count: int = 3, columns: int = 6,
+  steps: int = 20, layer: int | None = None,
+) -> Image.Image | None:
+  """The map m of one layer over the denoising steps, the drawn picture at the end of each row.
+
+  `layer` counts from 1; default is the one with the most pixels. None for an adapter without maps.
+  """
+  if not pipe.adapter.injection.location:
+    return None
+  count = min(count, len(trials.nouns))
+  images, maps = draw(pipe, trials.prompts[:count], trials.nouns[:count], trials.references[:count],
+                      range(SEED, SEED + count), steps=steps, maps=True)
+  layer = layer or 1 + int(np.argmax([m.shape[2] for m in maps]))
+  side = round(maps[layer - 1].shape[2] ** 0.5)
+  which = np.unique(np.linspace(0, steps - 1, columns).round().astype(int))
+  cells = []
+  for i in range(count):
+    shades = [_grey(maps[layer - 1][k, i].reshape(side, side), images.shape[2]) for k in which]
+    cells += [trials.references[i], *shades, images[i]]
+  heads = ["reference", *(f"step {k + 1}" for k in which), "picture"]
+  return grid(cells, columns=len(heads), column_headings=heads, scale=1.5,
+              title=f"Location maps of layer {layer}: black = 0, white = 1")
+
+
+def two_subjects(
+  pipe: generate.Pipeline, trials: evaluate.Trials, *, count: int = 3, steps: int = 20,
+) -> Image.Image | None:
+  """Two references and one picture with both, each S+ behind its own noun."""
+  count = min(count, len(trials.nouns) // 2)
+  if not count:
+    return None
+  first, second = (range(k, 2 * count, 2) for k in (0, 1))
+  nouns = [(trials.nouns[a], trials.nouns[b]) for a, b in zip(first, second)]
+  prompts = [f"a {a} and a {b} on the beach" for a, b in nouns]
+  images, _ = draw(pipe, prompts, nouns, trials.references[list(first)],
+                   range(SEED, SEED + count), steps=steps,
+                   also=[trials.references[list(second), None]])
+  cells, captions = [], []
+  for i in range(count):
+    cells += [trials.references[2 * i], trials.references[2 * i + 1], images[i]]
+    captions += [*nouns[i], prompts[i]]
+  return grid(cells, captions, columns=3, scale=2)
+
+
+def between_subjects(
+  pipe: generate.Pipeline, trials: evaluate.Trials, *, rows: int = 3, columns: int = 5,
+  steps: int = 20,
+) -> Image.Image | None:
+  """From one subject to another of another class, in equal steps of everything the encoder says.
+
+  The prompt names the first subject; all pictures of a row start from the same noise.
+  """
+  rows = min(rows, len(trials.nouns) // 2)
+  if not rows:
+    return None
+  weights = np.linspace(0, 1, columns).astype(np.float32)
+  first = np.repeat(np.arange(rows) * 2, columns)
+  images, _ = draw(pipe, [trials.prompts[i] for i in first], [trials.nouns[i] for i in first],
+                   trials.references[first], SEED + first, steps=steps,
+                   toward=(trials.references[first + 1][:, None], np.tile(weights, rows)))
+  cells = []
+  for i in range(rows):
+    row = images[i * columns : (i + 1) * columns]
+    cells += [trials.references[2 * i], *row, trials.references[2 * i + 1]]
+  heads = ["from", *(f"{weight:.2f}" for weight in weights), "to"]
+  return grid(cells, columns=columns + 2, column_headings=heads, scale=1.5)
+
+
+def sheet(
+  pipe: generate.Pipeline, trials: evaluate.Trials, *, subjects: int = 6,
+  scenes: Sequence[str] = ("on the beach", "in the snow", "at night", "by a brick wall"),
+  steps: int = 20,
+) -> Image.Image:
+  """References down the side, prompts along the top; the last column is the base's, without S+."""
+  subjects = min(subjects, len(trials.nouns))
+  which = np.repeat(np.arange(subjects), len(scenes))
+  nouns = [trials.nouns[i] for i in which]
+  prompts = [f"a {noun} {scene}" for noun, scene in zip(nouns, list(scenes) * subjects)]
+  said = dict(steps=steps, batch_size=2 * len(scenes))
+  images, _ = draw(pipe, prompts, nouns, trials.references[which], SEED + which, **said)
+  plain, _ = draw(pipe, prompts, nouns, None, SEED + which, **said)
+  cells = []
+  for i in range(subjects):
+    row = slice(i * len(scenes), (i + 1) * len(scenes))
+    cells += [trials.references[i], *images[row], plain[row][0]]
+  heads = ["reference", *scenes, f"base, {scenes[0]}"]
+  return grid(cells, columns=len(heads), column_headings=heads, scale=1.5)
+
+
+def draw(pipe: generate.Pipeline, prompts: Sequence[str], nouns: Sequence, references, seeds,
+         **options):
+  """(pictures, location maps) of references [n, h, w, 3] that are shown as training showed them.
+
+  A pipeline would cut out and re-centre them. `references` None draws with the base.
+  """
+  own = references is not None
+  return pipe.drawer(
+    encode_prompts(pipe.base.tokenizers, list(prompts), list(nouns) if own else None,
+                   s_words=pipe.s_words if own else 0),
+    encode_prompts(pipe.base.tokenizers, [""]),
+    noise=pipe.drawer.noise([int(seed) for seed in seeds]),
+    references=references[:, None] if own else None,
+    **options)
+
+
+def model_of(pipe: generate.Pipeline):
+  """The CustomContrast model of a pipeline."""
+  return pipe.drawer.merge(pipe.drawer.params)
+
+
+def pipe_group(pipe: generate.Pipeline, layer: int) -> int:
+  """The group of layers that shares its S+ with `layer`, counted from 0."""
+  return pipe.adapter.encoder.group_of_layer(len(pipe.layer_paths))[layer]
+
+
+def _trials(config: ml_collections.ConfigDict, count: int) -> evaluate.Trials:
+  count = min(count, config.score.subjects)
+  return evaluate.make_trials(config.score.split, count, **evaluate.shown(config.run.data))
+
+
+def _grey(m: np.ndarray, side: int) -> Image.Image:
+  shade = Image.fromarray((255 * np.clip(m, 0, 1)).astype(np.uint8))
+  return shade.resize((side, side), Image.Resampling.NEAREST)
+
+
+def _name(checkpoint: str | os.PathLike) -> str:
+  path = Path(checkpoint)
+  return (path if path.is_dir() else path.parent).name.replace("_", " ")

@@ -1,0 +1,432 @@
+"""Tables and figures of the laboratory, from its result files alone: no model, no judge."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from cc_jax.errors import UserError
+from cc_jax.metrics.statistics import Interval, at_equal, hierarchical_bootstrap
+
+Result = dict[str, Any]
+Arms = dict[str, list[Result]]  # by name, its seeds in order
+
+METHOD, BASE = "method", "base"
+AGAINST = ("self_reconstruction", "ip_adapter_plus")  # what the method is held against
+FACTORS = ("class_id", "color1", "color2", "pattern", "pattern_color", "scene", "style")
+MOVES = ("size", "place", "azimuth", "light", "scene")
+INTRINSIC = ("class_id", "color1", "color2", "pattern", "pattern_color", "wide", "tall", "ratio")
+IRRELEVANT = ("azimuth", "elevation", "roll", "size", "x", "y", "light_azimuth", "scene")
+_COLORS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b", "#e377c2", "#7f7f7f",
+           "#bcbd22", "#17becf")
+
+
+def report(results: Path, folder: Path, *, split: str = "validation") -> None:
+  """Writes `tables.md` and the figures to `folder`.
+
+  Raises:
+    UserError: no results of this split, or of different budgets or scorings.
+  """
+  arms = load(results, split)
+  folder.mkdir(parents=True, exist_ok=True)
+  ending = "" if split == "validation" else f"-{split}"
+  (folder / f"tables{ending}.md").write_text(tables(arms, split))
+  for name, draw in FIGURES.items():
+    figure = draw(arms)
+    if figure is not None:
+      figure.savefig(folder / f"{name}{ending}.png", dpi=110, bbox_inches="tight")
+  print(f"{folder}: tables{ending}.md and figures of {sum(map(len, arms.values()))} results")
+
+
+def load(results: Path, split: str) -> Arms:
+  """The results of a split, by arm, the best value of a tuned arm alone."""
+  found = [json.loads(file.read_text()) for file in sorted(Path(results).glob("*.json"))]
+  found = [result for result in found if result["split"] == split]
+  if not any(result["arm"] != BASE for result in found):
+    raise UserError(f"{results} has no results of the {split} subjects; run --suite=ablation first")
+  marks = {result["fingerprint"] for result in found}
+  if len(marks) > 1:
+    raise UserError(
+      f"the results in {results} are of {len(marks)} different budgets, bases or scorings; keep "
+      "those of one, or give each a --results folder of its own")
+  arms: Arms = {}
+  for result in sorted(found, key=lambda r: (r["arm"] != METHOD, r["arm"], r["seed"])):
+    arms.setdefault(result["arm"], []).append(result)
+  return {name: _best_value(rows) for name, rows in arms.items()}
+
+
+def _best_value(rows: list[Result]) -> list[Result]:
+  values = {row["tuned"] for row in rows}
+  if len(values) == 1:
+    return rows
+  first = min(row["seed"] for row in rows)
+  score = {row["tuned"]: row["scores"]["fidelity"] + row["scores"]["control"]
+           for row in rows if row["seed"] == first}
+  best = max(score, key=score.get)
+  return [row for row in rows if row["tuned"] == best]
+
+
+# ---- numbers
+
+
+def over_seeds(rows: Sequence[Result], get: Callable[[Result], float | None]) -> np.ndarray:
+  """What `get` finds in each seed, NaN where it finds nothing."""
+  values = [get(row) for row in rows]
+  return np.asarray([np.nan if value is None else value for value in values], float)
+
+
+def leak(row: Result, move: str) -> float | None:
+  """The mean leakage of one factor."""
+  known = [value for value in row["leakage"].get(move, ()) if value is not None]
+  return float(np.mean(known)) if known else None
+
+
+def paired(
+  one: Sequence[Result], other: Sequence[Result], get: Callable[[Result], list]
+) -> Interval:
+  """The difference `one` - `other` of what each subject got, over the seeds that both have.
+
+  An arm with a single seed is compared with the same seed of the other.
+  """
+  by_seed = {row["seed"]: row for row in other}
+  pairs = [(row, by_seed[row["seed"]]) for row in one if row["seed"] in by_seed]
+  rows = [np.asarray(get(a), float) - np.asarray(get(b), float) for a, b in pairs]
+  if not rows or not rows[0].size:
+    return Interval(*[float("nan")] * 3)
+  return hierarchical_bootstrap(np.stack(rows))
+
+
+def at_equal_identity(
+  one: Sequence[Result], other: Sequence[Result], move: str
+) -> tuple[float, float, float]:
+  """(identity, leakage of `one`, of `other`) at the highest identity that both reach in training.
+
+  Curves are means over the seeds. NaN where a curve has fewer than one point.
+  """
+  curves = [curve(rows, move) for rows in (one, other)]
+  if any(len(identity) == 0 for identity, _ in curves):
+    return (float("nan"),) * 3
+  level = min(identity.max() for identity, _ in curves)
+  return level, *(at_equal(identity, value, level) for identity, value in curves)
+
+
+def curve(rows: Sequence[Result], move: str) -> tuple[np.ndarray, np.ndarray]:
+  """(identity, leakage of a factor) at every checkpoint, averaged over seeds."""
+  steps = sorted({point["step"] for row in rows for point in row["curve"]})
+  identity, leaks = [], []
+  for step in steps:
+    points = [point for row in rows for point in row["curve"] if point["step"] == step]
+    values = [point["leakage"].get(move) for point in points]
+    values = [value for value in values if value is not None]
+    if values:
+      identity.append(np.mean([point["fidelity"] for point in points]))
+      leaks.append(np.mean(values))
+  return np.asarray(identity), np.asarray(leaks)
+
+
+# ---- tables
+
+
+def tables(arms: Arms, split: str) -> str:
+  """The markdown file."""
+  row = next(rows[0] for name, rows in arms.items() if name != BASE)
+  parts = [
+    "# Tables of the laboratory",
+    f"Made by `python -m cc_jax.lab --suite=report --split={split}` from `results/`: "
+    f"{sum(map(len, arms.values()))} runs of {row['steps']} steps, {split} subjects, base "
+    f"`{row['base']}`, world and scoring `{row['fingerprint']}`; {_machines(arms)}.",
+    "## What is drawn", _scores(arms),
+    "## The method less another arm, subject by subject",
+    "95 % intervals: hierarchical bootstrap over seeds and subjects, same prompts and noise.",
+    _differences(arms, METHOD),
+    "## Trade-off: swept over the adapter's scale", _swept(arms),
+    "## Leakage at equal identity",
+    "Where the trainings first reach the identity that both reach; see `leakage_course.png`.",
+    _equal(arms),
+    "## Likeness: Spearman correlation of S+ with the real similarity of subjects",
+    _per_layer(arms, lambda layer: layer["spearman"]),
+    "## Retrieval: recall@1 from another view", _per_layer(arms, lambda layer: layer["recall"]),
+    "## Distance within a subject over distance between subjects",
+    _per_layer(arms, lambda layer: layer["ratio"]),
+    "## Linear probes: what a layer knows, and what it should not know",
+    "Share of right answers (labels, azimuth in 8 bins) or R² (numbers); mean over S+'s layers.",
+    _probes(arms),
+  ]
+  return "\n\n".join(parts) + "\n"
+
+
+def _machines(arms: Arms) -> str:
+  spent = sum(row["seconds"] for rows in arms.values() for row in rows)
+  kinds = sorted({row["machine"] for rows in arms.values() for row in rows})
+  return f"{spent / 3600:.1f} hours on {'; '.join(kinds)}"
+
+
+def _scores(arms: Arms) -> str:
+  head = ["arm", "family", "seeds", "fidelity", "control", *FACTORS, *(f"leak {m}" for m in MOVES)]
+  lines = []
+  for name, rows in arms.items():
+    cells = [name + ("" if rows[0]["tuned"] is None else f" ({rows[0]['tuned']:g})"),
+             rows[0]["family"], str(len(rows))]
+    for key in ("fidelity", "control", *FACTORS):
+      cells.append(_spread(over_seeds(rows, lambda r: r["scores"].get(key))))  # noqa: B023
+    for move in MOVES:
+      cells.append(_spread(over_seeds(rows, lambda r: leak(r, move))))  # noqa: B023
+    lines.append(cells)
+  return markdown(head, lines)
+
+
+def _differences(arms: Arms, one: str) -> str:
+  head = ["against", "seeds", "fidelity", "control", *(f"leak {move}" for move in MOVES)]
+  lines = []
+  for name, rows in arms.items():
+    if name in (one, BASE) or one not in arms:
+      continue
+    both = {row["seed"] for row in rows} & {row["seed"] for row in arms[one]}
+    cells = [name, str(len(both))]
+    for key in ("fidelity", "control"):
+      cells.append(_interval(paired(arms[one], rows, lambda r: _row(r["subjects"][key]))))  # noqa: B023
+    for move in MOVES:
+      cells.append(_interval(
+        paired(arms[one], rows, lambda r: _row(r["leakage"].get(move, ())))))  # noqa: B023
+    lines.append(cells)
+  return markdown(head, lines)
+
+
+def _row(values: Sequence[float | None]) -> list[float]:
+  return [np.nan if value is None else value for value in values]
+
+
+def _swept(arms: Arms) -> str:
+  """Fidelity / control at every scale, and which points lie above the method on both axes."""
+  curves = {name: sweep(rows) for name, rows in arms.items()}
+  curves = {name: points for name, points in curves.items() if points}
+  if not curves or METHOD not in arms:
+    return "no arm was swept"
+  own = [float(np.mean(over_seeds(arms[METHOD], lambda r: r["scores"][key])))  # noqa: B023
+         for key in ("fidelity", "control")]
+  scales = list(next(iter(curves.values())))
+  lines = []
+  for name, points in curves.items():
+    above = [f"{s:g}" for s, (fidelity, control) in points.items()
+             if fidelity > own[0] and control > own[1]]
+    lines.append([name, *(f"{points[s][0]:.3f} / {points[s][1]:.3f}" for s in scales),
+                  ", ".join(above) or "none"])
+  head = ["fidelity / control at scale", *(f"{s:g}" for s in scales), "above the method on both"]
+  return markdown(head, lines)
+
+
+def sweep(rows: Sequence[Result]) -> dict[float, tuple[float, float]]:
+  """{scale: (fidelity, control)}, averaged over the seeds; empty for an arm that was not swept."""
+  points = [point for row in rows for point in row.get("sweep") or ()]
+  found: dict[float, list] = {}
+  for point in points:
+    found.setdefault(point["scale"], []).append((point["fidelity"], point["control"]))
+  return {scale: tuple(np.mean(np.asarray(values, float), axis=0))
+          for scale, values in sorted(found.items())}
+
+
+def _equal(arms: Arms) -> str:
+  head = ["against", "factor", "identity", METHOD, "other", "method over other"]
+  lines = []
+  for name in arms:
+    if name in (METHOD, BASE) or METHOD not in arms or arms[name][0]["family"] not in (
+      "core", "control"):
+      continue
+    for move in ("size", "place"):
+      level, own, other = at_equal_identity(arms[METHOD], arms[name], move)
+      ratio = own / other if other and abs(other) > 1e-6 else float("nan")
+      lines.append([name, move, *(_number(value) for value in (level, own, other, ratio))])
+  return markdown(head, lines)
+
+
+def _per_layer(arms: Arms, get: Callable[[Mapping], float]) -> str:
+  names = _layers(arms)
+  lines = []
+  for name, rows in arms.items():
+    if name == BASE:
+      continue
+    values = [over_seeds(rows, lambda r: _layer(r, layer, get)) for layer in names]  # noqa: B023
+    lines.append([name, *map(_spread, values)])
+  return markdown(["arm", *names], lines)
+
+
+def _layers(arms: Arms) -> list[str]:
+  return list(next(rows[0]["features"] for name, rows in arms.items() if name != BASE))
+
+
+def _layer(row: Result, layer: str, get: Callable[[Mapping], float]) -> float | None:
+  return get(row["features"][layer]) if layer in row["features"] else None
+
+
+def probe(row: Result, factor: str) -> float | None:
+  """A probe's score averaged over the layers of S+."""
+  layers = [value for name, value in row["features"].items() if name.startswith("layer")]
+  return float(np.mean([layer["probes"][factor]["score"] for layer in layers])) if layers else None
+
+
+def chance(arms: Arms, factor: str) -> float:
+  """What a probe gets that knows nothing."""
+  row = next(rows[0] for name, rows in arms.items() if name != BASE)
+  return next(iter(row["features"].values()))["probes"][factor]["chance"]
+
+
+def _probes(arms: Arms) -> str:
+  factors = list(dict.fromkeys((*INTRINSIC, *IRRELEVANT)))
+  lines = [["chance", *(_number(chance(arms, factor)) for factor in factors)]]
+  some = next(rows[0] for name, rows in arms.items() if name != BASE)
+  frozen = some["features"]["image encoder"]["probes"]
+  lines.append(["image encoder", *(_number(frozen[factor]["score"]) for factor in factors)])
+  for name, rows in arms.items():
+    if name != BASE:
+      lines.append([name, *(_spread(over_seeds(rows, lambda r: probe(r, factor)))  # noqa: B023
+                            for factor in factors)])
+  return markdown(["arm", *factors], lines)
+
+
+def markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+  """A table."""
+  rows = [head, ["---"] * len(head), *lines]
+  return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def _number(value: float) -> str:
+  return "–" if np.isnan(value) else f"{value:.3f}"
+
+
+def _spread(values: np.ndarray) -> str:
+  """Mean, and the standard deviation over seeds where there are several."""
+  values = values[~np.isnan(values)]
+  if len(values) == 0:
+    return "–"
+  return f"{values.mean():.3f}" + (f" ± {values.std(ddof=1):.3f}" if len(values) > 1 else "")
+
+
+def _interval(interval: Interval) -> str:
+  if np.isnan(interval.mean):
+    return "–"
+  text = f"{interval.mean:+.3f} [{interval.low:+.3f}, {interval.high:+.3f}]"
+  return f"**{text}**" if interval.excludes_zero else text
+
+
+# ---- figures
+
+
+def tradeoff(arms: Arms) -> Figure:
+  """Identity over control, a point per seed, with the curves over the adapter's scale."""
+  figure = Figure(figsize=(7.5, 5.5))
+  axes = figure.subplots()
+  for color, (name, rows) in zip(_cycle(), _shown(arms).items()):
+    x = over_seeds(rows, lambda r: r["scores"]["control"])
+    y = over_seeds(rows, lambda r: r["scores"]["fidelity"])
+    axes.scatter(x, y, color=color, s=26, label=name, marker="s" if name == BASE else "o")
+    line = {scale: point[::-1] for scale, point in sweep(rows).items()}
+    if line:
+      axes.plot(*zip(*line.values()), color=color, alpha=0.6)
+    for scale, point in line.items():
+      axes.annotate(f"{scale:g}", point, fontsize=7, color=color)
+  axes.set(xlabel="text control", ylabel="subject fidelity",
+           title="Trade-off; lines: the adapter's scale")
+  axes.legend(fontsize=8)
+  axes.grid(alpha=0.3)
+  return figure
+
+
+def leakage_course(arms: Arms) -> Figure:
+  """Leakage against identity over the course of training: a slow adapter is no decoupled one."""
+  figure = Figure(figsize=(10, 4.4))
+  for axes, move in zip(figure.subplots(1, 2), ("size", "place")):
+    for color, (name, rows) in zip(_cycle(), _shown(arms).items()):
+      identity, leaks = curve(rows, move)
+      if len(identity):
+        axes.plot(identity, leaks, "o-", ms=4, color=color, label=name)
+    axes.axhline(0, color="black", lw=0.8)
+    axes.set(xlabel="subject fidelity", ylabel=f"leakage of {move}", title=f"{move}: 1 = copied")
+    axes.grid(alpha=0.3)
+  axes.legend(fontsize=8)
+  return figure
+
+
+def leakage_bars(arms: Arms) -> Figure:
+  """Leakage of every factor at the end."""
+  return _bars({name: {move: over_seeds(rows, lambda r: leak(r, move)) for move in MOVES}  # noqa: B023
+                for name, rows in _shown(arms).items() if name != BASE},
+               "leakage by intervention (0 = not copied, 1 = copied)")
+
+
+def likeness(arms: Arms) -> Figure:
+  """Spearman correlation with real similarity, per layer."""
+  figure = Figure(figsize=(8, 4.4))
+  axes, names = figure.subplots(), _layers(arms)
+  for color, (name, rows) in zip(_cycle(), arms.items()):
+    if name == BASE or rows[0]["family"] not in ("core", "scaling"):
+      continue
+    values = [np.nanmean(over_seeds(rows, lambda r: _layer(r, layer, lambda v: v["spearman"])))  # noqa: B023
+              for layer in names]
+    axes.plot(names, values, "o-", ms=4, label=name, color=color)
+  axes.axhline(0.6, color="black", lw=0.8, ls=":")
+  axes.set(ylabel="Spearman correlation", title="Learned similarity against real similarity")
+  axes.legend(fontsize=7, ncols=2)
+  axes.grid(alpha=0.3)
+  return figure
+
+
+def probes(arms: Arms) -> Figure:
+  """What linear probes read in S+, with chance as a line."""
+  figure = Figure(figsize=(11, 7))
+  groups = (("intrinsic: high is good", INTRINSIC), ("irrelevant: chance is good", IRRELEVANT))
+  for axes, (title, factors) in zip(figure.subplots(2, 1), groups):
+    values = {name: {factor: over_seeds(rows, lambda r: probe(r, factor))  # noqa: B023
+                     for factor in factors}
+              for name, rows in _shown(arms).items() if name != BASE}
+    _draw_bars(axes, values, title)
+    for place, factor in enumerate(factors):
+      axes.plot([place - 0.42, place + 0.42], [chance(arms, factor)] * 2, color="black", lw=1.2)
+    axes.set_ylim(bottom=-0.1)
+  figure.tight_layout()
+  return figure
+
+
+FIGURES: dict[str, Callable[[Arms], Figure | None]] = {
+  "tradeoff": tradeoff, "leakage_course": leakage_course, "leakage": leakage_bars,
+  "likeness": likeness, "probes": probes,
+}
+
+
+def _shown(arms: Arms) -> Arms:
+  """Core arms, controls and the base: what a figure has room for."""
+  return {name: rows for name, rows in arms.items()
+          if rows[0]["family"] in ("core", "control", "base")}
+
+
+def _cycle():
+  while True:
+    yield from _COLORS
+
+
+def _bars(values: Mapping[str, Mapping[str, np.ndarray]], title: str) -> Figure:
+  figure = Figure(figsize=(9, 4.2))
+  _draw_bars(figure.subplots(), values, title)
+  return figure
+
+
+def _draw_bars(axes, values: Mapping[str, Mapping[str, np.ndarray]], title: str) -> None:
+  """A group of bars per factor, one bar per arm, a dot per seed."""
+  factors = list(next(iter(values.values())))
+  width = 0.84 / len(values)
+  for number, (color, (name, row)) in enumerate(zip(_cycle(), values.items())):
+    x = np.arange(len(factors)) - 0.42 + width * (number + 0.5)
+    known = [row[factor][~np.isnan(row[factor])] for factor in factors]
+    axes.bar(x, [v.mean() if len(v) else 0 for v in known], width * 0.9, color=color, label=name,
+             alpha=0.75)
+    for place, seeds in zip(x, known):
+      axes.plot([place] * len(seeds), seeds, ".", color="black", ms=3)
+  axes.set_xticks(range(len(factors)), factors)
+  axes.axhline(0, color="black", lw=0.8)
+  axes.set_title(title)
+  axes.legend(fontsize=7, ncols=3)
+  axes.grid(axis="y", alpha=0.3)

@@ -1,0 +1,246 @@
+"""All that the laboratory measures of one model: what it draws, what leaks, what its features know.
+
+A `Scorer` belongs to one run: it renders its trials once and compiles each program once, and is
+then asked at every checkpoint. Everything it returns goes into the run's result file as it is.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+from flax import nnx
+from jaxtyping import UInt8
+
+from cc_jax import evaluate, hub, sharding
+from cc_jax.customcontrast.model import CustomContrast
+from cc_jax.diffusion.schedule import NoiseSchedule
+from cc_jax.drawer import Drawer, bundle
+from cc_jax.metrics import factors as judging
+from cc_jax.metrics import features, leakage
+from data_pipeline.subjects3d import factors as world
+from data_pipeline.subjects3d.renderer import render_many
+from data_pipeline.triples import TripleConfig
+
+ON_THE_WAY = ("size", "place")  # moves that are drawn at every checkpoint
+LABELS = ("class_id", "color1", "color2", "pattern", "pattern_color", "scene")
+NUMBERS = ("wide", "tall", "ratio", "size", "x", "y", "elevation", "roll", "light_azimuth")
+_SEED = 30_000  # of the views whose features are looked at
+
+
+class Scorer:
+  """Scores one run's model, again and again."""
+
+  def __init__(self, config: ml_collections.ConfigDict, base: hub.Base):
+    """`config`: the laboratory's, with the arm's changes in `run`."""
+    self.run, self.score, self.base = config.run, config.score, base
+    self.mesh = sharding.make_mesh(self.run.mesh, self.run.train.batch_size)
+    self.judge, _ = judging.load_judge()
+    self._drawer: Drawer | None = None
+
+  @functools.cached_property
+  def trials(self) -> evaluate.Trials:
+    return trials(self.run, self.score)
+
+  @functools.cached_property
+  def interventions(self) -> evaluate.Interventions:
+    return evaluate.make_interventions(
+      self.score.split, self.score.interventions, **evaluate.shown(self.run.data))
+
+  @functools.cached_property
+  def views(self) -> tuple[UInt8[np.ndarray, "n h w 3"], world.Factors]:
+    return make_views(self.run, self.score)
+
+  def draw(self, what, model: nnx.Module, scale: float = 1.0):
+    """Pictures of trials or interventions; the first model's structure is every later one's."""
+    definition, params = nnx.split(model)
+    if self._drawer is None:
+      schedule = NoiseSchedule.from_config(self.base.scheduler_config)
+      self._drawer = Drawer(
+        model, schedule, merge=lambda params: nnx.merge(definition, params), mesh=self.mesh)
+    return evaluate.draw_trials(
+      self._drawer, self.base.tokenizers, what, self.run.sample, params=params, scale=scale,
+      s_words=self.run.encoder.s_words, batch_size=self.score.batch, progress=False)
+
+  def pictures(self, model: nnx.Module, trials: evaluate.Trials, scale: float = 1.0) -> dict:
+    """`subjects`: identity and control of each; `scores`: their means and those of each factor."""
+    images = self.draw(trials, model, scale)
+    reading = judging.read(self.judge, images)
+    rows = dict(fidelity=evaluate.identity(reading, trials),
+                control=evaluate.control(reading, trials))
+    means = {name: mean(row) for name, row in rows.items()}
+    parts = judging.agreement(reading, trials.factors, trials.seen)
+    asked = dict(scene=trials.scenes, style=trials.styles)
+    named = dict(scene=np.ones(len(images), bool), style=trials.styles > 0)
+    parts |= judging.agreement(reading, asked, named, judging.CONTEXT)
+    return dict(subjects={name: listed(row) for name, row in rows.items()},
+                scores=means | {name: mean(part) for name, part in parts.items()})
+
+  def leaks(self, model: nnx.Module, *, count: int | None = None, moves=None) -> dict:
+    """Leakage of each subject, {factor: [n]}; of the first `count` subjects and some moves only."""
+    what = self.interventions
+    names = ["start", *(leakage.MOVES if moves is None else moves)]
+    cut = slice(count)
+    what = evaluate.Interventions(
+      {name: what.references[name][cut] for name in names}, what.prompts[cut], what.nouns[cut],
+      what.factors.take(cut))
+    drawn = self.draw(what, model)
+    found = leakage.measure(self.judge, drawn, what.references, what.factors)
+    return {name: listed(row) for name, row in found.items()}
+
+  def on_the_way(self, model: CustomContrast, step: int) -> dict:
+    """A point of the curve over training."""
+    scores = self.pictures(model, self.trials.first(self.score.curve_subjects))["scores"]
+    leaks = self.leaks(model, count=self.score.curve_interventions, moves=ON_THE_WAY)
+    return dict(step=step, fidelity=scores["fidelity"], control=scores["control"],
+                leakage={name: mean(row) for name, row in leaks.items()})
+
+  def last_point(self, found: dict, step: int) -> dict:
+    """The curve's last point, from what `at_the_end` found: the same subjects, not drawn again."""
+    some, few = self.score.curve_subjects, self.score.curve_interventions
+    scores = {name: mean(known(row[:some])) for name, row in found["subjects"].items()}
+    leaks = {name: mean(known(found["leakage"][name][:few])) for name in ON_THE_WAY}
+    return dict(step=step, **scores, leakage=leaks)
+
+  def at_the_end(self, model: CustomContrast, *, sweep: bool) -> dict:
+    """Everything, of the trained model."""
+    found = self.pictures(model, self.trials)
+    found["leakage"] = self.leaks(model)
+    found["features"] = self.features(model)
+    if sweep:
+      some = self.trials.first(self.score.sweep_subjects)
+      found["sweep"] = [
+        dict(scale=scale, **{key: value for key, value in
+                             self.pictures(model, some, scale)["scores"].items()
+                             if key in ("fidelity", "control")})
+        for scale in self.score.sweep_scales
+      ]
+    return found
+
+  def features(self, model: CustomContrast) -> dict[str, dict[str, Any]]:
+    """Per layer of S+ (and of the visual tokens, and of the frozen image encoder): what it knows.
+
+    Distances, recall@1 from another view and the Spearman correlation with real similarity are of
+    tokens averaged per picture; linear probes read all tokens of a layer.
+    """
+    references, factors = self.views
+    pooled, flat = embed(model, references, self.score.timestep, batch=self.score.batch,
+                         mesh=self.mesh)
+    subject = factors.subject_id
+    fold = features.folds(subject)
+    first = np.unique(subject, return_index=True)[1]
+    real = judging.real_similarity(factors.take(first))
+    front = np.isin(factors.class_id, [world.CLASSES.index(c) for c in world.CLASSES_WITH_FRONT])
+    labels = {name: getattr(factors, name) for name in LABELS}
+    numbers = {name: getattr(factors, name) for name in NUMBERS}
+    azimuth = {"azimuth": judging.azimuth_bin(factors.azimuth[front])}
+    found = {}
+    for name in pooled:
+      if name.startswith("layer") and self.run.encoder.s_plus_space == "none":
+        continue  # these tokens go nowhere
+      probes = features.probes(flat[name], labels, numbers, fold)
+      probes |= features.probes(flat[name][front], azimuth, {}, fold[front])
+      found[name] = rounded(dict(
+        features.distances(pooled[name], subject),
+        recall=features.recall_at_1(pooled[name], subject),
+        spearman=features.likeness(pooled[name], subject, real),
+        probes=probes))
+    return found
+
+
+def trials(run: ml_collections.ConfigDict, score: ml_collections.ConfigDict) -> evaluate.Trials:
+  """The trials that all runs share, shown as the run's references are."""
+  return evaluate.make_trials(
+    score.split, score.subjects, styled=score.styled, **evaluate.shown(run.data))
+
+
+def of_base(config: ml_collections.ConfigDict, base: hub.Base) -> dict:
+  """What the base draws without adapter, on the same prompts and noise; it can leak nothing."""
+  scorer = Scorer(config, base)
+  model = bundle(base)
+  found = scorer.pictures(model, scorer.trials, scale=0.0)
+  return found | dict(leakage={}, features={})
+
+
+def make_views(
+  run: ml_collections.ConfigDict, score: ml_collections.ConfigDict, *, same: bool = False,
+) -> tuple[UInt8[np.ndarray, "n h w 3"], world.Factors]:
+  """Several references of each of many subjects, a subject's side by side, and their factors.
+
+  `same`: view k shows all subjects alike (pose, place, size, light), for pictures in which a colour
+  stands for a view; else every picture is drawn by itself.
+  """
+  subjects, rng = evaluate.choose_subjects(score.split, score.probe_subjects)
+  count, views = score.probe_subjects, score.probe_views
+  rng = np.random.Generator(np.random.Philox(key=[_SEED, int(rng.integers(2**31))]))
+  table = subjects.take(np.repeat(np.arange(count), views))
+  factors = world.sample_factors(rng, table, hat=0, style=0)
+  if same:
+    irrelevant = world.Factors._fields[len(world.Subjects._fields):]
+    factors = factors._replace(
+      **{name: np.tile(getattr(factors, name)[:views], count) for name in irrelevant})
+  shown = evaluate.shown(run.data)
+  rendered = render_many(factors, resolution=shown["size"], progress=False)
+  config = TripleConfig(shown["size"], shown["share"], reference_place=shown["place"])
+  return evaluate.show(rendered, config), factors
+
+
+def embed(
+  model: CustomContrast, references: UInt8[np.ndarray, "n h w 3"], timestep: int, *,
+  batch: int = 48, mesh: jax.sharding.Mesh | None = None,
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+  """Features of pictures: ({name: tokens averaged [n, d]}, {name: all tokens flat [n, q * d]}).
+
+  Names: 'layer 1' ... 'layer G' are S+ (the textual tokens before any projection head, [R]),
+  'visual' the visual tokens, 'image encoder' the frozen features that all of them read.
+  """
+  definition, params = nnx.split(model)
+
+  @jax.jit
+  def tokens(params, pixels):
+    model = nnx.merge(definition, params)
+    seen, _ = model.image_features(pixels.astype(jnp.float32) / 255)
+    _, visual = model.visual(seen)
+    _, textual = model.mfi_encoder.textual(seen, jnp.full(len(pixels), timestep))
+    return textual, visual, jnp.mean(seen, axis=1, keepdims=True)
+
+  size = batch if mesh is None else -(-batch // mesh.size) * mesh.size
+  rows: dict[str, list] = {}
+  for start in range(0, len(references), size):
+    here = references[start : start + size]
+    padded = np.concatenate([here, np.repeat(here[-1:], size - len(here), axis=0)])
+    pixels = padded if mesh is None else jax.device_put(padded, sharding.over_data(mesh))
+    textual, visual, seen = jax.device_get(tokens(params, pixels))
+    named = {f"layer {number}": layer for number, layer in enumerate(textual, 1)}
+    for name, value in (named | {"visual": visual, "image encoder": seen}).items():
+      rows.setdefault(name, []).append(np.asarray(value, np.float32)[: len(here)])
+  whole = {name: np.concatenate(parts) for name, parts in rows.items()}
+  return ({name: x.mean(1) for name, x in whole.items()},
+          {name: x.reshape(len(x), -1) for name, x in whole.items()})
+
+
+def mean(values) -> float | None:
+  """The mean of what is known, for JSON: four digits, None if nothing is."""
+  values = np.asarray(values, float)
+  return None if np.isnan(values).all() else round(float(np.nanmean(values)), 4)
+
+
+def known(values: list[float | None]) -> np.ndarray:
+  """What `listed` made, as an array again."""
+  return np.asarray([np.nan if value is None else value for value in values], float)
+
+
+def listed(values: np.ndarray) -> list[float | None]:
+  """An array for JSON: four digits, None where a value is not known."""
+  return [None if np.isnan(v) else round(float(v), 4) for v in values]
+
+
+def rounded(tree: Any) -> Any:
+  """All numbers of nested dicts with four digits."""
+  if isinstance(tree, dict):
+    return {key: rounded(value) for key, value in tree.items()}
+  return round(float(tree), 4)

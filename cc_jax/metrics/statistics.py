@@ -1,0 +1,67 @@
+"""Intervals of paired differences, and curves compared at equal identity."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+
+
+class Interval(NamedTuple):
+  """A mean with its 95 % interval."""
+
+  mean: float
+  low: float
+  high: float
+
+  @property
+  def excludes_zero(self) -> bool:
+    return self.low > 0 or self.high < 0
+
+
+def hierarchical_bootstrap(
+  values: Float[np.ndarray, "seeds subjects"], *, draws: int = 4000, seed: int = 0
+) -> Interval:
+  """Mean over seeds and subjects, and its interval: both are drawn anew, with replacement.
+
+  First seeds, then, for each seed that was drawn, subjects, so that the spread between trainings
+  and the spread between subjects both count. For a paired comparison give differences: the same
+  seed, subject, prompt and noise in both arms. NaN (a subject that says nothing) is left out.
+  """
+  values = np.asarray(values, np.float64)
+  seeds, subjects = values.shape
+  rng = np.random.default_rng(seed)
+  of_seed = rng.integers(seeds, size=(draws, seeds, 1))
+  of_subject = rng.integers(subjects, size=(draws, seeds, subjects))
+  means = _means(values[of_seed, of_subject])
+  means = means[~np.isnan(means)]
+  low, high = np.percentile(means, [2.5, 97.5]) if len(means) else (np.nan, np.nan)
+  return Interval(float(_means(values[None])[0]), float(low), float(high))
+
+
+def _means(values: Float[np.ndarray, "draws seeds subjects"]) -> Float[np.ndarray, " draws"]:
+  """Over what is known; NaN where nothing is."""
+  known = ~np.isnan(values)
+  count = known.sum((1, 2))
+  total = np.where(known, values, 0).sum((1, 2))
+  return np.where(count > 0, total / np.maximum(count, 1), np.nan)
+
+
+def at_equal(
+  identity: Float[np.ndarray, " steps"], value: Float[np.ndarray, " steps"], level: float
+) -> float:
+  """`value` where a training first reaches identity `level`: linear between two checkpoints.
+
+  NaN if it never does. Before the first checkpoint the training has nothing to say: identity that
+  is higher there already gives the first value.
+  """
+  identity, value = np.asarray(identity, float), np.asarray(value, float)
+  reached = np.flatnonzero(identity >= level)
+  if len(reached) == 0:
+    return float("nan")
+  i = reached[0]
+  if i == 0:
+    return float(value[0])
+  share = (level - identity[i - 1]) / (identity[i] - identity[i - 1])
+  return float(value[i - 1] + share * (value[i] - value[i - 1]))

@@ -1,0 +1,141 @@
+"""The laboratory: what each part of the method is worth, measured on subjects3d.
+
+    python -m cc_jax.lab --suite=ablation                 # all arms, then tables and figures
+    python -m cc_jax.lab --suite=ablation --fast          # a toy base, two steps: minutes
+    python -m cc_jax.lab --suite=ablation --arms=method,self_reconstruction
+    python -m cc_jax.lab --suite=ablation --budget=3000   # steps of every run
+    python -m cc_jax.lab --suite=ablation --split=test    # finished core arms, once, at the end
+
+A variant is one line of `ARMS`: a name, its family and what it changes in `run`.
+"""
+
+from typing import Any, NamedTuple
+
+import ml_collections
+
+from configs import subjects3d
+
+
+class Arm(NamedTuple):
+  """One variant of the training.
+
+  family: arms that are compared with each other; 'core' and 'control' run with all seeds.
+  changes: dotted keys of the training's config and their values.
+  tune: a key and its candidates; the first seed chooses on the validation subjects, for all.
+  first: a share of the steps that comes first, with changes of its own at a constant rate.
+  """
+
+  family: str
+  changes: dict[str, Any] = {}  # noqa: RUF012
+  tune: tuple[str, tuple] | None = None
+  first: tuple[float, dict[str, Any]] | None = None
+
+
+SELF = {"data.frames": "self"}  # the reference is cut out of the target's own frame
+OFF = {"objective.lambda_cscl": 0.0, "objective.lambda_macl": 0.0}
+AUGMENTED = {"data.reference_place": "random"}  # as MCL's positives are
+# Resampler tokens in decoupled cross-attention: no S+, no map, text left alone; its published
+# dropout (5 % each) and self-reconstruction are this project's defaults and SELF.
+IP_ADAPTER = OFF | {
+  "encoder.s_plus_space": "none", "encoder.fusion": "visual_tokens",
+  "injection.form": "visual_only", "injection.location": False,
+}  # fmt: skip
+RATES = ("train.learning_rate", (3e-4, 1e-3, 3e-3))
+
+
+def _weight(factor: float) -> dict[str, float]:
+  return {"objective.lambda_cscl": 0.1 * factor, "objective.lambda_macl": 0.1 * factor}
+
+
+ARMS = {
+  # The claim: self-reconstruction entangles, contrast on several levels decouples.
+  "method": Arm("core"),
+  "self_reconstruction": Arm("core", SELF | OFF),
+  "ip_adapter_plus": Arm("core", SELF | IP_ADAPTER, tune=RATES),
+  "multi_view": Arm("core", OFF),
+  "cscl": Arm("core", {"objective.lambda_macl": 0.0}),
+  "macl": Arm("core", {"objective.lambda_cscl": 0.0}),
+  # Is it the contrast, or the other frame, or that references were moved about?
+  "self_mcl": Arm("control", SELF),
+  "self_augmented": Arm("control", SELF | OFF | AUGMENTED),
+  "multi_view_augmented": Arm("control", OFF | AUGMENTED),
+  # How the real similarity enters MACL; 'inverse' is the method's.
+  "macl_none": Arm("scaling", {"objective.macl_scaling": "none"}),
+  "macl_literal": Arm("scaling", {"objective.macl_scaling": "literal"}),
+  "macl_complement": Arm("scaling", {"objective.macl_scaling": "complement"}),
+  "macl_two_minus": Arm("scaling", {"objective.macl_scaling": "two_minus"}),
+  "macl_log_complement": Arm("scaling", {"objective.macl_scaling": "log_complement"}),
+  "macl_soft_target": Arm("scaling", {"objective.macl_scaling": "soft_target"}),
+  "macl_symmetric": Arm("contrast", {"objective.macl_symmetric": True}),
+  "macl_per_token": Arm("contrast", {"objective.macl_pooling": "per_token"}),
+  "macl_head": Arm("contrast", {"encoder.contrast_head": 128}),
+  "cscl_cross_frame": Arm("contrast", {"objective.cscl_frame": "cross_frame"}),
+  "location_off": Arm("injection", {"injection.location": False}),
+  "form_visual_only": Arm("injection", {"injection.form": "visual_only"}),
+  "form_shared": Arm("injection", {"injection.form": "shared"}),
+  "visual_tokens": Arm("encoder", {"encoder.fusion": "visual_tokens"}),
+  "no_timestep_layer": Arm("encoder", {"encoder.timestep_layer": "none"}),
+  "s_plus_shared": Arm("s_plus", {"encoder.s_plus_space": "shared"}),
+  "s_plus_none": Arm("s_plus", {"encoder.s_plus_space": "none"}),
+  "s_words_1": Arm("s_plus", {"encoder.s_words": 1}),
+  "s_words_4": Arm("s_plus", {"encoder.s_words": 4}),
+  "same_class": Arm("negatives", {"data.group": "class", "data.group_share": 0.5}),
+  "same_family": Arm("negatives", {"data.group": "family", "data.group_share": 0.5}),
+  "weight_03": Arm("weights", _weight(0.3)),
+  "weight_3": Arm("weights", _weight(3.0)),
+  "weight_10": Arm("weights", _weight(10.0)),
+  # Contrast outweighs the diffusion loss by far, which then finds features that are apart already.
+  "contrast_first": Arm("warmup", first=(0.2, _weight(100.0))),
+  # How the reference is shown: with its background the scene can leak, re-centred no size can.
+  "whole_frame": Arm("reference", {"data.reference_place": "frame"}),
+  "whole_frame_self": Arm("reference", SELF | OFF | {"data.reference_place": "frame"}),
+  "centred": Arm("reference", {"data.reference_place": "centred"}),
+}
+
+
+def get_config() -> ml_collections.ConfigDict:
+  """The table of decisions, of `python -m cc_jax.lab --config=configs/lab.py`."""
+  c = ml_collections.ConfigDict()
+  c.seeds = (0, 1, 2)  # of core arms and controls
+  c.side_seeds = (0,)
+
+  c.run = subjects3d.get_config()  # of every run, but for what its arm changes
+  # References show the subject where and as large as it stands in its frame, on white: re-centred
+  # ones would hide size and place, and then no arm could leak them.
+  c.run.data.reference_place = "in_place"
+  c.run.train.steps = 3000  # the budget of a run
+  c.run.train.sample_every = 500  # when a run is scored on its way
+  c.run.train.gaps_every = 0
+
+  c.score = ml_collections.ConfigDict()
+  c.score.split = "validation"  # 'test' once, at the end
+  c.score.subjects = 120
+  c.score.styled = 4  # every so many prompts, one asks for a sketch or a watercolour too; 0 = none
+  c.score.interventions = 50  # subjects on which leakage is measured, 6 pictures each
+  c.score.curve_subjects = 60  # on the way
+  c.score.curve_interventions = 30
+  c.score.probe_subjects = 200  # whose features are looked at
+  c.score.probe_views = 4
+  c.score.timestep = 500  # at which S+ is looked at
+  c.score.batch = 48  # pictures at once
+  c.score.sweep_arms = ("method", "ip_adapter_plus")
+  c.score.sweep_scales = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
+  c.score.sweep_subjects = 120
+  return c
+
+
+def fast(c: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+  """The same suite in minutes: two steps, two seeds, few subjects. Its numbers mean nothing."""
+  c.seeds = c.side_seeds = (0, 1)
+  c.run.data.source = "render"
+  c.run.encoder.update(image_layers=(1, 2), width=16, depth=1, heads=2, visual_queries=3)
+  c.run.injection.location_width = 4
+  c.run.mesh.cpu_devices = 1  # compiles sooner
+  c.run.train.update(
+    steps=2, batch_size=8, warmup_steps=1, sample_every=1, save_every=0, log_every=1
+  )
+  c.run.sample.update(steps=2)
+  c.score.update(subjects=8, interventions=4, curve_subjects=4, curve_interventions=2,
+                 probe_subjects=12, probe_views=3, batch=8, sweep_scales=(0.5, 1.0),
+                 sweep_subjects=4)
+  return c

@@ -1,0 +1,295 @@
+"""The laboratory: its arms, its restarts, its tables; and the whole of it on the toy base."""
+
+import json
+import re
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import tiny
+
+import data_pipeline
+from cc_jax import lab, lab_pictures, lab_report, lab_scores, train
+from cc_jax.customcontrast.injection import InjectionConfig
+from cc_jax.customcontrast.mfi_encoder import MFIEncoderConfig
+from cc_jax.errors import UserError
+from configs import lab as table
+from data_pipeline import sampling
+from data_pipeline.triples import TripleConfig
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+
+# ---- arms
+
+
+def test_every_arm_is_a_valid_and_different_training():
+  seen = {}
+  for name, arm in table.ARMS.items():
+    values = arm.tune[1] if arm.tune else (None,)
+    config = lab.arm_config(table.get_config(), name, 3, values[0]).run
+    MFIEncoderConfig.from_config(config.encoder)
+    InjectionConfig.from_config(config.injection)
+    TripleConfig.from_config(config.data)
+    sampling.check_frames(config.data.frames)
+    train.check(config)
+    assert config.seed == 3
+    first = lab.first_part(config, *arm.first) if arm.first else None
+    text = json.dumps([config.to_dict(), first and first.to_dict()], sort_keys=True, default=str)
+    assert text not in seen, f"{name} equals {seen[text]}"
+    seen[text] = name
+    assert name in lab.fast_arms() or arm.family in {
+      table.ARMS[chosen].family for chosen in lab.fast_arms()}
+  method = lab.arm_config(table.get_config(), "method", 0).run
+  ours = lab.arm_config(table.get_config(), "self_reconstruction", 0).run
+  differs = {f"{section}.{key}" for section in ("data", "objective", "encoder", "train")
+             for key in method[section] if method[section][key] != ours[section][key]}
+  assert differs == {"data.frames", "objective.lambda_cscl", "objective.lambda_macl"}
+
+
+def test_a_wrong_arm_is_one_line(monkeypatch):
+  with pytest.raises(UserError, match="arm 'mehtod' is unknown; configs/lab.py has method, self_"):
+    lab.arm_config(table.get_config(), "mehtod", 0)
+  monkeypatch.setitem(table.ARMS, "typo", table.Arm("core", {"objective.lambda_mcal": 1.0}))
+  with pytest.raises(UserError, match="'typo' changes objective.lambda_mcal, which"):
+    lab.arm_config(table.get_config(), "typo", 0)
+
+
+def test_a_first_part_is_shorter_and_at_a_constant_rate():
+  config = lab.arm_config(table.get_config(), "contrast_first", 0).run
+  share, changes = table.ARMS["contrast_first"].first
+  first = lab.first_part(config, share, changes)
+  assert first.train.steps == 600 and first.train.schedule == "constant"
+  assert first.objective.lambda_macl == 10.0 and config.objective.lambda_macl == 0.1
+  assert config.train.steps == 3000 and config.train.schedule == "cosine"
+
+
+def made(arm="method", seed=0, tuned=None, *, fidelity=0.5, control=0.8, shift=0.0, leak=0.5,
+         mark="m", split="validation", spearman=0.5, family="core"):
+  """A result whose subjects differ from one another, the same ones in every arm."""
+  subjects = np.linspace(-0.1, 0.1, 8) + shift
+  probes = {name: dict(score=0.4, chance=0.1) for name in
+            {*lab_report.INTRINSIC, *lab_report.IRRELEVANT}}
+  layer = dict(within=0.1, between=0.4, ratio=0.25, recall=0.9, spearman=spearman, probes=probes)
+  curve = [dict(step=step, fidelity=fidelity * step / 20, control=control,
+                leakage=dict(size=leak * step / 20, place=leak)) for step in (10, 20)]
+  return dict(
+    arm=arm, family=family, seed=seed, tuned=tuned, changes={}, split=split, steps=20, base="b",
+    fingerprint=mark, machine="m", seconds=3600,
+    scores=dict(dict.fromkeys(lab_report.FACTORS, 0.5), fidelity=fidelity, control=control),
+    subjects=dict(fidelity=list(fidelity + subjects), control=list(control + subjects)),
+    leakage={name: [leak, None, leak] for name in lab_report.MOVES},
+    features={} if arm == "base" else {"layer 1": layer, "visual": layer, "image encoder": layer},
+    curve=[] if arm == "base" else curve,
+    sweep=[dict(scale=s, fidelity=fidelity, control=control) for s in (0.5, 1.0)])
+
+
+def test_tuning_chooses_by_the_first_seed(tmp_path):
+  config = table.get_config()
+  config.seeds = (4, 5)
+  runs = lab.plan(config, ["method", "ip_adapter_plus", "location_off"], tmp_path)
+  key, values = table.ARMS["ip_adapter_plus"].tune
+  asked = []
+  for name, seed, tuned in runs:
+    asked.append((name, seed, tuned))
+    score = 0.9 if tuned == values[1] else 0.1
+    lab.write(lab.result_file(tmp_path, name, seed, "validation", tuned),
+              made(name, seed, tuned, fidelity=score))
+  assert asked == [
+    ("method", 4, None), ("method", 5, None), *(("ip_adapter_plus", 4, v) for v in values),
+    ("ip_adapter_plus", 5, values[1]), ("location_off", 0, None)]
+  arms = lab_report.load(tmp_path, "validation")
+  assert [row["tuned"] for row in arms["ip_adapter_plus"]] == [values[1]] * 2
+  tuned = lab.arm_config(config, "ip_adapter_plus", 5, values[1])
+  assert tuned.run.train.learning_rate == values[1] and key == "train.learning_rate"
+
+
+# ---- result files
+
+
+def test_results_are_small_whole_and_never_mixed(tmp_path):
+  file = tmp_path / "deep" / "method-0.json"
+  result = made()
+  lab.write(file, result)
+  assert lab.read(file) == result
+  text = file.read_text()
+  assert max(map(len, text.splitlines())) > 80 and '"@' not in text  # lists are on one line
+  assert not list(file.parent.glob("*.part"))
+  assert lab.is_done(file, "m", {}) and not lab.is_done(tmp_path / "none.json", "m", {})
+  with pytest.raises(UserError, match="another base, budget, config or scoring"):
+    lab.is_done(file, "other", {})
+  with pytest.raises(UserError, match="an arm with the changes"):
+    lab.is_done(file, "m", {"data.frames": "self"})
+  config = table.get_config()
+  mark = lab.fingerprint(config, "base")
+  for change in ("run.train.steps", "score.subjects", "run.sample.steps"):
+    other = config.copy_and_resolve_references()
+    section, group, key = ("", *change.split(".")) if change.count(".") == 1 else change.split(".")
+    place = other[section][group] if section else other[group]
+    place[key] = place[key] + 1
+    assert lab.fingerprint(other, "base") != mark, change
+  assert lab.fingerprint(config, "another") != mark
+  config.run.data.data_dir, config.seeds = "elsewhere", (7,)
+  assert lab.fingerprint(config, "base") == mark
+
+
+def test_tables_and_figures_of_known_results(tmp_path):
+  results = tmp_path / "results"
+  rows = [made(seed=s, fidelity=0.6, shift=0.01 * s, leak=0.1) for s in (0, 1, 2)]
+  rows += [made("self_reconstruction", s, fidelity=0.4, leak=0.8, spearman=0.1) for s in (0, 1, 2)]
+  rows += [made("ip_adapter_plus", 0, tuned=v, fidelity=v) for v in (0.2, 0.3)]
+  rows += [made("macl_none", 0, family="scaling"), made("base", 0, family="base", leak=0)]
+  for row in rows:
+    lab.write(lab.result_file(results, row["arm"], row["seed"], "validation", row["tuned"]), row)
+  lab.write(results / "method-0-test.json", made(split="test", fidelity=0.9))
+  lab_report.report(results, tmp_path / "out")
+  written = {file.name for file in (tmp_path / "out").iterdir()}
+  assert written == {"tables.md", *(f"{name}.png" for name in lab_report.FIGURES)}
+  text = (tmp_path / "out" / "tables.md").read_text()
+
+  def cells(start, nth=0):
+    lines = [line for line in text.splitlines() if line.startswith(f"| {start}")]
+    return [cell.strip() for cell in lines[nth].strip("|").split("|")]
+
+  assert cells("method")[:5] == ["method", "core", "3", "0.600 ± 0.000", "0.800 ± 0.000"]
+  assert cells("ip_adapter_plus (0.3)")[3] == "0.300" and "(0.2)" not in text
+  less = cells("self_reconstruction", 1)  # paired: the same subjects, so hardly any spread
+  assert less[1] == "3"
+  found = re.match(r"\*\*\+0.210 \[\+(0\.\d+), \+(0\.\d+)\]\*\*", less[2])
+  assert found and 0.195 < float(found[1]) < float(found[2]) < 0.225
+  assert less[4].startswith("**-0.700")
+  equal = cells("self_reconstruction", 3)  # both reach 0.4: the method at 2/3 of its way
+  assert equal[1:] == ["size", "0.400", "0.067", "0.800", "0.083"]
+  assert cells("self_reconstruction", 5)[1] == "0.100 ± 0.000"
+  above = [line for line in text.splitlines() if line.endswith("| none |")]
+  assert "| ip_adapter_plus | 0.300 / 0.800 | 0.300 / 0.800 | none |" in above
+  lab_report.report(results, tmp_path / "out", split="test")
+  assert "0.900" in (tmp_path / "out" / "tables-test.md").read_text()
+  lab.write(results / "cscl-0.json", made("cscl", mark="n"))
+  with pytest.raises(UserError, match="2 different budgets"):
+    lab_report.load(results, "validation")
+  with pytest.raises(UserError, match="no results of the train subjects"):
+    lab_report.load(results, "train")
+
+
+# ---- the whole
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+  """The lab's config at its smallest, on the toy base."""
+  folder = tmp_path_factory.mktemp("lab")
+  config = table.fast(table.get_config())
+  config.seeds = config.side_seeds = (0,)
+  config.run.base = str(lab.toy_base(folder / "toy_base"))
+  config.run.mesh.cpu_devices = 1
+  config.run.mesh.data = 1
+  config.run.train.batch_size = 4
+  config.run.sample.steps = 1
+  config.score.update(
+    subjects=2, styled=2, interventions=2, curve_subjects=2, curve_interventions=2,
+    probe_subjects=2, probe_views=4, batch=4, sweep_scales=(0.5,), sweep_subjects=1)
+  return folder, config
+
+
+@pytest.fixture
+def loader(monkeypatch):
+  """Coloured blocks in place of renders."""
+
+  def make_loader(_, tokenizer, *, batch_size, seed, start_step=0, **kwargs):
+    return tiny.batches(tokenizer, batch_size, seed=seed, start=start_step)
+
+  monkeypatch.setattr(data_pipeline, "make_loader", make_loader)
+
+
+def test_the_suite_goes_on_where_it_was_killed(small, loader, monkeypatch, capsys):
+  folder, config = small
+  places = dict(workdir=folder, results=folder / "results")
+  names, trained = ["method", "self_reconstruction"], []
+
+  def killed(run, workdir, *views):
+    trained.append(Path(workdir).name)
+    if len(trained) == 2:
+      raise KeyboardInterrupt
+    return train.train(run, workdir, *views)
+
+  monkeypatch.setattr(lab, "train", killed)
+  with pytest.raises(KeyboardInterrupt):
+    lab.suite(config, names, **places)
+  assert {f.name for f in (folder / "results").iterdir()} == {"base-0.json", "method-0.json"}
+  before = (folder / "results" / "method-0.json").read_text()
+  lab.suite(config, names, **places)
+  assert trained == ["method-0", "self_reconstruction-0", "self_reconstruction-0"]
+  assert (folder / "results" / "method-0.json").read_text() == before
+  assert "method-0: fidelity" in capsys.readouterr().out.split("was there")[0]
+
+  result = json.loads(before)
+  assert result["changes"] == {} and result["steps"] == 2
+  assert [point["step"] for point in result["curve"]] == [1, 2]
+  last = result["curve"][-1]
+  assert last["fidelity"] == pytest.approx(result["scores"]["fidelity"], abs=2e-4)
+  assert last["leakage"]["size"] == pytest.approx(np.mean(result["leakage"]["size"]), abs=2e-4)
+  assert set(result["curve"][0]["leakage"]) == {"size", "place"}
+  assert set(result["leakage"]) == set(lab_report.MOVES)
+  assert len(result["subjects"]["fidelity"]) == 2 and len(result["leakage"]["size"]) == 2
+  assert [point["scale"] for point in result["sweep"]] == [0.5]
+  layers = list(result["features"])
+  assert layers == ["layer 1", "layer 2", "layer 3", "layer 4", "visual", "image encoder"]
+  assert len(before) < 60_000
+  base = json.loads((folder / "results" / "base-0.json").read_text())
+  assert base["leakage"] == {} and base["scores"].keys() == result["scores"].keys()
+  lab_report.report(folder / "results", folder / "figures")
+  assert (folder / "figures" / "tradeoff.png").stat().st_size > 10_000
+
+  # The same runs scored on other subjects: nothing is trained again.
+  steps = []
+  monkeypatch.setattr(lab_scores.Scorer, "at_the_end",
+                      lambda self, model, sweep: steps.append(1) or dict(scores=result["scores"]))
+  monkeypatch.setattr(lab_scores.Scorer, "last_point", lambda self, found, step: dict(step=step))
+  monkeypatch.setattr(lab, "run_base", lambda *args, **kwargs: None)
+  config = config.copy_and_resolve_references()
+  config.score.split = "test"
+  lab.suite(config, ["self_reconstruction"], **places)
+  assert (folder / "results" / "self_reconstruction-0-test.json").exists() and steps == [1]
+
+
+@pytest.mark.slow
+def test_pictures_of_a_checkpoint(small, tmp_path):
+  folder, config = small
+  runs = folder / "method-0", folder / "self_reconstruction-0"
+  if not (runs[1] / "adapter.safetensors").exists():
+    pytest.skip("run it with the test of the suite, whose runs it draws from")
+  lab_pictures.pictures(config, *runs, tmp_path)
+  written = {file.name for file in tmp_path.iterdir()}
+  assert written == {f"{name}.png" for name in (
+    "s_plus_map", "location_maps", "two_subjects", "between_subjects", "sheet")}
+
+
+def test_features_are_those_of_the_layers(small):
+  """`embed` against the module, picture by picture, whatever the batch."""
+  folder, config = small
+  if not (folder / "method-0" / "adapter.safetensors").exists():
+    pytest.skip("run it with the test of the suite, whose run it looks at")
+  from cc_jax import generate
+
+  model = lab_pictures.model_of(generate.load(folder / "method-0", config.run.base))
+  rng = np.random.default_rng(0)
+  pictures = rng.integers(0, 256, (3, 64, 64, 3), np.uint8)
+  pooled, flat = lab_scores.embed(model, pictures, 500, batch=2)
+  seen, _ = model.image_features(jax.numpy.asarray(pictures, jax.numpy.float32) / 255)
+  tokens = model.mfi_encoder.textual(seen, jax.numpy.full(3, 500))[1]
+  for layer in range(4):
+    np.testing.assert_allclose(pooled[f"layer {layer + 1}"], tokens[layer].mean(1), atol=1e-4)
+    np.testing.assert_allclose(flat[f"layer {layer + 1}"], tokens[layer].reshape(3, -1), atol=1e-4)
+  assert flat["visual"].shape == (3, 3 * 16)
+
+
+def test_views_are_the_same_for_all_subjects_when_a_colour_stands_for_a_view(small):
+  _, config = small
+  references, factors = lab_scores.make_views(config.run, config.score, same=True)
+  assert references.shape == (8, 64, 64, 3)
+  assert list(factors.subject_id) == [factors.subject_id[0]] * 4 + [factors.subject_id[4]] * 4
+  np.testing.assert_array_equal(factors.azimuth[:4], factors.azimuth[4:])
+  _, other = lab_scores.make_views(config.run, config.score)
+  assert not np.any(other.azimuth[:4] == other.azimuth[4:])
