@@ -1,4 +1,11 @@
-"""CustomContrast on subjects3d: the main job, at the size of a laptop."""
+"""CustomContrast on subjects3d: the main job, at the size of a laptop.
+
+  python -m cc_jax.train --config=configs/subjects3d.py --workdir=runs/first
+
+On 4 cores without accelerator: 13.5 minutes beside other jobs (2 steps/s alone), 3.0 GB. Expect on
+40 test subjects: scene 100 %, class 90 %, main colour of the reference 42 % (the base: 5 %), and
+patterns not kept yet (11 %, the base by chance 24 %).
+"""
 
 import ml_collections
 
