@@ -88,6 +88,10 @@ def plan(config: ml_collections.ConfigDict, names: Sequence[str], results: Path,
 
   An arm to be tuned first runs every candidate (at most `candidates`, 0 = all) with the first seed;
   the best, by fidelity plus control, runs the other seeds: so results must be written meanwhile.
+  The validation subjects choose, whatever the split.
+
+  Raises:
+    UserError: an unknown arm, or one to be tuned that has no validation results to choose by.
   """
   for name in names:
     if name not in table.ARMS:
@@ -97,11 +101,16 @@ def plan(config: ml_collections.ConfigDict, names: Sequence[str], results: Path,
     if arm.tune is None:
       yield from ((name, seed, None) for seed in (first, *others))
       continue
-    values = arm.tune[1][: candidates or None]
-    yield from ((name, first, value) for value in values)
-    found = {value: read(result_file(results, name, first, config.score.split, value))
-             for value in values}
-    best = max(values, key=lambda value: tuning_score(found[value]))  # noqa: B023
+    values, split = arm.tune[1][: candidates or None], config.score.split
+    if split == "validation":
+      yield from ((name, first, value) for value in values)
+    files = {value: result_file(results, name, first, "validation", value) for value in values}
+    missing = [str(file) for file in files.values() if not file.exists()]
+    if missing:
+      raise UserError(f"{missing[0]} is missing: run the suite on the validation subjects first")
+    best = max(values, key=lambda value: tuning_score(read(files[value])))  # noqa: B023
+    if split != "validation":
+      yield name, first, best
     yield from ((name, seed, best) for seed in others)
 
 
@@ -322,7 +331,9 @@ def main(argv: Sequence[str]) -> None:
   figures = Path(f.figures or (workdir / "figures" if f.fast else FIGURES))
   if f.fast:
     table.fast(config)
-    jax.config.update("jax_disable_most_optimizations", True)  # compiling is what takes the time
+    # Compiling is what takes the time: it does little, and no run repeats what another did.
+    jax.config.update("jax_disable_most_optimizations", True)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
   if f.budget is not None:
     config.run.train.steps = f.budget
   config.score.split = f.split or config.score.split

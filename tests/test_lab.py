@@ -99,6 +99,11 @@ def test_tuning_chooses_by_the_first_seed(tmp_path):
   assert asked == [
     ("method", 4, None), ("method", 5, None), *(("ip_adapter_plus", 4, v) for v in values),
     ("ip_adapter_plus", 5, values[1]), ("location_off", 0, None)]
+  config.score.split = "test"  # which has no say in the choice
+  assert list(lab.plan(config, ["ip_adapter_plus"], tmp_path)) == [
+    ("ip_adapter_plus", seed, values[1]) for seed in (4, 5)]
+  with pytest.raises(UserError, match="run the suite on the validation subjects first"):
+    list(lab.plan(config, ["ip_adapter_plus"], tmp_path / "empty"))
   arms = lab_report.load(tmp_path, "validation")
   assert [row["tuned"] for row in arms["ip_adapter_plus"]] == [values[1]] * 2
   tuned = lab.arm_config(config, "ip_adapter_plus", 5, values[1])
