@@ -22,7 +22,8 @@ _FREE = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "afte
          "partition-id", "replica-id", "optimization-barrier", "add-dependency")  # fmt: skip
 # Custom calls that are no work.
 _BOOKKEEPING = re.compile(r"AllocateBuffer|Sharding|SPMD\w+|annotate_device_placement|MoveTo\w+|"
-                          r"AssumeGatherIndicesInBound|ConcatBitcast")  # fmt: skip
+                          r"AssumeGatherIndicesInBound|ConcatBitcast|AsyncCollective(Start|Done)|"
+                          r"GatherScatterIndicesBitpacked")  # fmt: skip
 _BITS = {"pred": 8, "c64": 64, "c128": 128, "token": 0, "opaque": 0}
 
 
@@ -346,6 +347,11 @@ class Program:
     return sum(read) + written
 
   def _collective(self, i: Instruction, times: float) -> Collective | None:
+    """The instruction as a collective, or one that is fused into it.
+
+    libtpu lets one go on in the background: a fusion that starts it, others that compute meanwhile
+    and one that ends it, each with the collective in it. It counts at its start.
+    """
     kind, shapes, inner = i.opcode.removesuffix("-start"), i.shapes, i
     if kind not in COLLECTIVES:
       found = [
@@ -357,6 +363,10 @@ class Program:
       if not found:
         return None
       called, inner = found[0]
+      others = self.computations[called].values()
+      starts = any('"AsyncCollectiveStart"' in other.attributes for other in others)
+      if "chain_id=" in inner.attributes and not starts:
+        return None
       kind, shapes = inner.opcode, inner.shapes
       if called.startswith("all-reduce-scatter"):  # libtpu's name for the two in one
         kind, shapes = "reduce-scatter", i.shapes

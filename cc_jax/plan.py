@@ -178,10 +178,10 @@ def make_estimate(program: hlo.Program, chip: Chip) -> Estimate:
     traffic = step.bytes / (REACHED * chip.bandwidth)
     if step.collective:
       collectives += step.times * step.collective.sent_bytes() / chip.interconnect
-    elif step.flops:
+    if step.flops:
       own = step.cycles / chip.clock if step.cycles and chip.clock else step.flops / chip.flops
       products += step.times * max(own, traffic)
-    else:
+    elif not step.collective:
       memory += step.times * traffic
   return Estimate(products, memory, collectives)
 
