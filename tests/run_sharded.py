@@ -1,4 +1,4 @@
-"""Five steps of SGD on meshes of 8 virtual devices: python tests/run_sharded.py BASE FOLDER.
+"""Five steps of SGD on meshes of 8 virtual devices: python tests/run_sharded.py BASE OUT.
 
 Everything that mixes samples is on: CSCL, MACL, subject masks, condition dropout, EMA; each mesh
 goes through the pairs in a way of its own, one in parts of the batch. In float64: what is compared
@@ -57,20 +57,9 @@ def configure(base, sizes, contrast, parts):
   )
 
 
-def steps(config, base, mesh):
-  """(the state after the last step, what is compared, the compiled program's text, the base)."""
-  born = sharding.born(mesh)
-  definition, trainable, frozen = assemble(
-    base, *train.networks(config), dtype=jnp.float64, transform=born
-  )
-  # Queries far apart: where tokens are nearly equal, the keys' gradients cancel.
-  rng = np.random.default_rng(7)
-  noise = {
-    key: (1 if "queries" in key else 0.3) * rng.normal(size=value.shape)
-    for key, value in sorted(trainable.items())
-  }
-  trainable = born(lambda t: {key: value + noise[key] for key, value in t.items()})(trainable)
-  state = born(lambda t: step.init_state(t, config))(trainable)
+def steps(config, base, definition, trainable, frozen, mesh):
+  """(the state after the last step, what is compared, the compiled program's text)."""
+  state = sharding.put(step.init_state(trainable, config), mesh)
   frozen = sharding.put(frozen, mesh)
   method = train.make_method(config, definition, base)
   batches = tiny.batches(base.tokenizers[0], SIZE)
@@ -89,39 +78,51 @@ def steps(config, base, mesh):
     found |= {f"metric/{number}/{key}": value for key, value in metrics.items()}
   found |= {f"parameter/{key}": value for key, value in state.trainable.items()}
   found |= {f"average/{key}": value for key, value in state.ema.items()}
-  return state, jax.device_get(found), compiled.as_text(), frozen
+  return state, jax.device_get(found), compiled.as_text()
 
 
-def main(base: str, folder: Path) -> None:
+def main(folder: str, out: Path) -> None:
   jax.config.update("jax_disable_most_optimizations", True)
-  hub_base, states, meshes = None, {}, {}
-  for sizes, how in MESHES.items():
-    config = configure(base, sizes, *how)
-    sharding.set_cpu_devices(config.mesh, SIZE)
-    mesh = meshes[sizes] = sharding.make_mesh(config.mesh, SIZE)
-    assert mesh.devices.shape == sizes
-    # The base's modules come anew, since assemble puts the adapter into them.
-    hub_base = hub.load_base(
-      base, dtype=jnp.float64, param_dtype=jnp.float64, sharding=sharding.by_name(mesh)
+  configs = {sizes: configure(folder, sizes, *how) for sizes, how in MESHES.items()}
+  config = configs[1, 8, 1]
+  sharding.set_cpu_devices(config.mesh, SIZE)
+  meshes = {sizes: sharding.make_mesh(c.mesh, SIZE) for sizes, c in configs.items()}
+  assert all(mesh.devices.shape == sizes for sizes, mesh in meshes.items())
+  # Made on one of the meshes, as training does; the same values go to all.
+  mesh = meshes[1, 8, 1]
+  base = hub.load_base(
+    folder, dtype=jnp.float64, param_dtype=jnp.float64, sharding=sharding.by_name(mesh)
+  )
+  parts = assemble(
+    base, *train.networks(config), dtype=jnp.float64, transform=sharding.born(mesh)
+  )
+  definition, trainable, frozen = parts[0], *jax.device_get(parts[1:])
+  rng = np.random.default_rng(7)
+  trainable = {  # queries far apart: where tokens are nearly equal, the keys' gradients cancel
+    key: value + (1 if "queries" in key else 0.3) * rng.normal(size=value.shape)
+    for key, value in sorted(trainable.items())
+  }
+  states = {}
+  for sizes, mesh in meshes.items():
+    states[sizes], found, text = steps(
+      configs[sizes], base, definition, trainable, frozen, mesh
     )
-    states[sizes], found, text, frozen = steps(config, hub_base, mesh)
     name = "x".join(map(str, sizes))
-    np.savez(folder / f"{name}.npz", **found)
-    (folder / f"{name}.hlo").write_text(text)
-
-  parameters = {**frozen, **states[8, 1, 1].trainable}
-  (folder / "shapes.json").write_text(json.dumps([x.shape for x in parameters.values()]))
+    np.savez(out / f"{name}.npz", **found)
+    (out / f"{name}.hlo").write_text(text)
+  parameters = {**frozen, **trainable}
+  (out / "shapes.json").write_text(json.dumps([x.shape for x in parameters.values()]))
 
   # A checkpoint does not know how its arrays were cut.
   saved = states[8, 1, 1]
-  record = {"base_hash": hub_base.hash, "config": jsonable(config), "telemetry": {}}
-  checkpoints = Checkpoints(folder / "checkpoints", keep=1)
+  record = {"base_hash": base.hash, "config": jsonable(config), "telemetry": {}}
+  checkpoints = Checkpoints(out / "checkpoints", keep=1)
   checkpoints.save(STEPS, saved, record)
   checkpoints.wait()
   before = {key: np.asarray(value) for key, value in flat(saved).items()}
   for sizes in ((2, 2, 2), (1, 1, 1)):
     state = sharding.placed(saved, meshes[sizes])
-    restored, _ = checkpoints.restore(state, base_hash=hub_base.hash, config=config)
+    restored, _ = checkpoints.restore(state, base_hash=base.hash, config=config)
     same = [
       value.sharding == wanted.sharding and np.asarray(value).tobytes() == before[key].tobytes()
       for (key, value), wanted in zip(flat(restored).items(), jax.tree.leaves(state))
