@@ -55,7 +55,10 @@ def load(results: Path, split: str) -> Arms:
       f"the results in {results} are of {len(marks)} different budgets, bases or scorings; keep "
       "those of one, or give each a --results folder of its own")
   arms: Arms = {}
-  for result in sorted(found, key=lambda r: (r["arm"] != METHOD, r["arm"], r["seed"])):
+  # What figures show comes first, so that an arm has the same colour in all of them.
+  rank = {family: place for place, family in enumerate(("core", "control", "base"))}
+  key = lambda r: (r["arm"] != METHOD, rank.get(r["family"], 9), r["family"], r["arm"], r["seed"])  # noqa: E731
+  for result in sorted(found, key=key):
     arms.setdefault(result["arm"], []).append(result)
   return {name: _best_value(rows) for name, rows in arms.items()}
 
@@ -365,9 +368,9 @@ def likeness(arms: Arms) -> Figure:
   for color, (name, rows) in zip(_cycle(), arms.items()):
     if name == BASE or rows[0]["family"] not in ("core", "scaling"):
       continue
-    values = [np.nanmean(over_seeds(rows, lambda r: _layer(r, layer, lambda v: v["spearman"])))  # noqa: B023
-              for layer in names]
-    axes.plot(names, values, "o-", ms=4, label=name, color=color)
+    shown = [layer for layer in names if all(layer in row["features"] for row in rows)]
+    values = [np.mean([row["features"][layer]["spearman"] for row in rows]) for layer in shown]
+    axes.plot(shown, values, "o-", ms=4, label=name, color=color)
   axes.axhline(0.6, color="black", lw=0.8, ls=":")
   axes.set(ylabel="Spearman correlation", title="Learned similarity against real similarity")
   axes.legend(fontsize=7, ncols=2)
