@@ -290,6 +290,7 @@ class Pipeline:
       raise UserError(f"{len(masks)} masks for {len(references)} references; give one for each")
 
   def _references(self, references, masks) -> UInt8[np.ndarray, "r s s 3"] | None:
+    references, masks = _listed(references), _listed(masks)
     if not references:
       return None
     share = float(self.adapter.notes.get("reference_share", 0.8))
