@@ -13,6 +13,8 @@ import math
 import os
 import re
 import socket
+import sys
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -123,12 +125,17 @@ def join(mesh: ml_collections.ConfigDict) -> str:
   if expected == 1 and not address:
     return ""
   if not jax.distributed.is_initialized():
+    # Where others never call, JAX ends the process with a stack dump; we say it before that.
+    wanted = given["num_processes"] or expected
+    alarm = threading.Timer(JOIN_TIMEOUT, _give_up, (f"{wanted} processes", address))
+    alarm.daemon = True
+    alarm.start()
     try:
       jax.config.update("jax_cpu_collectives_implementation", "gloo")  # for tests on CPUs
       jax.distributed.initialize(
         **{key: int(value) for key, value in given.items() if value},
         cluster_detection_method="deactivate" if address and all(given.values()) else None,
-        initialization_timeout=JOIN_TIMEOUT,
+        initialization_timeout=JOIN_TIMEOUT + 30,
       )
     except (ValueError, RuntimeError) as error:
       reason = " ".join(str(error).split())[:200]
@@ -137,6 +144,8 @@ def join(mesh: ml_collections.ConfigDict) -> str:
         f"{reason}; set JAX_COORDINATOR_ADDRESS=host:port, JAX_NUM_PROCESSES and JAX_PROCESS_ID, "
         "or set mesh.processes=1"
       ) from error
+    finally:
+      alarm.cancel()
   table = processes()
   if jax.process_count() < expected:
     raise UserError(
@@ -144,6 +153,16 @@ def join(mesh: ml_collections.ConfigDict) -> str:
       f"or set mesh.processes. {'; '.join(table.splitlines())}"
     )
   return table
+
+
+def _give_up(wanted: str, address: str | None) -> None:
+  print(
+    f"error: {wanted} did not all join at {address or 'the coordinator'} within {JOIN_TIMEOUT} s; "
+    "look whether each was started and reaches that address, or set mesh.processes",
+    file=sys.stderr,
+    flush=True,
+  )
+  os._exit(1)
 
 
 def processes() -> str:

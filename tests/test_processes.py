@@ -180,6 +180,28 @@ def load(path):
   return ocp.load(path, state)
 
 
+def test_a_process_that_never_calls_is_an_error_in_time():
+  script = """if True:
+    import sys
+    import ml_collections
+    from cc_jax import errors, sharding
+    sharding.JOIN_TIMEOUT = 3
+    errors.run(lambda argv: sharding.join(ml_collections.ConfigDict({"processes": 2})))
+  """
+  alone = {"JAX_COORDINATOR_ADDRESS": f"localhost:{free_port()}"}
+  alone |= {"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1"}
+  done = subprocess.run(
+    [sys.executable, "-c", script],
+    env={**os.environ, **alone},
+    cwd=SCRIPT.parent.parent,
+    capture_output=True,
+    text=True,
+    timeout=100,
+  )
+  assert done.returncode == 1
+  assert "error: 2 processes did not all join at localhost:" in done.stderr
+
+
 def test_a_process_that_is_missing_is_an_error_with_the_table(tiny_folder, tmp_path):
   alone = {"JAX_COORDINATOR_ADDRESS": f"localhost:{free_port()}"}
   alone |= {"JAX_NUM_PROCESSES": "1", "JAX_PROCESS_ID": "0"}
