@@ -13,7 +13,13 @@ from tqdm import tqdm
 
 from cc_jax import sharding
 from cc_jax.customcontrast.model import CustomContrast
-from cc_jax.diffusion.samplers import StepTable, adds_noise, skip_of_strength, step_table
+from cc_jax.diffusion.samplers import (
+  StepTable,
+  adds_noise,
+  padded,
+  skip_of_strength,
+  step_table,
+)
 from cc_jax.diffusion.schedule import NoiseSchedule
 from cc_jax.drawing import EMPTY, FULL, TEXT, Plan, Prompts, Request, bundle, draw
 from cc_jax.errors import UserError
@@ -23,8 +29,16 @@ from data_pipeline.tokens import encode_prompt
 __all__ = ["Drawer", "Prompts", "bundle", "check_guidance", "encode_prompts"]
 
 
+CALLS = 25  # numbers of UNet calls are rounded up to multiples of this
+
+
 class Drawer:
-  """Draws any number of pictures with one model, in batches of one size."""
+  """Draws any number of pictures with one model, in batches of one size.
+
+  What is compiled once serves all prompts, seeds, scales, guidances above 1 and, up to the next
+  multiple of CALLS, all numbers of steps and all samplers that agree in adding noise or not. It is
+  compiled anew for another size, batch, number of references, or set of guidance's branches.
+  """
 
   def __init__(
     self,
@@ -136,7 +150,8 @@ class Drawer:
     count = len(noise)
     table = self.table(steps, sampler, eta=eta, strength=strength)
     # Row 0 belongs to the first step that is made.
-    scale = self._scale(scale, steps)[-(1 + int(table.step[-1])) :]
+    made = 1 + int(table.step[-1])
+    scale = self._scale(scale, steps)[-made:]
     check_guidance(guidance, image_guidance)
     if time_ids is None:
       height, width = (side * self.factor for side in noise.shape[1:3])
@@ -158,6 +173,8 @@ class Drawer:
       raise UserError("a plain base has no location maps; give an adapter")
     plan = Plan(branches, adds_noise(table), s_plus, maps, clip_skip)
 
+    table = padded(table, -(-len(table.step) // CALLS) * CALLS)
+    scale = np.pad(scale, ((0, len(table.step) - made), (0, 0)))
     if not also:
       prompts = prompts._replace(more=())
     rows = (
@@ -192,7 +209,7 @@ class Drawer:
       if not np.isfinite(pixels).all():
         raise UserError("the picture is not finite; draw in float32 (--dtype=float32)")
       images.append(to_uint8(pixels))
-      recorded.append([np.asarray(m)[:, :here] for m in drawing.maps])
+      recorded.append([np.asarray(m)[:made, :here] for m in drawing.maps])
     return np.concatenate(images), tuple(np.concatenate(m, axis=1) for m in zip(*recorded))
 
   def _scale(self, scale, steps: int) -> Float[np.ndarray, "steps l"]:

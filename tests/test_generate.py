@@ -303,6 +303,18 @@ def test_maps_are_the_models_at_the_states_passed_through(pipe, references):
     assert np.abs(found[-1] - found[0]).max() > 1e-3  # depends on the step
 
 
+def test_one_program_serves_prompts_scales_samplers_and_numbers_of_steps(pipe, rows):
+  pipe.drawer(**rows(2))
+  compiled = pipe.drawer._draw._cache_size()
+  longer, _ = pipe.drawer(**rows(2, steps=7, scale=0.5, guidance=4.0))
+  other, _ = pipe.drawer(**rows(2, steps=7, scale=0.5, guidance=4.0, sampler="dpmsolver++"))
+  pipe.drawer(**rows(2, steps=12, sampler="heun", noise=pipe.drawer.noise([8, 9])))
+  assert pipe.drawer._draw._cache_size() == compiled
+  assert far(longer, other) > 1
+  pipe.drawer(**rows(2, steps=26))
+  assert pipe.drawer._draw._cache_size() == compiled + 1
+
+
 def test_fresh_noise_is_a_pictures_own_and_maps_are_per_step(pipe, references):
   """A sampler that adds noise, and one that calls the UNet twice a step."""
   noisy = dict(steps=STEPS, sampler="euler_ancestral")
