@@ -171,15 +171,16 @@ def test_no_room_leaves_earlier_checkpoints_intact(saved, config, capfd):
   assert "Traceback" not in capfd.readouterr().err
 
 
-def in_a_disk(size, body):
-  """Runs Python with a disk of `size` bytes at /tmp; skips where that is not allowed."""
-  mount = "mount -t tmpfs -o size=$0 disk /tmp"
-  if subprocess.run(["unshare", "-rm", "sh", "-c", mount, size], capture_output=True).returncode:
+def in_a_disk(size, folder, body):
+  """Runs Python with a disk of `size` bytes at `folder`; skips where that is not allowed."""
+  folder.mkdir()
+  mount = "mount -t tmpfs -o size=$0 disk $1"
+  unshare = ["unshare", "-rm", "sh", "-c"]
+  if subprocess.run([*unshare, mount, size, folder], capture_output=True).returncode:
     pytest.skip("no mounts in this container")
-  script = textwrap.dedent(body)
-  command = f"{mount} && exec {sys.executable} -c \"$1\""
+  command = mount + ' && exec "$2" -c "$3" "$1"'
   return subprocess.run(
-    ["unshare", "-rm", "sh", "-c", command, size, script],
+    [*unshare, command, size, folder, sys.executable, textwrap.dedent(body)],
     capture_output=True,
     text=True,
     cwd=ROOT,
@@ -189,17 +190,20 @@ def in_a_disk(size, body):
 
 def test_a_full_and_a_read_only_disk(tmp_path):
   """The same errors of the system as elsewhere; one process for both, since imports take long."""
+  disk = tmp_path / "disk"
   done = in_a_disk(
     "4m",
+    disk,
     """
-    import os, subprocess
+    import os, subprocess, sys
     import jax.numpy as jnp, ml_collections, numpy as np
     from cc_jax.checkpoint import Checkpoints
     from cc_jax.errors import UserError
 
+    disk = sys.argv[1]
     config = ml_collections.ConfigDict({"base": "x", "encoder": {}, "injection": {}})
     record = {"base_hash": "b", "config": config.to_dict(), "telemetry": {}}
-    checkpoints = Checkpoints("/tmp/c", keep=3)
+    checkpoints = Checkpoints(disk + "/c", keep=3)
     checkpoints.save(1, {"x": jnp.ones(5)}, record)
     checkpoints.wait()
     big = np.random.default_rng(0).normal(size=4_000_000)
@@ -208,16 +212,16 @@ def test_a_full_and_a_read_only_disk(tmp_path):
       checkpoints.wait()
     except UserError as error:
       print("full:", error)
-    again = Checkpoints("/tmp/c", keep=3)
+    again = Checkpoints(disk + "/c", keep=3)
     state, note = again.restore({"x": jnp.zeros(5)}, base_hash="b", config=config)
     print("restored:", note["step"], float(state["x"].sum()))
     again.close()
-    subprocess.run(["mount", "-o", "remount,ro", "/tmp"], check=True)
+    subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
     try:
-      Checkpoints("/tmp/c", keep=3)
+      Checkpoints(disk + "/c", keep=3)
     except UserError as error:
       print("read-only:", error)
-    print(sorted(name for name in os.listdir("/tmp/c") if name.isdigit()))
+    print(sorted(name for name in os.listdir(disk + "/c") if name.isdigit()))
     os._exit(0)
     """,
   )
@@ -226,7 +230,8 @@ def test_a_full_and_a_read_only_disk(tmp_path):
   full = "full: .*(space|ENOSPC|RESOURCE_EXHAUSTED).* step 1 is intact; make room"
   assert re.match(full, lines[0]), lines[0]
   assert lines[1] == "restored: 1 5.0"
-  assert re.match("read-only: cannot write to /tmp/c: .*Read-only.*choose another --wo", lines[2])
+  refused = f"read-only: cannot write to {disk}/c: .*Read-only.*choose another --wo"
+  assert re.match(refused, lines[2]), lines[2]
   assert lines[3] == "['1']"
 
 
