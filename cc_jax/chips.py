@@ -30,13 +30,15 @@ class Chip:
 
 # Clocks: the TPUs' peak over 131,072 operations a cycle and matrix unit set (v5e 1 x, v5p 2 x,
 # v6e 4 x), as in ../shared/tpu_without_a_tpu.md. v5p's memory is called 95 GB and 95 GiB by
-# different pages; XLA's own limit decides what fits.
+# different pages; XLA's own limit decides what fits. NVIDIA's tables give 1,979 TFLOP/s, with
+# sparsity and rounded: dense is half of it (989.4 in its Hopper white paper); NVLink's 900 GB/s is
+# the sum of both directions. Both rows are the SXM modules.
 CHIPS = (
   Chip("v5e", ("TPU v5 lite", "TPU v5e"), 16 * 2**30, 197e12, 819e9, 200e9, 1.5e9,
        f"{_CLOUD}v5e"),
   Chip("v5p", ("TPU v5", "TPU v5p"), 95 * 2**30, 459e12, 2765e9, 600e9, 1.75e9,
        f"{_CLOUD}v5p"),
-  Chip("v6e", ("TPU v6 lite", "TPU v6e"), 32 * 2**30, 918e12, 1640e9, 400e9, 1.75e9,
+  Chip("v6e", ("TPU v6 lite", "TPU v6e"), 32 * 2**30, 918e12, 1638e9, 400e9, 1.75e9,
        f"{_CLOUD}v6e"),
   Chip("h100", ("NVIDIA H100 80GB HBM3",), 80e9, 989.4e12, 3350e9, 450e9, None, f"{_NVIDIA}h100/"),
   Chip("h200", ("NVIDIA H200",), 141e9, 989.4e12, 4800e9, 450e9, None, f"{_NVIDIA}h200/"),

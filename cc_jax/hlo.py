@@ -11,130 +11,13 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from cc_jax.errors import UserError
+from cc_jax.hlo_text import Computation, Instruction, Shape, padded_bytes, parse
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute",
                "ragged-all-to-all", "collective-broadcast")  # fmt: skip
-# Instructions that stand for a place in memory, or hand on what others have made.
-_FREE = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "domain",
-         "partition-id", "replica-id", "optimization-barrier", "add-dependency")  # fmt: skip
-# Custom calls that are no work.
-_BOOKKEEPING = re.compile(r"AllocateBuffer|Sharding|SPMD\w+|annotate_device_placement|MoveTo\w+|"
-                          r"AssumeGatherIndicesInBound|ConcatBitcast|AsyncCollective(Start|Done)|"
-                          r"GatherScatterIndicesBitpacked")  # fmt: skip
-_BITS = {"pred": 8, "c64": 64, "c128": 128, "token": 0, "opaque": 0}
-
-
-@dataclasses.dataclass(frozen=True)
-class Shape:
-  """One array. `layout` is what stands in its braces: minor-to-major order, tiles, memory."""
-
-  dtype: str
-  dims: tuple[int, ...]
-  layout: str = ""
-
-  @property
-  def size(self) -> int:
-    return math.prod(self.dims)
-
-  @property
-  def bytes(self) -> int:
-    """Without padding: what is sent to other devices."""
-    return math.ceil(self.size * _bits(self.dtype) / 8)
-
-  @property
-  def padded_bytes(self) -> int:
-    """In memory: TPUs fill the minor dimensions up to whole tiles, e.g. 8 x 128."""
-    dims = [self.dims[int(i)] for i in reversed(_ORDER.findall(self.layout.split(":")[0]))]
-    tile = _TILE.search(self.layout)
-    if tile and dims:
-      sides = [int(side) for side in tile[1].split(",")]
-      dims = [1] * (len(sides) - len(dims)) + dims
-      for i, side in enumerate(reversed(sides), 1):
-        dims[-i] = -(-dims[-i] // side) * side
-    return math.ceil(math.prod(dims or self.dims) * _bits(self.dtype) / 8)
-
-  @property
-  def in_main_memory(self) -> bool:
-    """Not in a TPU's on-chip memories: S(1) is its vector memory, S(6) its scalar memory."""
-    return not re.search(r"S\(\d+\)", self.layout)
-
-
-_ORDER = re.compile(r"\d+")
-_TILE = re.compile(r"T\(([\d,]+)\)")
-_SHAPE = re.compile(r"([a-z]\w*)\[([\d,]*)\](?:\{([^{}]*)\})?")
-_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$")
-_INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = ")
-_NAME = re.compile(r"%([\w.\-]+)")
-
-
-@dataclasses.dataclass
-class Instruction:
-  name: str
-  opcode: str
-  shapes: tuple[Shape, ...]  # more than one for a tuple
-  operands: tuple[str, ...]
-  arguments: str  # between the parentheses
-  attributes: str  # behind them
-  root: bool
-
-  def attribute(self, pattern: str) -> str | None:
-    found = re.search(pattern, self.attributes)
-    return found[1] if found else None
-
-  @functools.cached_property
-  def called(self) -> tuple[str, ...]:
-    """Computations that this instruction runs; not the scalar function of a reduction."""
-    if self.opcode in ("reduce", "all-reduce", "all-reduce-start", "reduce-scatter", "scatter",
-                       "reduce-window", "select-and-scatter", "sort", "map"):  # fmt: skip
-      return ()
-    names = re.findall(r"\b(?:calls|to_apply|body)=%?([\w.\-]+)", self.attributes)
-    branches = self.attribute(r"branch_computations=\{([^}]*)\}")
-    either = re.findall(r"(?:true|false)_computation=%?([\w.\-]+)", self.attributes)
-    return (*names, *(_NAME.findall(branches) if branches else ()), *either)
-
-  @property
-  def results(self) -> tuple[Shape, ...]:
-    """What comes out; a `-start` hands on what goes in as well, before or (a copy) behind it."""
-    count = len(self.operands)
-    if not self.opcode.endswith("-start") or len(self.shapes) <= count:
-      return self.shapes
-    return self.shapes[:1] if self.opcode == "copy-start" else self.shapes[count : 2 * count]
-
-  @property
-  def target(self) -> str | None:
-    """Whom a custom call calls, unless that is no work."""
-    name = self.opcode == "custom-call" and self.attribute(r'custom_call_target="([^"]+)"')
-    return name if name and not _BOOKKEEPING.fullmatch(name) else None
-
-  @property
-  def free(self) -> bool:
-    """Takes no time: `-done` and `-update` belong to a `-start`."""
-    return (
-      self.opcode in _FREE
-      or self.opcode.endswith(("-done", "-update"))
-      or (self.opcode == "custom-call" and not self.target)
-    )
-
-  @functools.cached_property
-  def cycles(self) -> int | None:
-    """libtpu's estimate of the time at the chip's clock; None elsewhere."""
-    found = self.attribute(r'"estimated_cycles":"(\d+)"')
-    return int(found) if found else None
-
-
-class Computation(dict):
-  """Name -> Instruction, in the program's order."""
-
-  @property
-  def root(self) -> Instruction:
-    return next(i for i in self.values() if i.root)
-
-  @functools.cached_property
-  def parameters(self) -> dict[int, Instruction]:
-    return {int(i.arguments): i for i in self.values() if i.opcode == "parameter"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,7 +66,7 @@ class Program:
   """
 
   def __init__(self, text: str):
-    self.computations, self.entry = _parse(text)
+    self.computations, self.entry = parse(text)
     if self.entry is None:
       raise UserError("this is no compiled program: it has no ENTRY; take compiled.as_text()")
     partitions = re.search(r"num_partitions=(\d+)", text[:10_000])
@@ -270,43 +153,37 @@ class Program:
   def _read_turns(self, loop: Instruction, around: Computation) -> int | None:
     """From `i < constant` in the condition, i's start and its stride; None if it is not so."""
     condition = self.computations[loop.attribute(r"condition=%?([\w.\-]+)")]
-    compare, inputs = condition.root, {}
-    scope = condition
-    if compare.opcode == "fusion":
-      scope = self.computations[compare.called[0]]
-      inputs = {p.name: compare.operands[n] for n, p in scope.parameters.items()}
-      compare = scope.root
+    compare, behind = self._opened(condition, condition.root)
     if compare.opcode != "compare" or "direction=LT" not in compare.attributes:
       return None
-
-    def resolve(name):  # an operand of the comparison, in the condition
-      return _behind(condition, inputs[name] if name in inputs else name, scope)
-
-    counter, limit = (resolve(name) for name in compare.operands)
+    counter, limit = map(behind, compare.operands)
     if counter.opcode != "get-tuple-element" or limit.opcode != "constant":
       return None
     index = int(counter.attribute(r"index=(\d+)"))
-    body = self.computations[loop.attribute(r"body=%?([\w.\-]+)")]
-    stride = self._stride(body, index)
+    stride = self._stride(self.computations[loop.attribute(r"body=%?([\w.\-]+)")], index)
     start = around[loop.operands[0]]
-    first = _behind(around, start.operands[index]) if start.opcode == "tuple" else None
+    first = around.behind(start.operands[index]) if start.opcode == "tuple" else None
     if first is None or first.opcode != "constant" or not stride:
       return None
     return max(0, -(-(int(limit.arguments) - int(first.arguments)) // stride))
 
   def _stride(self, body: Computation, index: int) -> int | None:
     """What the body adds to the loop's counter."""
-    new = _behind(body, body.root.operands[index])
-    scope, inputs = body, {}
-    if new.opcode == "fusion":
-      scope = self.computations[new.called[0]]
-      inputs = {p.name: new.operands[n] for n, p in scope.parameters.items()}
-      new = scope.root
+    new, behind = self._opened(body, body.behind(body.root.operands[index]))
     if new.opcode != "add":
       return None
-    parts = [_behind(body, inputs[n] if n in inputs else n, scope) for n in new.operands]
-    constants = [int(p.arguments) for p in parts if p.opcode == "constant"]
+    constants = [int(p.arguments) for p in map(behind, new.operands) if p.opcode == "constant"]
     return constants[0] if len(constants) == 1 else None
+
+  def _opened(
+    self, around: Computation, i: Instruction
+  ) -> tuple[Instruction, Callable[[str], Instruction]]:
+    """`i`, or what a fusion ends in, and a function: an operand's name -> what is behind it."""
+    if i.opcode != "fusion":
+      return i, around.behind
+    inside = self.computations[i.called[0]]
+    inputs = {p.name: i.operands[n] for n, p in inside.parameters.items()}
+    return inside.root, lambda name: around.behind(inputs.get(name, name), inside)
 
   def _flops(self, i: Instruction, computation: str) -> int:
     own = 0
@@ -330,14 +207,14 @@ class Program:
     """Operands and results, but of a slice only the slice, in place only what is written."""
     here = self.computations[computation]
     operands = [[s for s in here[name].shapes if s.in_main_memory] for name in i.operands]
-    read = [sum(s.padded_bytes for s in shapes) for shapes in operands]
-    written = sum(s.padded_bytes for s in i.results if s.in_main_memory)
+    read = [padded_bytes(shapes) for shapes in operands]
+    written = padded_bytes(s for s in i.results if s.in_main_memory)
     if i.opcode in ("dynamic-slice", "slice", "gather"):
-      read[0] = min(read[0], sum(s.padded_bytes for s in i.shapes)) if read[0] else 0
+      read[0] = min(read[0], padded_bytes(i.shapes)) if read[0] else 0
     elif i.opcode in ("dynamic-update-slice", "scatter"):
       update = here[i.operands[1 if i.opcode == "dynamic-update-slice" else 2]].shapes
       read[0] = 0
-      written = sum(s.padded_bytes for s in update) if written else 0
+      written = padded_bytes(update) if written else 0
     elif i.opcode == "fusion":
       inside = self.computations[i.called[0]]
       for number, parameter in inside.parameters.items():
@@ -386,70 +263,6 @@ def by_kind(collectives: list[Collective]) -> dict[str, tuple[float, float]]:
   return {k: tuple(v) for k, v in sorted(found.items(), key=lambda kv: -kv[1][1])}
 
 
-def _parse(text: str) -> tuple[dict[str, Computation], str | None]:
-  computations: dict[str, Computation] = {}
-  entry, current = None, None
-  for line in text.splitlines():
-    if current is None:
-      start = _COMPUTATION.match(line)
-      if start and " -> " in line:
-        current = computations.setdefault(start[2], Computation())
-        entry = start[2] if start[1] else entry
-    elif line.startswith("}"):
-      current = None
-    elif start := _INSTRUCTION.match(line):
-      current[start[2]] = _instruction(start[2], bool(start[1]), line[start.end() :])
-  return computations, entry
-
-
-def _instruction(name: str, root: bool, rest: str) -> Instruction:
-  """`SHAPE opcode(arguments), attributes`; a tuple's shape has parentheses of its own."""
-  end = _closing(rest, 0) + 1 if rest.startswith("(") else rest.index(" ")
-  shape, rest = rest[:end], rest[end:].lstrip()
-  opening = rest.index("(")
-  closing = _closing(rest, opening)
-  arguments = rest[opening + 1 : closing]
-  return Instruction(
-    name=name,
-    opcode=rest[:opening],
-    shapes=tuple(
-      Shape(dtype, tuple(int(d) for d in dims.split(",") if d), layout or "")
-      for dtype, dims, layout in _SHAPE.findall(shape)
-    ),
-    operands=tuple(_NAME.findall(arguments)),
-    arguments=arguments,
-    attributes=rest[closing + 1 :],
-    root=root,
-  )
-
-
-def _closing(text: str, opening: int) -> int:
-  """The place of the parenthesis that closes the one at `opening`."""
-  depth = 0
-  for found in re.finditer(r"[()]", text[opening:]):
-    depth += 1 if found[0] == "(" else -1
-    if not depth:
-      return opening + found.start()
-  raise UserError(f"this is no compiled program: unbalanced parentheses in {text[:80]!r}")
-
-
-def _bits(dtype: str) -> int:
-  if dtype in _BITS:
-    return _BITS[dtype]
-  found = re.match(r"(?:bf|f|s|u|c)(\d+)", dtype)
-  if not found:
-    raise UserError(f"this program has arrays of a type that hlo.py does not know: {dtype}")
-  return int(found[1])
-
-
-def _behind(computation: Computation, name: str, other: Computation | None = None) -> Instruction:
-  """What `name` is a copy or a change of type of; looked up in `other` too."""
-  found = computation[name] if name in computation else other[name]
-  while found.opcode in ("copy", "bitcast", "convert") and len(found.operands) == 1:
-    found = computation[found.operands[0]]
-  return found
-
-
 def _read_of(inside: Computation, parameter: str, whole: int) -> int:
   """Bytes of a fusion's operand that it reads: of one that it only slices, the slices."""
   total = 0
@@ -458,7 +271,7 @@ def _read_of(inside: Computation, parameter: str, whole: int) -> int:
       if name != parameter:
         continue
       if user.opcode in ("dynamic-slice", "slice", "gather") and place == 0:
-        total += sum(s.padded_bytes for s in user.shapes)
+        total += padded_bytes(user.shapes)
       elif user.opcode == "dynamic-update-slice" and place == 0:
         pass  # written in place
       elif user.opcode == "bitcast":
@@ -471,12 +284,12 @@ def _read_of(inside: Computation, parameter: str, whole: int) -> int:
 def _written_by(inside: Computation, root: Instruction, whole: int) -> int:
   """Bytes that a fusion writes: of a dynamic-update-slice, the slice."""
   if root.opcode == "dynamic-update-slice":
-    return sum(s.padded_bytes for s in inside[root.operands[1]].shapes)
+    return padded_bytes(inside[root.operands[1]].shapes)
   if root.opcode == "bitcast":
     return _written_by(inside, inside[root.operands[0]], whole)
   if root.opcode == "tuple":
     return sum(
-      _written_by(inside, part, sum(s.padded_bytes for s in part.shapes if s.in_main_memory))
+      _written_by(inside, part, padded_bytes(s for s in part.shapes if s.in_main_memory))
       for part in (inside[name] for name in root.operands)
     )
   return whole

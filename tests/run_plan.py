@@ -10,7 +10,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import jax  # noqa: E402
 import tiny  # noqa: E402
 
-from cc_jax import chips, hlo, plan, programs, sharding  # noqa: E402
+from cc_jax import chips, cost, hlo, plan, programs, sharding  # noqa: E402
 
 DEVICES = 8
 # config, slice, images a chip, overrides: the plans of docs/scale.md.
@@ -34,7 +34,7 @@ def main(base: str, out: str) -> None:
     found, work = plan.plan_for(config, place, "train", 1)
     kinds = hlo.by_kind(found.program.collectives)
     results[f"data {count}"] = {kind: size for kind, (_, size) in kinds.items()}
-  results["trained bytes"] = plan.all_bytes(work.parts["adapter"])
+  results["trained bytes"] = cost.all_bytes(work.parts["adapter"])
   # CSCL: both CLS tokens; MACL: two sets of L layers' tokens; S; the subject's number. Floats.
   layers, width, embed = 4, config.encoder.width, tiny.VISION["projection_dim"]
   results["keys of a sample"] = 4 * (2 * width + 2 * layers * width + embed + 1)

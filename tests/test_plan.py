@@ -15,7 +15,7 @@ import pytest
 import run_plan
 from jax.sharding import AbstractMesh, AxisType
 
-from cc_jax import chips, hlo, plan, programs, sharding
+from cc_jax import chips, cost, hlo, plan, programs, sharding
 from cc_jax.errors import UserError
 from configs import sdxl, subjects3d
 
@@ -164,7 +164,7 @@ def test_a_tpus_program():
   }  # fmt: skip
   assert program.opaque == {"tpu_custom_call": 1} and program.endless == set()
 
-  estimate = plan.make_estimate(program, chips.find("v5e"))
+  estimate = cost.make_estimate(program, chips.find("v5e"))
   traffic = (2 * 16 + 128) * 128 * 4 / (0.9 * 819e9)  # of async.2: longer than its FLOPs
   assert estimate.products == pytest.approx(3 * 3000 / 1.5e9 + traffic)
   sent = 2 * 64 * 128 * 4 * 3 / 4 + 16 * 128 * 4 * 3 + 16 * 128 * 4
@@ -288,9 +288,9 @@ def test_the_plan_in_numbers_and_words(mini):
   memory = numbers["memory"]
   taken = found.compiled.memory_analysis().argument_size_in_bytes
   assert taken == found.program.argument_bytes and memory["padding"] == 0  # a CPU has no tiles
-  decoder = plan.all_bytes({k: v for k, v in work.parts["frozen base"].items() if "decoder" in k})
+  decoder = cost.all_bytes({k: v for k, v in work.parts["frozen base"].items() if "decoder" in k})
   assert taken + decoder <= sum(memory["parts"].values()) < taken + 1.2 * decoder
-  trained = plan.all_bytes(work.parts["adapter"])
+  trained = cost.all_bytes(work.parts["adapter"])
   assert memory["parts"]["Adam"] == 2 * trained + 4 and memory["parts"]["average"] == trained
   assert memory["temporaries"] > trained  # the gradients alone
   assert memory["total"] > memory["temporaries"] + sum(memory["parts"].values())
@@ -319,14 +319,14 @@ def test_sdxl_over_four_chips():
   work = programs.train_work(config, abstract_mesh(1, 4))
   parts = {name: tree for name, tree in work.parts.items() if name != "batch"}
   parts["gradients"] = parts["adapter"]
-  total = sum(plan.all_bytes(tree) for tree in parts.values())
-  chip = sum(plan.chip_bytes(tree) for tree in parts.values())
+  total = sum(cost.all_bytes(tree) for tree in parts.values())
+  chip = sum(cost.chip_bytes(tree) for tree in parts.values())
   assert 15e9 < total < 20e9
   assert total / 4 < chip < min(6e9, 1.02 * total / 4)
   for name, tree in parts.items():
     wanted, whole = sharding.whole_though_cut(tree, abstract_mesh(1, 4))
     assert sum(whole.values()) < 0.02 * wanted, name
-    assert wanted > 0.98 * plan.all_bytes(tree), name
+    assert wanted > 0.98 * cost.all_bytes(tree), name
   assert f"{total / 1e9:.4g}" in plan.state_table(work)
 
 
@@ -361,10 +361,10 @@ def test_the_compilers_refusal():
     "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. "
     "Used 20.30G of 15.75G hbm. Exceeded hbm capacity by 4.55G."
   )
-  refusal = plan._overflow(text, chips.find("v5e"))
+  refusal = cost._overflow(text, chips.find("v5e"))
   assert refusal == (20.30 * 2**30, 15.75 * 2**30)
-  assert math.isnan(plan._overflow("RESOURCE_EXHAUSTED: no", chips.find("v5e")).needed)
-  assert plan._overflow("INTERNAL: a bug", chips.find("v5e")) is None
+  assert math.isnan(cost._overflow("RESOURCE_EXHAUSTED: no", chips.find("v5e")).needed)
+  assert cost._overflow("INTERNAL: a bug", chips.find("v5e")) is None
   said = plan.describe_refusal(
     {
       "images_per_chip": 8,
