@@ -21,6 +21,7 @@ import jax
 import ml_collections
 import numpy as np
 from absl import flags
+from etils import epath
 from jaxtyping import UInt8
 
 from cc_jax import errors, hub, sharding
@@ -289,7 +290,7 @@ def compare(drawer: Drawer, tokenizers, trials: Trials, settings, workdir, *, sc
   print(f"{count} unseen subjects, one reference each, 'a <class> <scene>':")
   for name, values in scores.items():
     print(f"  {name:8}{line(values)}")
-  folder = Path(os.fspath(workdir))
+  folder = epath.Path(workdir)  # perhaps in a bucket
   folder.mkdir(parents=True, exist_ok=True)
   (folder / "scores.json").write_text(json.dumps(dict(subjects=count, **scores), indent=2) + "\n")
   _save(contact_sheet(trials, images, min(GRID_SUBJECTS, count)), folder / "grid.png")
@@ -315,9 +316,10 @@ def _drawer(config, base, model, count: int) -> tuple[Drawer, int]:
 
 
 def _save(picture, file) -> None:
-  file = Path(os.fspath(file))
+  file = epath.Path(file)
   file.parent.mkdir(parents=True, exist_ok=True)
-  picture.save(file)
+  with file.open("wb") as out:
+    picture.save(out, format="PNG")
 
 
 # ---- the base alone

@@ -116,6 +116,7 @@ def test_one_process_speaks_and_lists_all(folders):
   folder, stopped = folders
   outputs = json.loads((folder / "two" / "out.json").read_text())
   assert [f"process {i} on " in outputs[0] for i in range(3)] == [True, True, False]
+  assert re.search(r"trained +mfi_encoder +fsdp +\d", outputs[0])  # what is cut how
   assert "4 x cpu, devices" in outputs[0] and f"SIGTERM: step {stopped} is saved" in outputs[0]
   assert silent(outputs[1])
 

@@ -18,10 +18,12 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import tiny
+from etils.epath import backend
 from orbax.checkpoint import v1 as ocp
+from PIL import Image
 
 import data_pipeline
-from cc_jax import gaps, hub, sharding, step, telemetry, train
+from cc_jax import evaluate, gaps, hub, sharding, step, telemetry, train
 from cc_jax.assemble import abstractly, assemble
 from cc_jax.checkpoint import Checkpoints
 from cc_jax.customcontrast.adapter_file import load_adapter
@@ -469,6 +471,52 @@ def test_stops_after_max_bad_steps_with_the_last_good_checkpoint(setup, loader, 
   assert (tmp_path / "adapter.safetensors").exists()
   steps = [line["step"] for line in telemetry.read(tmp_path / "metrics.jsonl")]
   assert steps == [1, 2, 3, 4, 5, 6, 7, 8]
+
+
+def bucket(folder):
+  """gs:// as a folder of this machine, for all but Orbax and its own storage drivers."""
+  local = functools.partial(re.sub, "^gs://", f"{folder}/")
+
+  class Bucket(type(backend.os_backend)):
+    def __getattribute__(self, name):
+      function = super().__getattribute__(name)
+      return lambda *paths, **how: function(*(local(os.fspath(p)) for p in paths), **how)
+
+  return Bucket()
+
+
+def test_a_workdir_in_a_bucket(setup, loader, tmp_path, monkeypatch):
+  """Log, pictures and adapter go there, and nothing into a folder called 'gs:'."""
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.setattr(backend, "tf_backend", bucket(tmp_path / "cloud"))
+  here = functools.partial(Checkpoints, tmp_path / "checkpoints")
+  monkeypatch.setattr(train, "Checkpoints", lambda folder, **how: here(**how))
+  run = tmp_path / "cloud" / "mine" / "run"
+  run.mkdir(parents=True)
+  (run / "metrics.jsonl").write_text('{"step": 3, "loss": 1.0}\n{"step": 4, "lo')  # of a lost run
+  config = setup.config.copy_and_resolve_references()
+  config.train.update(gaps_every=0, sample_every=4)
+  picture = Image.new("RGB", (2, 2))
+  views = train.Views(lambda *a: evaluate._save(picture, a[-1]), None)
+  state = train.train(config, "gs://mine/run", views)
+  assert [line["step"] for line in telemetry.read(run / "metrics.jsonl")] == [2, 4, 6, 8]
+  assert sorted(os.listdir(run / "samples")) == ["0000004.png", "0000008.png"]
+  tensors = load_adapter(run / "adapter.safetensors").tensors
+  assert all(np.array_equal(value, state.ema[key]) for key, value in tensors.items())
+  assert sorted(os.listdir(tmp_path)) == ["checkpoints", "cloud"]
+
+
+def test_weights_that_lie_whole_though_they_should_not_stop_the_run(
+  setup, loader, tmp_path, monkeypatch
+):
+  def check(tree, mesh):
+    assert {"state", "frozen"} == tree.keys() and mesh.size == 1
+    raise UserError("they lie whole")
+
+  monkeypatch.setattr(sharding, "check", check)
+  with pytest.raises(UserError, match="they lie whole"):
+    train.train(setup.config, tmp_path)
+  assert not (tmp_path / "metrics.jsonl").exists()
 
 
 def test_a_checkpoint_of_another_base_or_model_is_refused(setup, tmp_path, tiny_folder):

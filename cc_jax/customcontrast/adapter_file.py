@@ -10,9 +10,10 @@ from typing import Any
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+from etils import epath
 from flax import nnx
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from cc_jax.customcontrast.injection import InjectionConfig
 from cc_jax.customcontrast.mfi_encoder import MFIEncoderConfig
@@ -56,7 +57,7 @@ def save_adapter(
   dtype: str = "",
   notes: Mapping[str, str] | None = None,
 ) -> None:
-  """Writes the file, whole or not at all. `dtype` '' keeps each tensor's own.
+  """Writes the file, whole or not at all, in a folder or a bucket. `dtype` '' keeps each tensor's.
 
   Raises:
     UserError: the folder cannot be written, or a value does not fit into `dtype`.
@@ -79,12 +80,12 @@ def save_adapter(
     "base_hash": base_hash,
     "notes": json.dumps(dict(notes or {})),
   }
-  path = Path(path)
-  part = path.with_name(path.name + ".part")
+  path = epath.Path(path)
+  part = path.parent / f"{path.name}.part"
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(arrays, part, metadata=metadata)
-    os.replace(part, path)
+    part.write_bytes(save(arrays, metadata=metadata))
+    part.replace(path)
   except (OSError, SafetensorError) as error:
     raise UserError(f"cannot write {path}: {error}; choose another path") from error
 
