@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 from flax import nnx
 
 from cc_jax.customcontrast import adapter_file, s_plus
@@ -376,7 +377,7 @@ def test_adapter_file_errors(saved, tmp_path):
       adapter_file.load_adapter(path)
     assert "\n" not in str(error.value)
   foreign = tmp_path / "ip_adapter.safetensors"
-  adapter_file.save_file({"ip_adapter.1.to_k_ip.weight": draw(2, 2)}, foreign)
+  safetensors.numpy.save_file({"ip_adapter.1.to_k_ip.weight": draw(2, 2)}, foreign)
   with pytest.raises(UserError, match="no CustomContrast adapter .*ip_adapter.1.to_k_ip.weight"):
     adapter_file.load_adapter(foreign)
   newer = whole.replace(b'"format_version":"1"', b'"format_version":"9"')
