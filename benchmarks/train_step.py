@@ -52,13 +52,15 @@ def main() -> None:
   batch = sharding.put_batch(noise(size, config.data.image_size, len(method.empty_prompt)), mesh)
 
   began = time.perf_counter()
-  compiled = step.make_train_step(method, mesh, state, frozen).lower(state, frozen, batch).compile()
+  seed = sharding.put(train.seed_of(config), mesh)
+  compiled = step.make_train_step(method, mesh, state, frozen)
+  compiled = compiled.lower(state, frozen, batch, seed).compile()
   print(f"{mesh.size} x {mesh.devices.flat[0].device_kind}, batch {size}, {config.train.dtype}")
   print(f"compile    {time.perf_counter() - began:8.1f} s")
   times = []
   for _ in range(arguments.steps + 2):
     began = time.perf_counter()
-    state, metrics = compiled(state, frozen, batch)
+    state, metrics = compiled(state, frozen, batch, seed)
     jax.block_until_ready(metrics)
     times.append(time.perf_counter() - began)
   times = np.sort(times[2:])

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array
 
@@ -72,7 +73,7 @@ def assemble(
   inputs = jax.tree.leaves(arrays)
   found: dict[str, Any] = {}
 
-  def create(arrays) -> tuple[Params, Params]:
+  def create(arrays, seed) -> tuple[Params, Params]:
     unet, vae, text_encoders, image_encoder = nnx.merge(structure, arrays)
     networks = dict(unet=unet, vae=vae, text_encoders=text_encoders, image_encoder=image_encoder)
     model = CustomContrast(
@@ -89,7 +90,8 @@ def assemble(
     found["frozen"] = {path: number[id(x)] for path, x in frozen.items() if id(x) in number}
     return trainable, {path: x for path, x in frozen.items() if path not in found["frozen"]}
 
-  trainable, new = transform(create)(arrays)
+  # The seed is an argument, not a constant: one compiled program serves all seeds.
+  trainable, new = transform(create)(arrays, np.uint32(seed % 2**32))
   old = {path: inputs[i] for path, i in found["frozen"].items()}
   return found["definition"], trainable, {**old, **new}
 

@@ -394,8 +394,7 @@ def main(argv: Sequence[str]) -> None:
   pipe = generate.load(f.checkpoint, f.base)
   if pipe.adapter is None:
     raise UserError("there is no adapter to score; give --checkpoint, or --what=base")
-  share = float(pipe.adapter.notes.get("reference_share", 0.8))
-  trials = make_trials(f.split, f.count or 100, share=share, size=min(pipe.size))
+  trials = make_trials(f.split, f.count or 100, **pipe.shown)
   settings = ml_collections.ConfigDict(dict(
     guidance=f.guidance, image_guidance=f.image_guidance, steps=f.steps, sampler="default"))
   compare(pipe.drawer, pipe.base.tokenizers, trials, settings, f.workdir, scale=f.scale,

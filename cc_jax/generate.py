@@ -293,13 +293,18 @@ class Pipeline:
     references, masks = _listed(references), _listed(masks)
     if not references:
       return None
-    share = float(self.adapter.notes.get("reference_share", 0.8))
-    # As large as in training; the model itself goes on to the image encoder's size.
-    size, masks = min(self.size), masks or [None] * len(references)
+    masks = masks or [None] * len(references)
     return np.stack([
-      read_reference(reference, mask, share=share, size=size)
-      for reference, mask in zip(references, masks)
+      read_reference(reference, mask, **self.shown) for reference, mask in zip(references, masks)
     ])
+
+  @property
+  def shown(self) -> dict[str, Any]:
+    """How the adapter's training showed references: arguments of `read_reference`."""
+    notes = self.adapter.notes
+    # As large as in training; the model itself goes on to the image encoder's size.
+    return dict(share=float(notes.get("reference_share", 0.8)), size=min(self.size),
+                place=notes.get("reference_place", "centred"))
 
   def _by_layer(self, maps, latent_size) -> dict[str, np.ndarray]:
     if len(maps) != len(self.layer_paths):

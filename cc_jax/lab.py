@@ -1,6 +1,7 @@
 """The laboratory: trains and scores every variant of the method, and draws tables and figures.
 
     python -m cc_jax.lab --suite=ablation            # all arms of configs/lab.py, then the report
+    python -m cc_jax.lab --suite=ablation --arms=core,control   # some families, or single arms
     python -m cc_jax.lab --suite=ablation --fast     # toy base, two steps, every table and figure
     python -m cc_jax.lab --suite=sweep               # only the arms swept over the adapter's scale
     python -m cc_jax.lab --suite=report              # tables and figures from the result files
@@ -24,9 +25,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import ml_collections
+import numpy as np
 from absl import flags
 from etils import epath
+from flax import nnx
 from ml_collections import config_flags
 
 from cc_jax import errors, hub, sharding
@@ -105,10 +109,12 @@ def plan(config: ml_collections.ConfigDict, names: Sequence[str], results: Path,
     if split == "validation":
       yield from ((name, first, value) for value in values)
     files = {value: result_file(results, name, first, "validation", value) for value in values}
-    missing = [str(file) for file in files.values() if not file.exists()]
-    if missing:
+    found = {value: read(file) for value, file in files.items() if file.exists()}
+    missing = [str(file) for value, file in files.items() if value not in found]
+    # On the validation subjects all were just tried: one that is missing has failed, and is worst.
+    if missing and (split != "validation" or not found):
       raise UserError(f"{missing[0]} is missing: run the suite on the validation subjects first")
-    best = max(values, key=lambda value: tuning_score(read(files[value])))  # noqa: B023
+    best = max(found, key=lambda value: tuning_score(found[value]))  # noqa: B023
     if split != "validation":
       yield name, first, best
     yield from ((name, seed, best) for seed in others)
@@ -128,7 +134,7 @@ def fingerprint(config: ml_collections.ConfigDict, base_hash: str) -> str:
   shared = dict(base=base_hash, world=VERSION, score={key: score[key] for key in _SCORED})
   for section in ("data", "encoder", "injection", "objective", "train", "sample"):
     shared[section] = run[section].to_dict()
-  for section, keys in (("data", ("source", "name", "data_dir")),
+  for section, keys in (("data", ("data_dir",)),
                         ("train", ("log_every", "save_every", "keep", "keep_every"))):
     for key in keys:
       shared[section].pop(key, None)
@@ -194,7 +200,7 @@ def run(config: ml_collections.ConfigDict, name: str, seed: int, tuned: Any, *, 
   """
   file = result_file(results, name, seed, config.score.split, tuned)
   arm, mark = table.ARMS[name], fingerprint(config, base.hash)
-  changes = dict(arm.changes) | ({"first": list(arm.first)} if arm.first else {})
+  changes = changes_of(arm)
   if is_done(file, mark, changes):
     return read(file)
   own = arm_config(config, name, seed, tuned)
@@ -232,6 +238,12 @@ def run(config: ml_collections.ConfigDict, name: str, seed: int, tuned: Any, *, 
   return read(file)
 
 
+def changes_of(arm: table.Arm) -> dict[str, Any]:
+  """What an arm changes, as its result file says it."""
+  changes = dict(arm.changes) | ({"first": arm.first} if arm.first else {})
+  return json.loads(json.dumps(changes))  # which has lists for tuples
+
+
 def first_part(
   config: ml_collections.ConfigDict, share: float, changes: dict[str, Any]
 ) -> ml_collections.ConfigDict:
@@ -267,16 +279,30 @@ def machine() -> str:
 
 def suite(config: ml_collections.ConfigDict, names: Sequence[str], *, workdir: Path, results: Path,
           candidates: int = 0) -> None:
-  """Every run of `names` that has no result yet, the base first."""
-  base = hub.load_base(config.run.base)
+  """Every run of `names` that has no result yet, the base first.
+
+  Raises:
+    UserError: runs that failed (a rate at which the loss is not finite, say), when all others are
+      done; the same command tries them again.
+  """
+  base, failed = hub.load_base(config.run.base), []
   run_base(config, results=results, base=base)
   for name, seed, tuned in plan(config, names, results, candidates):
     file = result_file(results, name, seed, config.score.split, tuned)
     known = file.exists()
-    found = run(config, name, seed, tuned, workdir=workdir, results=results, base=base)
+    try:
+      found = run(config, name, seed, tuned, workdir=workdir, results=results, base=base)
+    except UserError as error:
+      failed.append(f"{file.stem}: {error}")
+      print(failed[-1], flush=True)
+      continue
     scores, spent = found["scores"], "was there" if known else f"{found['seconds']} s"
     print(f"{file.stem}: fidelity {scores['fidelity']:.3f}, control {scores['control']:.3f}, "
           f"{spent}", flush=True)
+
+
+  if failed:
+    raise UserError(f"{len(failed)} run(s) failed, the others are done; the first: {failed[0]}")
 
 
 def toy_base(folder: Path) -> Path:
@@ -289,11 +315,24 @@ def toy_base(folder: Path) -> Path:
   for name, changes in _TOY.items():
     file = part / name / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
-  base = hub.random_base(part)
-  for name, module in base.networks.items():
-    hub.save_module(module, part / name)
+  rng = np.random.default_rng(0)
+
+  def fill(leaf):  # by numpy: jax would compile an initialiser for every shape
+    return jnp.asarray(rng.normal(size=leaf.shape) / np.prod(leaf.shape[:-1]) ** 0.5, leaf.dtype)
+
+  for name, module in hub.abstract_base(part).networks.items():
+    definition, state = nnx.split(module)
+    hub.save_module(nnx.merge(definition, jax.tree.map(fill, state)), part / name)
   os.replace(part, folder)
   return folder
+
+
+def chosen_arms(given: Sequence[str]) -> list[str]:
+  """`given` with every family's name replaced by those of its arms."""
+  names = []
+  for one in given:
+    names += [name for name, arm in table.ARMS.items() if one in (name, arm.family)] or [one]
+  return list(dict.fromkeys(names))
 
 
 def fast_arms() -> list[str]:
@@ -311,7 +350,7 @@ def define_flags() -> None:
   flags.DEFINE_enum("suite", "ablation", ["ablation", "sweep", "report", "pictures"],
                     "What is done.")
   flags.DEFINE_bool("fast", False, "A toy base, two steps, one arm per family: does it all run?")
-  flags.DEFINE_list("arms", [], "Names of configs/lab.py's ARMS; all by default.")
+  flags.DEFINE_list("arms", [], "Arms or families of configs/lab.py's ARMS; all by default.")
   flags.DEFINE_integer("budget", None, "Training steps of every run; config.run.train.steps.")
   flags.DEFINE_string("split", None, "validation (default) or test: once, at the end.")
   flags.DEFINE_string("workdir", "runs/lab", "Checkpoints and adapters of the runs.")
@@ -348,7 +387,7 @@ def main(argv: Sequence[str]) -> None:
   if f.fast and f.suite != "report":
     config.run.base = str(toy_base(workdir / "toy_base"))
   if f.suite in ("ablation", "sweep"):
-    names = list(f.arms) or list(config.score.sweep_arms if f.suite == "sweep" else
+    names = chosen_arms(f.arms) or list(config.score.sweep_arms if f.suite == "sweep" else
                                  fast_arms() if f.fast else table.ARMS)
     suite(config, names, workdir=workdir, results=results, candidates=1 if f.fast else 0)
   if f.suite != "pictures":

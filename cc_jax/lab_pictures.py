@@ -1,5 +1,5 @@
 """The paper's pictures, from a trained adapter: a map of S+, location maps, two subjects in one
-picture, what lies between two subjects, a sheet of references and prompts.
+picture, what lies between two subjects, a sheet of references and prompts; and what leaks.
 
     python -m cc_jax.lab --suite=pictures --checkpoint=runs/lab/method-0 \\
         --against=runs/lab/self_reconstruction-0 --figures=docs/lab
@@ -21,6 +21,7 @@ from PIL import Image
 
 from cc_jax import evaluate, generate
 from cc_jax.drawer import encode_prompts
+from cc_jax.errors import UserError
 from cc_jax.lab_scores import embed, make_views
 from cc_jax.metrics import features
 from cc_jax.pictures import grid
@@ -28,6 +29,7 @@ from data_pipeline.subjects3d import factors as world
 
 MARKERS = "os^Dv*P<X>hp"  # one for each subject
 SEED = 40_000  # of the noise
+BATCH = 4  # pictures at once: one compiled program serves nearly all of them
 
 
 def pictures(
@@ -44,9 +46,14 @@ def pictures(
   pipes = {_name(checkpoint): pipe}
   if against is not None:
     pipes = {_name(against): generate.load(against, config.run.base)} | pipes
-  steps, trials = config.run.sample.steps, _trials(config, 6)
-  s_plus_map(pipes, config).savefig(folder / "s_plus_map.png", dpi=110, bbox_inches="tight")
+  steps, score = config.run.sample.steps, config.score
+  trials = trials_of(pipe, min(6, score.subjects), split=score.split)
+  subjects = min(8, score.probe_subjects)
+  s_plus_map(pipes, subjects=subjects, split=score.split, timestep=score.timestep).savefig(
+    folder / "s_plus_map.png", dpi=110, bbox_inches="tight")
   drawn = {
+    "interventions": interventions(pipe, min(2, score.interventions), split=score.split,
+                                   steps=steps),
     "location_maps": location_maps(pipe, trials, steps=steps),
     "two_subjects": two_subjects(pipe, trials, steps=steps),
     "between_subjects": between_subjects(pipe, trials, steps=steps),
@@ -59,30 +66,28 @@ def pictures(
 
 
 def s_plus_map(
-  pipes: dict[str, generate.Pipeline], config: ml_collections.ConfigDict, *,
-  layers: Sequence[int] | None = None, subjects: int = 8, views: int = 10,
+  pipes: dict[str, generate.Pipeline], *, layers: Sequence[int] | None = None, subjects: int = 8,
+  views: int = 10, split: str = "validation", timestep: int = 500,
 ) -> Figure:
   """t-SNE of S+ at four layers, a row per adapter: one shape per subject, one colour per view.
 
   All subjects are shown in the same views, so that a colour that gathers tells of a leaked view and
   a shape that gathers of a known subject. Layers are counted from 1; by default they are spread.
   """
-  score = config.score.copy_and_resolve_references()
-  score.update(probe_subjects=min(subjects, config.score.probe_subjects), probe_views=views)
-  references, factors = make_views(config.run, score, same=True)
-  subject = np.unique(factors.subject_id, return_inverse=True)[1]
-  view = np.tile(np.arange(views), score.probe_subjects)
+  view = np.tile(np.arange(views), subjects)
   count = len(next(iter(pipes.values())).layer_paths)
   layers = layers or sorted({round(1 + share * (count - 1)) for share in (0, 1 / 3, 2 / 3, 1)})
   figure = Figure(figsize=(3.4 * len(layers), 3.5 * len(pipes)))
   grid_of_axes = figure.subplots(len(pipes), len(layers), squeeze=False)
   for row, (name, pipe) in zip(grid_of_axes, pipes.items()):
-    pooled, _ = embed(model_of(pipe), references, config.score.timestep, batch=config.score.batch)
+    references, factors = make_views(split, subjects, views, same=True, **pipe.shown)
+    subject = np.unique(factors.subject_id, return_inverse=True)[1]
+    pooled, _ = embed(model_of(pipe), references, timestep, batch=len(references))
     groups = [key for key in pooled if key.startswith("layer")]
     for axes, layer in zip(row, layers):
       group = groups[min(pipe_group(pipe, layer - 1), len(groups) - 1)]
       points = features.tsne(pooled[group])
-      for s in range(score.probe_subjects):
+      for s in range(subjects):
         own = subject == s
         axes.scatter(*points[own].T, c=view[own], cmap="hsv", vmin=0, vmax=views, s=28,
                      marker=MARKERS[s % len(MARKERS)], edgecolors="black", linewidths=0.3)
@@ -92,11 +97,72 @@ def s_plus_map(
       axes.set_yticks([])
   handles = [Line2D([], [], color="grey", marker=MARKERS[s % len(MARKERS)], ls="",
                     label=world.CLASSES[factors.class_id[subject == s][0]])
-             for s in range(score.probe_subjects)]
+             for s in range(subjects)]
   figure.legend(handles=handles, loc="lower center", ncols=min(8, len(handles)), fontsize=8,
                 bbox_to_anchor=(0.5, -0.04), title="shape: subject, colour: view")
   figure.tight_layout()
   return figure
+
+
+def interventions(
+  pipe: generate.Pipeline, count: int = 2, *, split: str = "validation", steps: int = 20
+) -> Image.Image:
+  """A reference with one irrelevant factor moved at a time, and below what is drawn from each.
+
+  Prompt and noise are a row's: what changes in it has leaked (`cc_jax.metrics.leakage`).
+  """
+  what = evaluate.make_interventions(split, count, **pipe.shown)
+  names, rows = list(what.references), range(count)
+  references = np.concatenate([[what.references[name][i] for name in names] for i in rows])
+  prompts, nouns = ([given[i] for i in rows for _ in names] for given in (what.prompts, what.nouns))
+  images, _ = draw(pipe, prompts, nouns, references,
+                   [SEED + i for i in rows for _ in names], steps=steps)
+  cells, sides = [], []
+  for i in rows:
+    row = slice(i * len(names), (i + 1) * len(names))
+    cells += [*references[row], *images[row]]
+    sides += ["reference", what.prompts[i]]
+  heads = ["as it is", *(f"{name} moved" for name in names[1:])]
+  return grid(cells, columns=len(names), column_headings=heads, row_headings=sides, scale=1.5)
+
+
+def picture(
+  pipe: generate.Pipeline, trials: evaluate.Trials, subject: int, prompt: str, *,
+  scale: float = 1.0, seed: int = SEED, steps: int = 20,
+) -> Image.Image:
+  """A reference, what is drawn from it, and what the base draws from the same noise.
+
+  `prompt` may leave the class noun to us: 'a {} on the beach'.
+  """
+  noun = trials.nouns[subject]
+  prompts, said = [prompt.format(noun)], dict(steps=steps, scale=scale)
+  image, _ = draw(pipe, prompts, [noun], trials.references[subject][None], [seed], **said)
+  plain, _ = draw(pipe, prompts, [noun], None, [seed], **said)
+  return grid([trials.references[subject], image[0], plain[0]], scale=3,
+              columns=3, column_headings=["reference", prompts[0], "the base alone"])
+
+
+def location(
+  pipe: generate.Pipeline, trials: evaluate.Trials, subject: int, *, layer: int = 1, step: int = 1,
+  scale: float = 1.0, steps: int = 20,
+) -> Image.Image:
+  """A reference, the map m of one layer at one step (both counted from 1), and the picture.
+
+  Raises:
+    UserError: no such layer or step, or an adapter without maps.
+  """
+  if not pipe.adapter.injection.location:
+    raise UserError("this adapter has no location maps (config.injection.location=False)")
+  if not (1 <= layer <= len(pipe.layer_paths) and 1 <= step <= steps):
+    raise UserError(f"layer {layer}, step {step}: there are {len(pipe.layer_paths)} and {steps}")
+  images, maps = draw(pipe, [trials.prompts[subject]], [trials.nouns[subject]],
+                      trials.references[subject][None], [SEED], steps=steps, maps=True,
+                      scale=scale)
+  m = maps[layer - 1][step - 1, 0]
+  side = round(m.shape[0] ** 0.5)
+  heads = ["reference", f"map, layer {layer}, step {step}", trials.prompts[subject]]
+  return grid([trials.references[subject], _grey(m.reshape(side, side), images.shape[2]),
+               images[0]], columns=3, column_headings=heads, scale=3)
 
 
 def location_maps(
@@ -178,13 +244,13 @@ def sheet(
   which = np.repeat(np.arange(subjects), len(scenes))
   nouns = [trials.nouns[i] for i in which]
   prompts = [f"a {noun} {scene}" for noun, scene in zip(nouns, list(scenes) * subjects)]
-  said = dict(steps=steps, batch_size=2 * len(scenes))
-  images, _ = draw(pipe, prompts, nouns, trials.references[which], SEED + which, **said)
-  plain, _ = draw(pipe, prompts, nouns, None, SEED + which, **said)
+  images, _ = draw(pipe, prompts, nouns, trials.references[which], SEED + which, steps=steps)
+  first = slice(None, None, len(scenes))
+  plain, _ = draw(pipe, prompts[first], nouns[first], None, (SEED + which)[first], steps=steps)
   cells = []
   for i in range(subjects):
     row = slice(i * len(scenes), (i + 1) * len(scenes))
-    cells += [trials.references[i], *images[row], plain[row][0]]
+    cells += [trials.references[i], *images[row], plain[i]]
   heads = ["reference", *scenes, f"base, {scenes[0]}"]
   return grid(cells, columns=len(heads), column_headings=heads, scale=1.5)
 
@@ -202,6 +268,7 @@ def draw(pipe: generate.Pipeline, prompts: Sequence[str], nouns: Sequence, refer
     encode_prompts(pipe.base.tokenizers, [""]),
     noise=pipe.drawer.noise([int(seed) for seed in seeds]),
     references=references[:, None] if own else None,
+    batch_size=BATCH,
     **options)
 
 
@@ -215,9 +282,11 @@ def pipe_group(pipe: generate.Pipeline, layer: int) -> int:
   return pipe.adapter.encoder.group_of_layer(len(pipe.layer_paths))[layer]
 
 
-def _trials(config: ml_collections.ConfigDict, count: int) -> evaluate.Trials:
-  count = min(count, config.score.subjects)
-  return evaluate.make_trials(config.score.split, count, **evaluate.shown(config.run.data))
+def trials_of(
+  pipe: generate.Pipeline, count: int, *, split: str = "validation"
+) -> evaluate.Trials:
+  """Unseen subjects, shown as the adapter's training showed its references."""
+  return evaluate.make_trials(split, count, **pipe.shown)
 
 
 def _grey(m: np.ndarray, side: int) -> Image.Image:

@@ -1,7 +1,8 @@
 """All that the laboratory measures of one model: what it draws, what leaks, what its features know.
 
-A `Scorer` belongs to one run: it renders its trials once and compiles each program once, and is
-then asked at every checkpoint. Everything it returns goes into the run's result file as it is.
+A `Scorer` belongs to one run and is asked at every checkpoint. Everything it returns goes into the
+run's result file as it is. What is rendered and compiled for one run serves the others of the same
+process, as far as they are alike.
 """
 
 from __future__ import annotations
@@ -30,6 +31,10 @@ ON_THE_WAY = ("size", "place")  # moves that are drawn at every checkpoint
 LABELS = ("class_id", "color1", "color2", "pattern", "pattern_color", "scene")
 NUMBERS = ("wide", "tall", "ratio", "size", "x", "y", "elevation", "roll", "light_azimuth")
 _SEED = 30_000  # of the views whose features are looked at
+_DRAWERS: dict[Any, Drawer] = {}  # by the model's structure; they hold no parameters
+# All runs are scored on the same pictures, unless they show references in ways of their own.
+_trials = functools.lru_cache(4)(evaluate.make_trials)
+_interventions = functools.lru_cache(4)(evaluate.make_interventions)
 
 
 class Scorer:
@@ -40,30 +45,32 @@ class Scorer:
     self.run, self.score, self.base = config.run, config.score, base
     self.mesh = sharding.make_mesh(self.run.mesh, self.run.train.batch_size)
     self.judge, _ = judging.load_judge()
-    self._drawer: Drawer | None = None
+    self.shown = evaluate.shown(self.run.data)
 
-  @functools.cached_property
+  @property
   def trials(self) -> evaluate.Trials:
-    return trials(self.run, self.score)
+    score = self.score
+    return _trials(score.split, score.subjects, styled=score.styled, **self.shown)
 
-  @functools.cached_property
+  @property
   def interventions(self) -> evaluate.Interventions:
-    return evaluate.make_interventions(
-      self.score.split, self.score.interventions, **evaluate.shown(self.run.data))
+    return _interventions(self.score.split, self.score.interventions, **self.shown)
 
-  @functools.cached_property
+  @property
   def views(self) -> tuple[UInt8[np.ndarray, "n h w 3"], world.Factors]:
-    return make_views(self.run, self.score)
+    score = self.score
+    return make_views(score.split, score.probe_subjects, score.probe_views, **self.shown)
 
   def draw(self, what, model: nnx.Module, scale: float = 1.0):
-    """Pictures of trials or interventions; the first model's structure is every later one's."""
+    """Pictures of trials or interventions."""
     definition, params = nnx.split(model)
-    if self._drawer is None:
+    key = self.base.hash, definition, self.mesh
+    if key not in _DRAWERS:
       schedule = NoiseSchedule.from_config(self.base.scheduler_config)
-      self._drawer = Drawer(
+      _DRAWERS[key] = Drawer(
         model, schedule, merge=lambda params: nnx.merge(definition, params), mesh=self.mesh)
     return evaluate.draw_trials(
-      self._drawer, self.base.tokenizers, what, self.run.sample, params=params, scale=scale,
+      _DRAWERS[key], self.base.tokenizers, what, self.run.sample, params=params, scale=scale,
       s_words=self.run.encoder.s_words, batch_size=self.score.batch, progress=False)
 
   def pictures(self, model: nnx.Module, trials: evaluate.Trials, scale: float = 1.0) -> dict:
@@ -152,12 +159,6 @@ class Scorer:
     return found
 
 
-def trials(run: ml_collections.ConfigDict, score: ml_collections.ConfigDict) -> evaluate.Trials:
-  """The trials that all runs share, shown as the run's references are."""
-  return evaluate.make_trials(
-    score.split, score.subjects, styled=score.styled, **evaluate.shown(run.data))
-
-
 def of_base(config: ml_collections.ConfigDict, base: hub.Base) -> dict:
   """What the base draws without adapter, on the same prompts and noise; it can leak nothing."""
   scorer = Scorer(config, base)
@@ -166,16 +167,17 @@ def of_base(config: ml_collections.ConfigDict, base: hub.Base) -> dict:
   return found | dict(leakage={}, features={})
 
 
+@functools.lru_cache(4)
 def make_views(
-  run: ml_collections.ConfigDict, score: ml_collections.ConfigDict, *, same: bool = False,
+  split: str, count: int, views: int, *, same: bool = False, share: float, size: int, place: str,
 ) -> tuple[UInt8[np.ndarray, "n h w 3"], world.Factors]:
   """Several references of each of many subjects, a subject's side by side, and their factors.
 
   `same`: view k shows all subjects alike (pose, place, size, light), for pictures in which a colour
-  stands for a view; else every picture is drawn by itself.
+  stands for a view; else every picture is drawn by itself. `share`, `size`, `place`: see
+  `evaluate.show`.
   """
-  subjects, rng = evaluate.choose_subjects(score.split, score.probe_subjects)
-  count, views = score.probe_subjects, score.probe_views
+  subjects, rng = evaluate.choose_subjects(split, count)
   rng = np.random.Generator(np.random.Philox(key=[_SEED, int(rng.integers(2**31))]))
   table = subjects.take(np.repeat(np.arange(count), views))
   factors = world.sample_factors(rng, table, hat=0, style=0)
@@ -183,9 +185,8 @@ def make_views(
     irrelevant = world.Factors._fields[len(world.Subjects._fields):]
     factors = factors._replace(
       **{name: np.tile(getattr(factors, name)[:views], count) for name in irrelevant})
-  shown = evaluate.shown(run.data)
-  rendered = render_many(factors, resolution=shown["size"], progress=False)
-  config = TripleConfig(shown["size"], shown["share"], reference_place=shown["place"])
+  rendered = render_many(factors, resolution=size, progress=False)
+  config = TripleConfig(size, share, reference_place=place)
   return evaluate.show(rendered, config), factors
 
 
@@ -199,28 +200,29 @@ def embed(
   'visual' the visual tokens, 'image encoder' the frozen features that all of them read.
   """
   definition, params = nnx.split(model)
-
-  @jax.jit
-  def tokens(params, pixels):
-    model = nnx.merge(definition, params)
-    seen, _ = model.image_features(pixels.astype(jnp.float32) / 255)
-    _, visual = model.visual(seen)
-    _, textual = model.mfi_encoder.textual(seen, jnp.full(len(pixels), timestep))
-    return textual, visual, jnp.mean(seen, axis=1, keepdims=True)
-
   size = batch if mesh is None else -(-batch // mesh.size) * mesh.size
   rows: dict[str, list] = {}
   for start in range(0, len(references), size):
     here = references[start : start + size]
     padded = np.concatenate([here, np.repeat(here[-1:], size - len(here), axis=0)])
     pixels = padded if mesh is None else jax.device_put(padded, sharding.over_data(mesh))
-    textual, visual, seen = jax.device_get(tokens(params, pixels))
+    textual, visual, seen = jax.device_get(_tokens(definition, params, pixels, timestep))
     named = {f"layer {number}": layer for number, layer in enumerate(textual, 1)}
     for name, value in (named | {"visual": visual, "image encoder": seen}).items():
       rows.setdefault(name, []).append(np.asarray(value, np.float32)[: len(here)])
   whole = {name: np.concatenate(parts) for name, parts in rows.items()}
   return ({name: x.mean(1) for name, x in whole.items()},
           {name: x.reshape(len(x), -1) for name, x in whole.items()})
+
+
+@functools.partial(jax.jit, static_argnames="definition")
+def _tokens(definition: nnx.GraphDef, params: Any, pixels: Any, timestep: Any):
+  """(textual tokens per layer, visual tokens, the image encoder's mean token)."""
+  model = nnx.merge(definition, params)
+  seen, _ = model.image_features(pixels.astype(jnp.float32) / 255)
+  _, visual = model.visual(seen)
+  _, textual = model.mfi_encoder.textual(seen, jnp.full(len(pixels), timestep))
+  return textual, visual, jnp.mean(seen, axis=1, keepdims=True)
 
 
 def mean(values) -> float | None:

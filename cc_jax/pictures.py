@@ -147,11 +147,12 @@ def save(image: Image.Image, path: Any, settings: Mapping[str, Any] | None = Non
 
 
 def read_reference(
-  reference: Any, mask: Any = None, *, share: float = 0.8, size: int = 64
+  reference: Any, mask: Any = None, *, share: float = 0.8, size: int = 64, place: str = "centred"
 ) -> UInt8[np.ndarray, "s s 3"]:
   """A reference as training shows it: cut out, on white, centred, its longer side `share` of it.
 
   Warns, with what would help, if neither a mask nor an alpha channel says where the subject is.
+  `place`: see `data_pipeline.triples.segment_reference`.
 
   Raises:
     UserError: a file is missing, empty or no picture; nothing of the subject is opaque; the
@@ -163,14 +164,14 @@ def read_reference(
   pixels = np.asarray(image.convert("RGBA" if has_alpha else "RGB"))
   if mask is not None:
     mask = np.asarray(_open(mask, _name(mask, "the mask")).convert("L"))
-  elif split_alpha(pixels)[1] is None:
+  elif place != "frame" and split_alpha(pixels)[1] is None:
     warnings.warn(
       f"{name} is used whole, background included, which the drawing may copy: a PNG with a "
       "transparent background, or a --mask that is white on the subject, would help",
       stacklevel=2,
     )
   try:
-    return segment_reference(pixels, mask, share=share, size=size)
+    return segment_reference(pixels, mask, share=share, size=size, place=place)
   except DataError as error:
     raise UserError(f"{name}: {error}") from error
 

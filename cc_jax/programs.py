@@ -53,8 +53,9 @@ def train_work(config: ml_collections.ConfigDict, mesh: Mesh | AbstractMesh) -> 
     "average": state.ema,
     "batch": batch,
   }
+  seed = jax.ShapeDtypeStruct((), np.uint32, sharding=sharding.replicated(mesh))
   step = make_train_step(method, mesh, state, frozen)
-  return Work(step, (state, frozen, batch), parts, config.train.batch_size)
+  return Work(step, (state, frozen, batch, seed), parts, config.train.batch_size)
 
 
 def generate_work(config: ml_collections.ConfigDict, mesh: Mesh) -> Work:

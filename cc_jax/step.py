@@ -408,10 +408,10 @@ def contrast_embeddings(
 
 
 def train_step(
-  method: Method, state: TrainState, frozen: Params, batch: Batch
+  method: Method, state: TrainState, frozen: Params, batch: Batch, seed: Int[Array, ""]
 ) -> tuple[TrainState, Metrics]:
   """One update. All randomness is fold_in(seed, step): a step is a function of its arguments."""
-  key = jax.random.fold_in(jax.random.key(method.config.seed), state.step)
+  key = jax.random.fold_in(jax.random.key(seed), state.step)
   if method.config.train.accumulate > 1:
     (_, metrics), gradients = accumulated(method, state.trainable, frozen, batch, key)
   else:
@@ -475,15 +475,16 @@ def packages(names: Iterable[str]) -> dict[str, list[str]]:
 def make_train_step(
   method: Method, mesh: Mesh, state: TrainState, frozen: Params
 ) -> Callable[..., tuple[TrainState, Metrics]]:
-  """`train_step` jitted: step(state, frozen, batch), the state donated, the batch cut.
+  """`train_step` jitted: step(state, frozen, batch, seed), the state donated, the batch cut.
 
-  `state` and `frozen` tell shapes; they may be abstract, and lie where sharding.RULES say.
+  `state` and `frozen` tell shapes; they may be abstract, and lie where sharding.RULES say. Runs
+  that differ in their seed alone compile the same program, which JAX's compilation cache then has.
   """
   method = dataclasses.replace(method, mesh=mesh)
   kept, base = sharding.placements(state, mesh), sharding.placements(frozen, mesh)
   return jax.jit(
-    lambda state, frozen, batch: train_step(method, state, frozen, batch),
-    in_shardings=(kept, base, sharding.over_data(mesh)),
+    lambda state, frozen, batch, seed: train_step(method, state, frozen, batch, seed),
+    in_shardings=(kept, base, sharding.over_data(mesh), sharding.replicated(mesh)),
     out_shardings=(kept, sharding.replicated(mesh)),
     donate_argnums=0,
   )

@@ -161,11 +161,12 @@ def train(
         batches = make_batches(config, base, config.seed, start, mesh)
         rows = next(batches)
         batch = sharding.put_batch(rows, mesh)
+        seed = sharding.put(seed_of(config), mesh)
       with log.spent("compiling"):
         log.say("compiling the training step ...")
         began = time.perf_counter()
         step_fn = make_train_step(method, mesh, state, frozen)
-        step_fn = step_fn.lower(state, frozen, batch).compile()
+        step_fn = step_fn.lower(state, frozen, batch, seed).compile()
         log.say(f"compiled in {time.perf_counter() - began:.0f} s")
         count_work(log, step_fn, mesh)
       with log.spent("starting"):
@@ -176,7 +177,7 @@ def train(
       for step in range(start + 1, settings.steps + 1):
         profile.before(step)
         with jax.transfer_guard("disallow"):  # what the step needs lies on the devices
-          state, metrics = step_fn(state, frozen, batch)
+          state, metrics = step_fn(state, frozen, batch, seed)
         profile.after(step, metrics)
         if pending:
           collect(*pending)
@@ -226,7 +227,9 @@ def train(
       notes={
         "steps": str(int(state.step)),
         "data": f"{config.data.source} {config.data.name}",
-        "reference_share": str(config.data.reference_share),  # how generate cuts references out
+        # How references are shown: generate.Pipeline.shown reads it.
+        "reference_share": str(config.data.reference_share),
+        "reference_place": config.data.reference_place,
       },
     )
   look(views.finish, config, base, model, workdir, log)
@@ -273,6 +276,11 @@ def make_method(
   empty = tuple(int(i) for i in empty_prompt(base.tokenizers[0]))
   schedule = NoiseSchedule.from_config(base.scheduler_config)
   return Method(definition, schedule, ml_collections.FrozenConfigDict(config), empty)
+
+
+def seed_of(config: ml_collections.ConfigDict) -> np.ndarray:
+  """The seed as the step takes it."""
+  return np.asarray(config.seed % 2**32, np.uint32)
 
 
 def make_batches(

@@ -59,6 +59,7 @@ def get_config() -> ml_collections.ConfigDict:
   c.injection.location = True  # the timestep-location map; False = 1 everywhere
   c.injection.location_width = 32
   c.injection.low_rank = 0  # rank of the visual K/V; 0 = full
+  c.injection.gate_start = 0.0  # of the factor on the visual path; 0: training starts at the base
 
   c.objective = ml_collections.ConfigDict()
   c.objective.lambda_cscl = 0.1  # [R]

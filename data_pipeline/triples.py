@@ -106,15 +106,24 @@ def segment_reference(
     mask: UInt8[np.ndarray, "h w"] | None = None,
     share: float = 0.8,
     size: int = 64,
+    place: str = "centred",
 ) -> UInt8[np.ndarray, "s s 3"]:
   """A reference as training shows it: on white, centred, longer side = `share` of the canvas.
 
   `image` is RGB or RGBA; `mask` goes before the alpha channel. Without either (an alpha channel
-  that is opaque everywhere tells nothing) the whole picture is fitted into the canvas. Raises
-  DataError for an empty mask, a fully transparent picture, or shapes that do not fit.
+  that is opaque everywhere tells nothing) the whole picture is fitted into the canvas. An adapter
+  whose training showed references otherwise (`place`, of `PLACES`) gets the picture's largest
+  square: cut out ('in_place' and 'random', where chance has no say now) or with its background
+  ('frame'). Raises DataError for an empty mask, a fully transparent picture, or shapes that do not
+  fit.
   """
   image, alpha = split_alpha(image)
   mask = alpha if mask is None else mask
+  if place != "centred":
+    whole = mask is None or (place == "frame" and alpha is None)  # under alpha lies nothing to see
+    config = TripleConfig(size, reference_place="frame" if whole else "in_place")
+    mask = np.full(image.shape[:2], 255, np.uint8) if mask is None else mask
+    return show_reference(image, mask, config, np.full(3, 0.5))
   if mask is None:
     return place_on_white(image, np.full(image.shape[:2], 255, np.uint8), size, share=1.0)
   return place_on_white(image, mask, size, share)

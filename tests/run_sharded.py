@@ -69,9 +69,10 @@ def steps(config, base, definition, trainable, frozen, mesh):
     batch["subject_id"][-3:] = -1
     batch = sharding.put_batch(batch, mesh)
     if compiled is None:
+      seed = sharding.put(train.seed_of(config), mesh)
       compiled = step.make_train_step(method, mesh, state, frozen)
-      compiled = compiled.lower(state, frozen, batch).compile()
-    state, metrics = compiled(state, frozen, batch)
+      compiled = compiled.lower(state, frozen, batch, seed).compile()
+    state, metrics = compiled(state, frozen, batch, seed)
     if number == 0:
       trace = jax.device_get(state.opt_state.trace)  # now, since the state is donated
       found |= {f"gradient/{key}": value for key, value in trace.items()}

@@ -263,6 +263,11 @@ def test_injection_starts_from_the_frozen_layer():
   np.testing.assert_array_equal(module(hidden, condition, temb), module.attn(hidden, text))
   np.testing.assert_array_equal(module(hidden, text, temb), module.attn(hidden, text))
   np.testing.assert_array_equal(module.location_map.get_value()[0], np.full((2, 4, 1), 0.5))
+  # IP-Adapter's start: no map, no gate, the text's own keys and values for the other tokens.
+  ip = layer(form="visual_only", location=False, gate_start=1.0)
+  plain, bias = ip.attn(hidden, text), ip.attn.to_out[0].bias[...]
+  twice = ip(hidden, LayerCondition(text, text, jnp.ones(2)), temb)
+  np.testing.assert_allclose(twice - bias, 2 * (plain - bias), atol=1e-5)
 
 
 # Configs ----------------------------------------------------------------------------------------

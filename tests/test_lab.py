@@ -10,12 +10,13 @@ import pytest
 import tiny
 
 import data_pipeline
-from cc_jax import lab, lab_pictures, lab_report, lab_scores, train
+from cc_jax import evaluate, lab, lab_pictures, lab_report, lab_scores, train
 from cc_jax.customcontrast.injection import InjectionConfig
 from cc_jax.customcontrast.mfi_encoder import MFIEncoderConfig
 from cc_jax.errors import UserError
 from configs import lab as table
 from data_pipeline import sampling
+from data_pipeline.subjects3d import factors as world
 from data_pipeline.triples import TripleConfig
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -43,9 +44,22 @@ def test_every_arm_is_a_valid_and_different_training():
       table.ARMS[chosen].family for chosen in lab.fast_arms()}
   method = lab.arm_config(table.get_config(), "method", 0).run
   ours = lab.arm_config(table.get_config(), "self_reconstruction", 0).run
-  differs = {f"{section}.{key}" for section in ("data", "objective", "encoder", "train")
-             for key in method[section] if method[section][key] != ours[section][key]}
-  assert differs == {"data.frames", "objective.lambda_cscl", "objective.lambda_macl"}
+  assert changed(method, ours) == {"data.frames", *table.OFF}
+  # The base of the comparison is equal in all core arms and controls: data, steps, loss, drawing.
+  core = [name for name, arm in table.ARMS.items() if arm.family in lab.ALL_SEEDS]
+  for name in core:
+    may = {"data.frames", "data.reference_place", *table.OFF}
+    if name == "ip_adapter_plus":
+      may |= {*table.IP_ADAPTER} - {"data.reference_place"}
+    assert changed(method, lab.arm_config(table.get_config(), name, 0).run) <= may, name
+  assert lab.chosen_arms(["control", "method", "core"])[:4] == [
+    "self_mcl", "self_augmented", "multi_view_augmented", "method"]
+
+
+def changed(one, other):
+  """The dotted keys in which two runs differ."""
+  return {f"{section}.{key}" for section in one if section not in ("seed", "base")
+          for key in one[section] if one[section][key] != other[section][key]}
 
 
 def test_a_wrong_arm_is_one_line(monkeypatch):
@@ -104,6 +118,15 @@ def test_tuning_chooses_by_the_first_seed(tmp_path):
     ("ip_adapter_plus", seed, values[1]) for seed in (4, 5)]
   with pytest.raises(UserError, match="run the suite on the validation subjects first"):
     list(lab.plan(config, ["ip_adapter_plus"], tmp_path / "empty"))
+  failed = lab.result_file(tmp_path, "ip_adapter_plus", 4, "validation", values[0])
+  kept = failed.read_text()
+  failed.unlink()
+  with pytest.raises(UserError, match=f"{failed.name} is missing"):
+    list(lab.plan(config, ["ip_adapter_plus"], tmp_path))
+  config.score.split = "validation"  # where every value has just been tried
+  assert list(lab.plan(config, ["ip_adapter_plus"], tmp_path))[-1] == (
+    "ip_adapter_plus", 5, values[1])
+  failed.write_text(kept)
   arms = lab_report.load(tmp_path, "validation")
   assert [row["tuned"] for row in arms["ip_adapter_plus"]] == [values[1]] * 2
   tuned = lab.arm_config(config, "ip_adapter_plus", 5, values[1])
@@ -126,15 +149,22 @@ def test_results_are_small_whole_and_never_mixed(tmp_path):
     lab.is_done(file, "other", {})
   with pytest.raises(UserError, match="an arm with the changes"):
     lab.is_done(file, "m", {"data.frames": "self"})
+  for name in ("ip_adapter_plus", "contrast_first"):  # tuples, nested changes
+    changes = lab.changes_of(table.ARMS[name])
+    lab.write(tmp_path / f"{name}.json", made() | dict(changes=changes))
+    assert changes and lab.is_done(tmp_path / f"{name}.json", "m", changes)
   config = table.get_config()
   mark = lab.fingerprint(config, "base")
-  for change in ("run.train.steps", "score.subjects", "run.sample.steps"):
+  for change in ("run.train.steps", "score.subjects", "run.sample.steps", "run.data.image_size"):
     other = config.copy_and_resolve_references()
     section, group, key = ("", *change.split(".")) if change.count(".") == 1 else change.split(".")
     place = other[section][group] if section else other[group]
     place[key] = place[key] + 1
     assert lab.fingerprint(other, "base") != mark, change
   assert lab.fingerprint(config, "another") != mark
+  other = config.copy_and_resolve_references()
+  other.run.data.name = "subjects3d/small"  # other subjects, other results
+  assert lab.fingerprint(other, "base") != mark
   config.run.data.data_dir, config.seeds = "elsewhere", (7,)
   assert lab.fingerprint(config, "base") == mark
 
@@ -178,6 +208,63 @@ def test_tables_and_figures_of_known_results(tmp_path):
     lab_report.load(results, "train")
 
 
+# ---- from pictures to tables
+
+
+def test_what_copies_is_told_from_what_does_not(tmp_path, monkeypatch):
+  """All scores, with pictures and features whose answers are known: judge, result files, tables.
+
+  The copier draws its reference as it is, and its features know pose and size besides the subject.
+  The other draws another subject, whatever is moved, and its features know the subject alone.
+  """
+  config = table.get_config()
+  config.run.data.reference_place = "frame"  # the judge reads frames
+  config.run.mesh.cpu_devices = 1
+  config.score.update(subjects=6, styled=0, interventions=6, curve_subjects=6,
+                      curve_interventions=6, probe_subjects=60, probe_views=4)
+  subjects = np.repeat(np.arange(60), 4)
+  factors = world.sample_factors(
+    np.random.default_rng(0), world.subjects("validation").take(subjects), hat=0, style=0)
+  identity = np.random.default_rng(1).standard_normal((60, 8))[subjects]
+  pose = np.stack([np.cos(factors.azimuth), np.sin(factors.azimuth), factors.size], -1)
+
+  def draw(self, what, model, scale=1.0):
+    shown = what.references
+    if isinstance(what, evaluate.Interventions):
+      return shown if model == "copier" else dict.fromkeys(shown, shown["start"])
+    return shown if model == "copier" else np.roll(shown, 1, axis=0)
+
+  def embed(model, references, timestep, **_):
+    found = np.concatenate([identity, pose], 1) if model == "copier" else identity
+    return ({name: found for name in ("layer 1", "image encoder")},) * 2
+
+  monkeypatch.setattr(lab_scores.Scorer, "draw", draw)
+  monkeypatch.setattr(lab_scores, "embed", embed)
+  monkeypatch.setattr(lab_scores, "make_views", lambda *args, **kwargs: (None, factors))
+  scorer, arms = lab_scores.Scorer(config, None), {}
+  for arm, model in (("method", "other"), ("self_reconstruction", "copier")):
+    for seed in (0, 1):
+      found = scorer.at_the_end(model, sweep=False)
+      row = made(arm, seed) | found | dict(curve=[scorer.last_point(found, 20)], sweep=[])
+      lab.write(lab.result_file(tmp_path, arm, seed, "validation"), row)
+    arms[arm] = row
+  copied = [lab_report.leak(arms["self_reconstruction"], move) for move in ("size", "place")]
+  assert all(0.6 < value < 1.4 for value in copied), copied
+  assert lab_report.leak(arms["self_reconstruction"], "scene") == 1
+  other = {move: lab_report.leak(arms["method"], move) for move in lab_report.MOVES}
+  assert other == pytest.approx(dict.fromkeys(lab_report.MOVES, 0), abs=1e-3)
+  scores = {arm: row["scores"] for arm, row in arms.items()}
+  assert scores["self_reconstruction"]["fidelity"] > 0.8 > 0.6 > scores["method"]["fidelity"]
+  assert scores["self_reconstruction"]["control"] == 0  # no prompt asks for the reference's scene
+  read = {arm: row["features"]["layer 1"]["probes"]["azimuth"] for arm, row in arms.items()}
+  assert read["self_reconstruction"]["score"] > read["method"]["chance"] + 0.25
+  assert read["method"]["score"] < read["method"]["chance"] + 0.1
+  lab_report.report(tmp_path, tmp_path / "out")
+  lines = (tmp_path / "out" / "tables.md").read_text().splitlines()
+  less = [line for line in lines if line.startswith("| self_reconstruction | 2 | **-")]
+  assert len(less) == 1 and less[0].split(" | ")[4].startswith("**-")  # leak of size
+
+
 # ---- the whole
 
 
@@ -211,10 +298,12 @@ def loader(monkeypatch):
 def test_the_suite_goes_on_where_it_was_killed(small, loader, monkeypatch, capsys):
   folder, config = small
   places = dict(workdir=folder, results=folder / "results")
-  names, trained = ["method", "self_reconstruction"], []
+  names, trained = ["method", "self_mcl"], []  # which compile the same programs
 
   def killed(run, workdir, *views):
     trained.append(Path(workdir).name)
+    if run.objective.lambda_cscl == 0 and run.objective.lambda_macl:
+      raise UserError("loss is not finite")
     if len(trained) == 2:
       raise KeyboardInterrupt
     return train.train(run, workdir, *views)
@@ -224,8 +313,9 @@ def test_the_suite_goes_on_where_it_was_killed(small, loader, monkeypatch, capsy
     lab.suite(config, names, **places)
   assert {f.name for f in (folder / "results").iterdir()} == {"base-0.json", "method-0.json"}
   before = (folder / "results" / "method-0.json").read_text()
-  lab.suite(config, names, **places)
-  assert trained == ["method-0", "self_reconstruction-0", "self_reconstruction-0"]
+  with pytest.raises(UserError, match="1 run.s. failed.*: macl-0: loss is not finite"):
+    lab.suite(config, ["macl", *names], **places)  # one that fails does not stop the others
+  assert trained == ["method-0", "self_mcl-0", "macl-0", "self_mcl-0"]
   assert (folder / "results" / "method-0.json").read_text() == before
   assert "method-0: fidelity" in capsys.readouterr().out.split("was there")[0]
 
@@ -255,20 +345,20 @@ def test_the_suite_goes_on_where_it_was_killed(small, loader, monkeypatch, capsy
   monkeypatch.setattr(lab, "run_base", lambda *args, **kwargs: None)
   config = config.copy_and_resolve_references()
   config.score.split = "test"
-  lab.suite(config, ["self_reconstruction"], **places)
-  assert (folder / "results" / "self_reconstruction-0-test.json").exists() and steps == [1]
+  lab.suite(config, ["self_mcl"], **places)
+  assert (folder / "results" / "self_mcl-0-test.json").exists() and steps == [1]
 
 
 @pytest.mark.slow
 def test_pictures_of_a_checkpoint(small, tmp_path):
   folder, config = small
-  runs = folder / "method-0", folder / "self_reconstruction-0"
+  runs = folder / "method-0", folder / "self_mcl-0"
   if not (runs[1] / "adapter.safetensors").exists():
     pytest.skip("run it with the test of the suite, whose runs it draws from")
   lab_pictures.pictures(config, *runs, tmp_path)
   written = {file.name for file in tmp_path.iterdir()}
   assert written == {f"{name}.png" for name in (
-    "s_plus_map", "location_maps", "two_subjects", "between_subjects", "sheet")}
+    "s_plus_map", "interventions", "location_maps", "two_subjects", "between_subjects", "sheet")}
 
 
 def test_features_are_those_of_the_layers(small):
@@ -278,9 +368,12 @@ def test_features_are_those_of_the_layers(small):
     pytest.skip("run it with the test of the suite, whose run it looks at")
   from cc_jax import generate
 
-  model = lab_pictures.model_of(generate.load(folder / "method-0", config.run.base))
+  pipe = generate.load(folder / "method-0", config.run.base)
+  model = lab_pictures.model_of(pipe)
   rng = np.random.default_rng(0)
   pictures = rng.integers(0, 256, (3, 64, 64, 3), np.uint8)
+  assert pipe.shown == evaluate.shown(config.run.data)
+  assert pipe.shown["place"] == "in_place"
   pooled, flat = lab_scores.embed(model, pictures, 500, batch=2)
   seen, _ = model.image_features(jax.numpy.asarray(pictures, jax.numpy.float32) / 255)
   tokens = model.mfi_encoder.textual(seen, jax.numpy.full(3, 500))[1]
@@ -290,11 +383,11 @@ def test_features_are_those_of_the_layers(small):
   assert flat["visual"].shape == (3, 3 * 16)
 
 
-def test_views_are_the_same_for_all_subjects_when_a_colour_stands_for_a_view(small):
-  _, config = small
-  references, factors = lab_scores.make_views(config.run, config.score, same=True)
+def test_views_are_the_same_for_all_subjects_when_a_colour_stands_for_a_view():
+  how = dict(share=0.8, size=64, place="in_place")
+  references, factors = lab_scores.make_views("validation", 2, 4, same=True, **how)
   assert references.shape == (8, 64, 64, 3)
   assert list(factors.subject_id) == [factors.subject_id[0]] * 4 + [factors.subject_id[4]] * 4
   np.testing.assert_array_equal(factors.azimuth[:4], factors.azimuth[4:])
-  _, other = lab_scores.make_views(config.run, config.score)
+  _, other = lab_scores.make_views("validation", 2, 4, **how)
   assert not np.any(other.azimuth[:4] == other.azimuth[4:])

@@ -106,6 +106,12 @@ def test_bootstrap_covers_and_counts_seeds(rng):
   same = np.repeat([[0.0], [1.0]], 50, axis=1)  # subjects agree, seeds do not
   found = hierarchical_bootstrap(same)
   assert found.low == 0 and found.high == 1 and not found.excludes_zero
+  # Every seed finds the same of each subject: three seeds tell no more than one.
+  subjects = rng.standard_normal(40)
+  once, thrice = (hierarchical_bootstrap(np.tile(subjects, (n, 1))) for n in (1, 3))
+  width = 2 * 1.96 * subjects.std() / 40**0.5
+  assert once.high - once.low == pytest.approx(width, rel=0.1)
+  assert thrice.high - thrice.low == pytest.approx(width, rel=0.1)
   hidden = np.where(np.arange(50) < 25, np.nan, 1.0)[None]
   assert hierarchical_bootstrap(hidden).mean == 1
 

@@ -213,12 +213,13 @@ def compiled(setup, quick_compile):
   frozen = sharding.put_replicated(setup.frozen, mesh)
   state = sharding.put_replicated(setup.state(), mesh)
   batch = sharding.put_batch(next(setup.batches()), mesh)
+  seed = sharding.put(train.seed_of(setup.config), mesh)
   function = step.make_train_step(method, mesh, state, frozen)
-  function = function.lower(state, frozen, batch).compile()
+  function = function.lower(state, frozen, batch, seed).compile()
 
-  def one(state, frozen, batch):
+  def one(state, frozen, batch, seed=seed):
     state, frozen = sharding.put_replicated((state, frozen), mesh)
-    return function(state, frozen, sharding.put_batch(batch, mesh))
+    return function(state, frozen, sharding.put_batch(batch, mesh), seed)
 
   return one
 
@@ -229,7 +230,10 @@ def test_a_step_is_a_function_of_its_arguments_and_leaves_the_base_alone(setup, 
   one, metrics = compiled(setup.state(), setup.frozen, batch)
   two, again = compiled(setup.state(), setup.frozen, batch)
   assert jax.tree.all(jax.tree.map(jnp.array_equal, (one, metrics), (two, again)))
-  # Another step has other noise.
+  # Another step has other noise, and so has another seed, in the same program.
+  other = sharding.put(np.uint32(1), sharding.make_mesh(setup.config.mesh, 4))
+  assert compiled(setup.state(), setup.frozen, batch, other)[1]["loss/diffusion"] != metrics[
+    "loss/diffusion"]
   later = setup.state()._replace(step=jnp.asarray(1, jnp.int32))
   assert compiled(later, setup.frozen, batch)[1]["loss/diffusion"] != metrics["loss/diffusion"]
   assert jax.tree.all(jax.tree.map(np.array_equal, before, jax.tree.map(np.array, setup.frozen)))
@@ -357,7 +361,7 @@ def test_gradients_do_not_depend_on_the_number_of_parts(setup):
   assert min(norms.values()) > 1e-7 * max(norms.values())  # none is truly zero
   assert max(wrong.values()) < 1e-5, sorted(wrong.items(), key=lambda kv: -kv[1])[:3]
 
-  update = lambda *a: step.train_step(four, *a)[0].trainable  # noqa: E731
+  update = lambda *a: step.train_step(four, *a, np.uint32(0))[0].trainable  # noqa: E731
   assert jax.eval_shape(update, setup.state(), setup.frozen, batch).keys() == trainable.keys()
 
 
@@ -743,7 +747,8 @@ def test_bfloat16_computes_in_it_and_keeps_float32_where_it_learns(setup):
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(CustomContrast, "predict", predict)
     after, metrics = jax.eval_shape(
-      lambda *args: step.train_step(method, *args), state, frozen, next(setup.batches())
+      lambda *args: step.train_step(method, *args, np.uint32(0)),
+      state, frozen, next(setup.batches())
     )
   assert set(seen) == {jnp.dtype(jnp.bfloat16)}
   same = jax.tree.map(lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype), state, after)

@@ -285,6 +285,27 @@ def test_reference_by_alpha_mask_or_whole():
   np.testing.assert_array_equal(triples.segment_reference(opaque, size=120), whole)
 
 
+def test_references_are_segmented_as_training_showed_them():
+  rng = np.random.default_rng(0)
+  image = rng.integers(0, 256, (48, 64, 3), np.uint8)
+  mask = np.zeros((48, 64), np.uint8)
+  mask[10:30, 12:25] = 255
+  for place in ("in_place", "frame"):
+    config = triples.TripleConfig(32, reference_place=place)
+    wanted = triples.show_reference(image, mask, config, np.full(3, 0.5))
+    np.testing.assert_array_equal(
+      triples.segment_reference(image, mask, size=32, place=place), wanted)
+    if place == "in_place":  # what training placed anywhere stays where it is
+      np.testing.assert_array_equal(
+        triples.segment_reference(image, mask, size=32, place="random"), wanted)
+      assert (wanted[-4:] == 255).all() and not np.array_equal(
+        wanted, triples.segment_reference(image, mask, size=32))
+  # Nothing is known of what lies under an alpha channel.
+  rgba = np.dstack([image, mask])
+  np.testing.assert_array_equal(triples.segment_reference(rgba, size=32, place="frame"),
+                                triples.segment_reference(rgba, size=32, place="in_place"))
+
+
 def test_pictures_that_cannot_be_used():
   image, mask = box_picture()
   with pytest.raises(DataError, match="empty: no pixel of the subject is opaque"):

@@ -24,6 +24,7 @@ class InjectionConfig:
   location: bool = True
   location_width: int = 32
   low_rank: int = 0
+  gate_start: float = 0.0
 
   @classmethod
   def from_config(cls, values: Mapping[str, Any]) -> "InjectionConfig":
@@ -96,7 +97,7 @@ class InjectedCrossAttention(nnx.Module):
   W'_k and W'_v start as copies of the frozen W_k and W_v where the adapter's width is the text
   encoder's [P], else from lecun_normal. With low rank r the projection is W_k + down·up (up = 0 at
   the start) or, where widths differ, down·up alone. The gate a starts at 0: at first the layer is
-  the frozen one.
+  the frozen one. (IP-Adapter has none: gate_start 1, and train.gate_rate 0 keeps it there.)
 
   Given anything but a LayerCondition it is the frozen attention. With `record` the map m is sown as
   nnx.Intermediate `location_map` (`location` is the module that makes it).
@@ -132,7 +133,7 @@ class InjectedCrossAttention(nnx.Module):
 
     self.to_k_visual = projection(attn.to_k)
     self.to_v_visual = projection(attn.to_v)
-    self.gate = nnx.Param(jnp.zeros((), param_dtype))
+    self.gate = nnx.Param(jnp.full((), config.gate_start, param_dtype))
     if config.location:
       hidden_width = attn.to_q.kernel.shape[0]
       self.location = TimestepLocation(hidden_width, temb_width, config.location_width, **kinds)

@@ -165,7 +165,7 @@ def load_judge(file: Path = SHIPPED) -> tuple[FactorJudge, dict[str, float]]:
   abstract = nnx.eval_shape(lambda: FactorJudge(width, rngs=nnx.Rngs(0)))
   graph, state = nnx.split(abstract)
   state = jax.tree_util.tree_map_with_path(
-      lambda path, leaf: jnp.asarray(flat[_name(path)], leaf.dtype), state)
+      lambda path, leaf: jnp.asarray(flat[_name(path)].astype(leaf.dtype)), state)
   return nnx.merge(graph, state), json.loads(metadata["accuracy"])
 
 

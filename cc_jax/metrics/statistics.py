@@ -25,15 +25,17 @@ def hierarchical_bootstrap(
 ) -> Interval:
   """Mean over seeds and subjects, and its interval: both are drawn anew, with replacement.
 
-  First seeds, then, for each seed that was drawn, subjects, so that the spread between trainings
-  and the spread between subjects both count. For a paired comparison give differences: the same
-  seed, subject, prompt and noise in both arms. NaN (a subject that says nothing) is left out.
+  The spread between trainings and the spread between subjects both count. All seeds are scored on
+  the same subjects, so that a draw has the same subjects in each of its seeds (Owen 2007, the
+  pigeonhole bootstrap); drawn anew for each seed, a subject's own effect would seem to average out
+  over seeds, and the interval would be too narrow. For a paired comparison give differences: the
+  same seed, subject, prompt and noise in both arms. NaN (a subject that says nothing) is left out.
   """
   values = np.asarray(values, np.float64)
   seeds, subjects = values.shape
   rng = np.random.default_rng(seed)
   of_seed = rng.integers(seeds, size=(draws, seeds, 1))
-  of_subject = rng.integers(subjects, size=(draws, seeds, subjects))
+  of_subject = rng.integers(subjects, size=(draws, 1, subjects))
   means = _means(values[of_seed, of_subject])
   means = means[~np.isnan(means)]
   low, high = np.percentile(means, [2.5, 97.5]) if len(means) else (np.nan, np.nan)
