@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractMesh
 
-from cc_jax import hub, sharding, step, train
+from cc_jax import cost, hub, plan, programs, sharding, step, train
 from cc_jax.assemble import abstractly, assemble
 from cc_jax.errors import UserError
 
@@ -134,22 +134,24 @@ def sdxl():
   return {"state": jax.eval_shape(lambda t: step.init_state(t, config), trainable), "base": frozen}
 
 
-def test_sdxl_is_cut_but_for_two_percent(sdxl):
+def test_sdxl_over_four_chips(sdxl):
+  """The adapter's whole state in at most 20 GB, 6 GB a chip; nothing that should be cut is not."""
   mesh = mesh_of(1, 4, 1)
   tree = sharding.placed(sdxl, mesh)
   sharding.check(tree, mesh)
-  total, whole = sharding.whole_though_cut(tree, mesh)
-  everything = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
-  # What the rules leave alone by its size counts here, too.
-  assert total > 0.98 * everything and sum(whole.values()) < 0.02 * total
-  gradients = tree["state"].trainable
-  a_chip = sum(
-    math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
-    for x in jax.tree.leaves((tree, gradients))
-  )
-  trained = sum(x.size * x.dtype.itemsize for x in gradients.values())
-  assert everything + trained < 20e9 and a_chip < 6e9
-  table = sharding.describe({"frozen": tree["base"], "trained": gradients}, mesh)
+  state, base = tree["state"], tree["base"]
+  parts = {"frozen base": base, "adapter": state.trainable, "Adam": state.opt_state}
+  parts |= {"average": state.ema, "gradients": state.trainable}
+  total, chip = (sum(map(size, parts.values())) for size in (cost.all_bytes, cost.chip_bytes))
+  assert 15e9 < total < 20e9
+  assert total / 4 < chip < min(6e9, 1.02 * total / 4)
+  for name, part in parts.items():
+    wanted, whole = sharding.whole_though_cut(part, mesh)
+    # What the rules leave alone by its size counts here, too.
+    assert wanted > 0.98 * cost.all_bytes(part) and sum(whole.values()) < 0.02 * wanted, name
+  del parts["gradients"]  # the plan adds them
+  assert f"{total / 1e9:.4g}" in plan.state_table(programs.Work(None, (), parts, 0))
+  table = sharding.describe({"frozen": base, "trained": state.trainable}, mesh)
   row = next(line.split() for line in table.splitlines() if re.match("frozen +unet +fsdp", line))
   assert float(row[-2].replace(",", "")) == pytest.approx(4 * float(row[-1].replace(",", "")), 1e-3)
 
