@@ -21,7 +21,7 @@ from cc_jax.diffusion.samplers import (
   step_table,
 )
 from cc_jax.diffusion.schedule import NoiseSchedule
-from cc_jax.drawing import EMPTY, FULL, TEXT, Plan, Prompts, Request, bundle, draw
+from cc_jax.drawing import Plan, Prompts, Request, branches, bundle, draw
 from cc_jax.errors import UserError
 from cc_jax.pictures import to_uint8
 from data_pipeline.tokens import encode_prompt
@@ -164,14 +164,10 @@ class Drawer:
       scale = np.zeros_like(scale)
     elif use_image is None:
       use_image = np.ones(count, bool)
-    branches = (FULL,)
-    if references is not None and image_guidance is not None:
-      branches = (EMPTY, TEXT, FULL)
-    elif guidance != 1.0:
-      branches = (EMPTY, FULL)
+    asked = branches(guidance, None if references is None else image_guidance)
     if maps and not self.is_subject_model:
       raise UserError("a plain base has no location maps; give an adapter")
-    plan = Plan(branches, adds_noise(table), s_plus, maps, clip_skip)
+    plan = Plan(asked, adds_noise(table), s_plus, maps, clip_skip)
 
     table = padded(table, -(-len(table.step) // CALLS) * CALLS)
     scale = np.pad(scale, ((0, len(table.step) - made), (0, 0)))
@@ -189,7 +185,8 @@ class Drawer:
       range(0, count, size), desc="drawing", unit="batch", disable=not progress
     ):
       here = min(size, count - start)
-      rows_here = jax.tree.map(lambda x: _padded(x[start : start + here], size), rows)  # noqa: B023
+      cut = lambda x: sharding.filled(x[start : start + here], size)  # noqa: B023, E731
+      rows_here = jax.tree.map(cut, rows)
       if self.mesh is not None:
         rows_here = jax.device_put(rows_here, sharding.over_data(self.mesh))
       batch, subjects = rows_here
@@ -293,9 +290,3 @@ def _plain_ids(tokenizer: Any, prompt: str) -> Int[np.ndarray, " t"]:
   padded = np.full(limit, tokenizer.pad_token_id, np.int32)
   padded[: len(found)] = found
   return padded
-
-
-def _padded(rows: np.ndarray, size: int) -> np.ndarray:
-  """`size` rows: the last one repeated."""
-  rows = np.asarray(rows)
-  return np.concatenate([rows, np.repeat(rows[-1:], size - len(rows), axis=0)])

@@ -64,6 +64,13 @@ class Plan:
   clip_skip: int = 0  # layers of the text encoders left out at the end
 
 
+def branches(guidance: float, image_guidance: float | None) -> tuple[str, ...]:
+  """What guidance needs of the UNet; `image_guidance` None = `guidance` is for both."""
+  if image_guidance is not None:
+    return (EMPTY, TEXT, FULL)
+  return (FULL,) if guidance == 1.0 else (EMPTY, FULL)
+
+
 class Drawing(NamedTuple):
   """`images` in [0, 1]; `maps`: per layer, the location map m at every step (may be empty)."""
 
@@ -135,11 +142,22 @@ def decode(vae: nnx.Module, latents: Float[Array, "b h w c"]) -> Float[Array, "b
   return jnp.clip(vae.decode(z).astype(jnp.float32) / 2 + 0.5, 0.0, 1.0)
 
 
-def encode(vae: nnx.Module, images: UInt8[Array, "b h w 3"]) -> Float[Array, "b h w c"]:
-  """Pixels -> latents in the UNet's units: the mean of the VAE's posterior, float32."""
-  mean, _ = vae.encode(images.astype(jnp.float32) / 127.5 - 1)
-  mean = mean.astype(jnp.float32) - (vae.config.shift_factor or 0.0)
-  return mean * vae.config.scaling_factor
+def encode(
+  vae: nnx.Module,
+  images: UInt8[Array, "b h w 3"],
+  noise_of: Callable[[tuple[int, ...]], Float[Array, "b h w c"]] | None = None,
+) -> Float[Array, "b h w c"]:
+  """Pixels -> latents in the UNet's units, float32: the VAE's mean or a sample of its posterior.
+
+  `noise_of`: a latent's shape [h, w, c] -> unit normal noise, for a sample.
+  """
+  z, logvar = vae.encode(images.astype(jnp.float32) / 127.5 - 1)
+  z = z.astype(jnp.float32)
+  if noise_of is not None:
+    # The bounds of diffusers' DiagonalGaussianDistribution.
+    deviation = jnp.exp(0.5 * jnp.clip(logvar.astype(jnp.float32), -30.0, 20.0))
+    z = z + deviation * noise_of(z.shape[1:])
+  return (z - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
 
 
 def _fresh_noise(noise: Float[Array, "b h w c"]):

@@ -88,7 +88,7 @@ def make_trials(split: str, count: int, *, share: float = 0.8, size: int = 64,
                            style=styles.astype(factors.style.dtype))
   mentions = [("scene", "style") if style else ("scene",) for style in styles]
   return Trials(
-    references=show(rendered, TripleConfig(size, share, reference_place=place)),
+    references=show(rendered, share=share, size=size, place=place),
     prompts=tuple(caption(rng, asked.take(i), mention=mentions[i]).text for i in range(count)),
     nouns=tuple(world.CLASSES[c] for c in factors.class_id),
     scenes=scenes,
@@ -115,8 +115,13 @@ def choose_subjects(split: str, count: int) -> tuple[world.Subjects, np.random.G
   return table.take(np.lexsort((table.class_id, rank))[:count]), rng
 
 
-def show(rendered, config: TripleConfig) -> UInt8[np.ndarray, "n s s 3"]:
-  """Rendered pictures (`data_pipeline.subjects3d.renderer.Rendered`) as references."""
+def show(rendered, *, share: float, size: int, place: str) -> UInt8[np.ndarray, "n s s 3"]:
+  """Rendered pictures (`data_pipeline.subjects3d.renderer.Rendered`) as references.
+
+  `share`, `size`, `place`: see `make_trials`.
+  """
+  # Chance has no say here: what training showed anywhere is shown where it stands.
+  config = TripleConfig(size, share, reference_place="in_place" if place == "random" else place)
   middle = np.full(3, 0.5)
   pairs = zip(rendered.image, rendered.mask)
   return np.stack([show_reference(image, mask, config, middle) for image, mask in pairs])
@@ -143,7 +148,7 @@ def make_interventions(
   start = leakage.start(rng, subjects)
   views = {"start": start} | {name: leakage.moved(start, name) for name in moves}
   rendered = render_many(world.concatenate(list(views.values())), resolution=size, progress=False)
-  shown = show(rendered, TripleConfig(size, share, reference_place=place))
+  shown = show(rendered, share=share, size=size, place=place)
   asked = start._replace(scene=leakage.asked_scene(rng, start).astype(start.scene.dtype))
   return Interventions(
     references=dict(zip(views, shown.reshape(len(views), count, *shown.shape[1:]))),
@@ -160,9 +165,14 @@ def identity(reading: dict[str, np.ndarray], trials: Trials) -> np.ndarray:
 
 def control(reading: dict[str, np.ndarray], trials: Trials) -> np.ndarray:
   """Text control of each picture, [n]: the share of what the prompt asks for that is there."""
+  return judging.share(followed(reading, trials))
+
+
+def followed(reading: dict[str, np.ndarray], trials: Trials) -> dict[str, np.ndarray]:
+  """Per context factor, float [n]: 1 where it is as the prompt asks, NaN where it asks nothing."""
   asked = dict(scene=trials.scenes, style=trials.styles)
   named = dict(scene=np.ones(len(trials.scenes), bool), style=trials.styles > 0)
-  return judging.share(judging.agreement(reading, asked, named, judging.CONTEXT))
+  return judging.agreement(reading, asked, named, judging.CONTEXT)
 
 
 def score(images: UInt8[np.ndarray, "n h w 3"], trials: Trials, judge) -> dict[str, float]:
@@ -299,9 +309,8 @@ def compare(drawer: Drawer, tokenizers, trials: Trials, settings, workdir, *, sc
 
 
 def shown(data: ml_collections.ConfigDict) -> dict:
-  """How a training showed its references, as arguments of `make_trials`; chance has no say here."""
-  place = data.reference_place if data.reference_place != "random" else "in_place"
-  return dict(share=data.reference_share, size=data.image_size, place=place)
+  """How a training shows its references, as arguments of `show`; `Pipeline.shown` is its twin."""
+  return dict(share=data.reference_share, size=data.image_size, place=data.reference_place)
 
 
 def on_subjects3d(config: ml_collections.ConfigDict) -> bool:

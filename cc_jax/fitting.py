@@ -131,8 +131,8 @@ def batched(
     results = []
     for start in tqdm(range(0, len(array), size), desc=label, unit="batch", mininterval=2):
       chunk = np.asarray(array[start : start + size])
-      padded = np.concatenate([chunk, np.repeat(chunk[-1:], size - len(chunk), 0)])
-      result = function(params, jax.device_put(padded, sharding.over_data(mesh)))
+      rows = jax.device_put(sharding.filled(chunk, size), sharding.over_data(mesh))
+      result = function(params, rows)
       results.append(np.asarray(result)[: len(chunk)])
     return np.concatenate(results)
 

@@ -431,8 +431,7 @@ def _loras(given: Sequence[str]) -> list[tuple[str, float]]:
 def _several_devices(count: int) -> jax.sharding.Mesh | None:
   """As many devices as there are pictures, if there are so many."""
   size = min(count, len(jax.devices()))
-  shape = ml_collections.ConfigDict(dict(data=size, fsdp=1, tensor=1, cpu_devices=1))
-  return sharding.make_mesh(shape, size) if size > 1 else None
+  return sharding.make_mesh(ml_collections.ConfigDict({"data": size}), size) if size > 1 else None
 
 
 _CALL = (

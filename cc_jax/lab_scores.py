@@ -25,7 +25,6 @@ from cc_jax.metrics import factors as judging
 from cc_jax.metrics import features, leakage
 from data_pipeline.subjects3d import factors as world
 from data_pipeline.subjects3d.renderer import render_many
-from data_pipeline.triples import TripleConfig
 
 ON_THE_WAY = ("size", "place")  # moves that are drawn at every checkpoint
 LABELS = ("class_id", "color1", "color2", "pattern", "pattern_color", "scene")
@@ -81,9 +80,7 @@ class Scorer:
                 control=evaluate.control(reading, trials))
     means = {name: mean(row) for name, row in rows.items()}
     parts = judging.agreement(reading, trials.factors, trials.seen)
-    asked = dict(scene=trials.scenes, style=trials.styles)
-    named = dict(scene=np.ones(len(images), bool), style=trials.styles > 0)
-    parts |= judging.agreement(reading, asked, named, judging.CONTEXT)
+    parts |= evaluate.followed(reading, trials)
     return dict(subjects={name: listed(row) for name, row in rows.items()},
                 scores=means | {name: mean(part) for name, part in parts.items()})
 
@@ -186,8 +183,7 @@ def make_views(
     factors = factors._replace(
       **{name: np.tile(getattr(factors, name)[:views], count) for name in irrelevant})
   rendered = render_many(factors, resolution=size, progress=False)
-  config = TripleConfig(size, share, reference_place=place)
-  return evaluate.show(rendered, config), factors
+  return evaluate.show(rendered, share=share, size=size, place=place), factors
 
 
 def embed(
@@ -204,8 +200,9 @@ def embed(
   rows: dict[str, list] = {}
   for start in range(0, len(references), size):
     here = references[start : start + size]
-    padded = np.concatenate([here, np.repeat(here[-1:], size - len(here), axis=0)])
-    pixels = padded if mesh is None else jax.device_put(padded, sharding.over_data(mesh))
+    pixels = sharding.filled(here, size)
+    if mesh is not None:
+      pixels = jax.device_put(pixels, sharding.over_data(mesh))
     textual, visual, seen = jax.device_get(_tokens(definition, params, pixels, timestep))
     named = {f"layer {number}": layer for number, layer in enumerate(textual, 1)}
     for name, value in (named | {"visual": visual, "image encoder": seen}).items():

@@ -20,7 +20,6 @@ import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from cc_jax import chips, drawing, hub, sharding, train
-from cc_jax.assemble import abstractly, assemble
 from cc_jax.chips import Chip
 from cc_jax.diffusion.samplers import adds_noise, step_table
 from cc_jax.diffusion.schedule import NoiseSchedule
@@ -63,12 +62,8 @@ def generate_work(config: ml_collections.ConfigDict, mesh: Mesh) -> Work:
   method, trainable, frozen, base = _method(config)
   sample, size = config.sample, config.train.batch_size
   table = step_table(method.schedule, steps=sample.steps, sampler=sample.sampler)
-  branches = (drawing.FULL,)
-  if sample.image_guidance >= 0:
-    branches = (drawing.EMPTY, drawing.TEXT, drawing.FULL)
-  elif sample.guidance != 1:
-    branches = (drawing.EMPTY, drawing.FULL)
-  fixed = drawing.Plan(branches, adds_noise(table))
+  apart = sample.image_guidance if sample.image_guidance >= 0 else None
+  fixed = drawing.Plan(drawing.branches(sample.guidance, apart), adds_noise(table))
 
   def cut(shape, dtype) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct((size, *shape), dtype, sharding=sharding.over_data(mesh))
@@ -110,14 +105,7 @@ def generate_work(config: ml_collections.ConfigDict, mesh: Mesh) -> Work:
 
 def _method(config: ml_collections.ConfigDict) -> tuple[Method, Any, Any, hub.Base]:
   """(method, abstract trainable and frozen parameters, base) of a config, without weights."""
-  train.check(config)
-  config = config.copy_and_resolve_references()
-  config.base = train._known(config.base)
-  config.encoder.image_encoder = train._known(config.encoder.image_encoder)
-  base = hub.abstract_base(config.base, **train.storage(config))
-  definition, trainable, frozen = assemble(
-    base, *train.networks(config), dtype=config.train.dtype, transform=abstractly
-  )
+  config, base, (definition, trainable, frozen) = train.without_weights(config)
   # The words do not matter here, and known architectures come without a tokenizer.
   empty = (0,) * base.text_encoders[0].config.max_position_embeddings
   schedule = NoiseSchedule.from_config(base.scheduler_config)

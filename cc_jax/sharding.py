@@ -345,6 +345,12 @@ def local_rows(mesh: Mesh, batch_size: int) -> list[int]:
   return sorted({row for (part,) in indices for row in range(batch_size)[part]})
 
 
+def filled(rows: np.ndarray, size: int) -> np.ndarray:
+  """`size` rows, the last one repeated: a batch of the one shape that is compiled."""
+  rows = np.asarray(rows)
+  return np.concatenate([rows, np.repeat(rows[-1:], size - len(rows), axis=0)])
+
+
 def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
   """This process's rows (`local_rows`) of a batch -> global arrays [B, ...] on the mesh."""
   sharding = over_data(mesh)

@@ -23,6 +23,7 @@ from cc_jax import optimizer, sharding
 from cc_jax.assemble import Params, join
 from cc_jax.customcontrast.model import CustomContrast
 from cc_jax.diffusion.schedule import NoiseSchedule
+from cc_jax.drawing import encode
 from cc_jax.errors import UserError
 from cc_jax.models.remat import check_policies, set_policies
 from cc_jax.objectives.contrast import NAIVE, Contrast
@@ -139,12 +140,7 @@ def to_latents(vae: nnx.Module, images: Array, keys: Array) -> Float[Array, "b h
 
   `keys` [B]: one for each sample.
   """
-  mean, logvar = vae.encode(images.astype(jnp.float32) / 127.5 - 1)
-  mean, logvar = mean.astype(jnp.float32), logvar.astype(jnp.float32)
-  # The bounds of diffusers' DiagonalGaussianDistribution.
-  deviation = jnp.exp(0.5 * jnp.clip(logvar, -30.0, 20.0))
-  z = mean + deviation * _normal(keys, mean.shape[1:])
-  return (z - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
+  return encode(vae, images, functools.partial(_normal, keys))
 
 
 def keep_conditions(

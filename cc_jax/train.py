@@ -339,19 +339,8 @@ def due(step: int, *every: int) -> bool:
 
 
 def table(config: ml_collections.ConfigDict) -> str:
-  """The parameter table of a config: `--abstract`.
-
-  The base needs no weights, and a known one not even a folder: its config.json files lie in
-  assets/architectures.
-  """
-  check(config)
-  config = config.copy_and_resolve_references()
-  config.base = _known(config.base)
-  config.encoder.image_encoder = _known(config.encoder.image_encoder)
-  base = hub.abstract_base(config.base, **storage(config))
-  _, trainable, frozen = assemble(
-    base, *networks(config), dtype=config.train.dtype, transform=abstractly
-  )
+  """The parameter table of a config: `--abstract`; see `without_weights`."""
+  config, base, (_, trainable, frozen) = without_weights(config)
   NoiseSchedule.from_config(base.scheduler_config)
   state = jax.eval_shape(lambda t: init_state(t, config), trainable)
   rows = [("part", "", "tensors", "parameters", "MiB")]
@@ -367,6 +356,23 @@ def table(config: ml_collections.ConfigDict) -> str:
   rows.append(("optimizer", "state", *_sizes(jax.tree.leaves(state.opt_state))))
   rows.append(("average", "state", *_sizes(jax.tree.leaves(state.ema))))
   return align(rows, left=2)
+
+
+def without_weights(
+  config: ml_collections.ConfigDict,
+) -> tuple[ml_collections.ConfigDict, hub.Base, tuple[nnx.GraphDef, Params, Params]]:
+  """(config with the folders that are read, abstract base, what `assemble` makes of it).
+
+  The base needs no weights, and a known one not even a folder: its config.json files lie in
+  assets/architectures.
+  """
+  check(config)
+  config = config.copy_and_resolve_references()
+  config.base = _known(config.base)
+  config.encoder.image_encoder = _known(config.encoder.image_encoder)
+  base = hub.abstract_base(config.base, **storage(config))
+  parts = assemble(base, *networks(config), dtype=config.train.dtype, transform=abstractly)
+  return config, base, parts
 
 
 def _known(folder: str) -> str:

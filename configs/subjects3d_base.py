@@ -6,7 +6,7 @@ On 4 cores without accelerator: the pictures 1 minute, VAE 12 (25.0 dB), CLIP pa
 110 samples/s 3 hours for these steps. The shipped base came about in pieces: 5,800 steps of an
 earlier recipe (mask_weight 2), then, with `init_from`, 21,000 more, up to step 12,000 of them
 with calm_share 0.5. It draws class 91, main colour 99 and scene 100 % of 200 prompts as asked
-(`python -m cc_jax.evaluate --what=base`). To go on training it: `--config.init_from=subjects3d-base`
+(`python -m cc_jax.evaluate --what=base`). To train it on: `--config.init_from=subjects3d-base`
 and other `--config.unet.train.steps`.
 """
 
