@@ -32,6 +32,7 @@ from cc_jax.objectives.cscl import cscl
 from data_pipeline.subjects3d import captions as captions_lib
 from data_pipeline.subjects3d import factors as factors_lib
 from data_pipeline.subjects3d.prerender import Pictures, prerender
+from data_pipeline.triples import TripleConfig, show_reference
 
 # How often a caption names what it could name: enough to learn each word, and enough silence that
 # a prompt without colour is nothing unusual.
@@ -97,10 +98,16 @@ def captioned(tokenizer, pictures: Pictures, count: int, seed: int, mentions) ->
       tokenize(tokenizer, write_captions(rng, pictures.factors, mentions)) for _ in range(count)])
 
 
-def on_white(images: np.ndarray, masks: np.ndarray) -> np.ndarray:
-  """Cuts uint8 images [n,h,w,3] out by their soft masks uint8 [n,h,w] and lays them on white."""
-  alpha = masks[..., None].astype(np.float32) / 255
-  return (images * alpha + 255 * (1 - alpha)).astype(np.uint8)
+def on_white(images: np.ndarray, masks: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+  """Subjects cut out of uint8 [n,h,w,3] by masks [n,h,w] and laid on white as positives are.
+
+  Random size and place: the encoder will see references that fill the canvas, and subjects of the
+  size they have in a picture teach it little of those.
+  """
+  config = TripleConfig(image_size=images.shape[1], reference_place="random")
+  draws = rng.random((len(images), 3))
+  shown = [show_reference(*row, config, u) for *row, u in zip(images, masks, draws)]
+  return np.array(shown, np.uint8).reshape(images.shape)
 
 
 def to_unit(images: jax.Array) -> jax.Array:
@@ -264,9 +271,8 @@ def train_clip(config, workdir: Path, pictures: Pictures, mesh) -> None:
     index = np.sort(rng.integers(0, len(pictures.images), n))
     phrasing = rng.integers(0, config.world.captions, n)
     cut = rng.random(n) < c.white_share
-    images = np.where(cut[:, None, None, None],
-                      on_white(pictures.images[index], pictures.masks[index]),
-                      pictures.images[index])
+    images = pictures.images[index]
+    images[cut] = on_white(images[cut], pictures.masks[index[cut]], rng)
     ids = np.where(cut[:, None], white[phrasing, index], plain[phrasing, index])
     return dict(images=images, ids=ids)
 

@@ -116,11 +116,17 @@ def test_captions_name_what_they_are_told_to_name():
     assert world.CLASSES[factors.class_id[i]] in one
 
 
-def test_on_white_keeps_the_subject_only():
-  images = np.full((1, 2, 2, 3), 100, np.uint8)
-  masks = np.array([[[0, 255], [0, 51]]], np.uint8)
-  cut = pretrain.on_white(images, masks)
-  assert cut[0, :, :, 0].tolist() == [[255, 100], [255, 224]]
+def test_on_white_shows_the_subject_alone_at_any_size_and_place():
+  images = np.full((40, 16, 16, 3), 100, np.uint8)
+  masks = np.zeros((40, 16, 16), np.uint8)
+  masks[:, 5:8, 7:11] = 255
+  cut = pretrain.on_white(images, masks, np.random.default_rng(0))
+  there = cut[..., 0] < 178
+  assert abs(np.median(cut[there]) - 100) <= 2 and np.median(cut[~there]) == 255
+  sides = there.any(1).sum(1)  # 0.4 to 0.9 of 16 pixels, to the nearest pixel
+  assert 6 <= sides.min() <= 8 and 13 <= sides.max() <= 15
+  lefts = there.any(1).argmax(1)
+  assert lefts.min() <= 1 and lefts.max() >= 6
 
 
 def test_a_frozen_encoder_keeps_its_latents_while_the_decoder_learns(tmp_path, mesh, monkeypatch):
