@@ -27,6 +27,7 @@ from absl import logging
 from flax import nnx
 
 from cc_jax import downloads
+from cc_jax.diffusion.schedule import NoiseSchedule
 from cc_jax.errors import UserError
 from cc_jax.models import ldm_names
 from cc_jax.models.clip_pixels import CLIP_PROCESSOR, processor_from_dict
@@ -187,8 +188,14 @@ def _find_in_file(name: str, file: Path) -> Found:
       ) from error
   scheduler = checkpoint.scheduler
   if beside and (folder / "scheduler").is_dir():
-    scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
-  elif checkpoint.kind == "sd2":
+    own = folder / "scheduler" / "scheduler_config.json"
+    scheduler = read_json(own)
+    try:
+      schedule = NoiseSchedule.from_config(scheduler, prediction_type=checkpoint.predicts)
+    except UserError as error:
+      raise _about(own, error) from None
+    scheduler["prediction_type"] = schedule.prediction_type
+  elif checkpoint.kind == "sd2" and checkpoint.predicts is None:
     logging.warning(
       "%s: no file says what an SD 2.x predicts; taken for v_prediction. For one that predicts the "
       "noise put its scheduler/scheduler_config.json beside its tokenizer/", file,

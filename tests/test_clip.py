@@ -16,37 +16,37 @@ from cc_jax.models.clip_vision import CLIPVisionConfig, CLIPVisionModel
 from cc_jax.models.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
 from cc_jax.models.weights import load_weights
 
+# An epsilon as large as this shows in the numbers when another one is taken.
 SMALL = dict(
   hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-  projection_dim=24,
+  projection_dim=24, layer_norm_eps=0.1,
 )  # fmt: skip
 TEXT = dict(**SMALL, vocab_size=60, max_position_embeddings=12, bos_token_id=50)
-IDS = np.array([[50, 3, 4, 51, 51, 51, 51], [50, 7, 59, 9, 8, 51, 51]])
-MASK = (np.arange(7) < np.array([4, 6])[:, None]).astype(np.int64)
+IDS = np.array([[50, 3, 4, 51, 51, 51, 51], [50, 7, 59, 9, 8, 51, 51], [50, 8, 51, 51, 51, 51, 51]])
+MASK = (np.arange(7) < np.array([4, 6, 2])[:, None]).astype(np.int64)
+TOWERS = {  # config, projection, where the sentences are read off
+  # Configs from before eos_token_id was right: the highest id is taken for EOS, here a 59.
+  "vit_l": (dict(hidden_act="quick_gelu", eos_token_id=2), False, [3, 2, 2]),
+  "h": (dict(hidden_act="gelu", eos_token_id=51), False, [3, 5, 2]),
+  "bigg": (dict(hidden_act="gelu", eos_token_id=51), True, [3, 5, 2]),
+}
 
 
-@pytest.mark.parametrize(
-  "extra, projection, mask, pooled_at",
-  [
-    # Configs from before eos_token_id was right: the highest id is taken for EOS, here a 59.
-    (dict(hidden_act="quick_gelu", eos_token_id=2), False, None, [3, 2]),
-    (dict(hidden_act="gelu", eos_token_id=51), False, MASK, [3, 5]),
-    (dict(hidden_act="gelu", eos_token_id=51), True, None, [3]),
-  ],
-  ids=["vit_l", "h_masked", "bigg"],
-)
-def test_text_parity(extra, projection, mask, pooled_at, tmp_path):
-  ids = IDS[: len(pooled_at)]
+@pytest.mark.parametrize("batch, masked", [(3, True), (1, False)])
+@pytest.mark.parametrize("tower", TOWERS)
+def test_text_parity(tower, batch, masked, tmp_path):
+  extra, projection, pooled_at = TOWERS[tower]
+  ids, mask = IDS[:batch], MASK[:batch] if masked else None
   cls = transformers.CLIPTextModelWithProjection if projection else transformers.CLIPTextModel
   theirs = randomise(cls(transformers.CLIPTextConfig(**TEXT, **extra)))
   theirs.save_pretrained(tmp_path)
   config = CLIPTextConfig.from_dict(theirs.config.to_dict())
   assert config.with_projection == projection
   ours = load_weights(abstract(CLIPTextModel, config), tmp_path)
-  assert list(ours.pool_position(ids)) == pooled_at
+  assert list(ours.pool_position(ids)) == pooled_at[:batch]
 
   def run_theirs():
-    tokens, kept = torch.from_numpy(ids), None if mask is None else torch.from_numpy(mask)
+    tokens, kept = torch.from_numpy(ids), torch.from_numpy(mask) if masked else None
     out = theirs(tokens, attention_mask=kept, output_hidden_states=True)
     pooled = out.text_embeds if projection else out.pooler_output
     return [out.last_hidden_state, pooled, *out.hidden_states]
@@ -69,7 +69,7 @@ def test_text_from_embeddings():
   assert relative_error(got.pooled, wanted.pooled) < 1e-6
   assert relative_error(got.last_hidden_state, wanted.last_hidden_state) < 1e-6
   assert relative_error(other.pooled, wanted.pooled) > 1e-2
-  assert np.array_equal(other.pooled[0], other.last_hidden_state[0, 5])
+  assert np.array_equal(other.pooled[0], other.last_hidden_state[0, 2])
   with pytest.raises(ValueError, match="pool_ids"):
     model(inputs_embeds=embeds)
   with pytest.raises(ValueError, match="positions"):

@@ -25,6 +25,7 @@ import transformers
 from diffusers.loaders import lora_pipeline, single_file_utils
 from diffusers.utils import state_dict_utils
 from flax import nnx
+from test_diffusion import PUBLISHED
 from test_hub import assert_bitwise, tensors
 from test_unet import REAL as REAL_UNETS
 from torch_parity import abstract, randomise
@@ -32,8 +33,10 @@ from torch_parity import abstract, randomise
 from cc_jax import generate, hub
 from cc_jax.assemble import abstractly, assemble
 from cc_jax.customcontrast.injection import InjectionConfig, LayerCondition, inject
-from cc_jax.customcontrast.ip_adapter import read_ip_adapter, warm_start
+from cc_jax.customcontrast.ip_adapter import _layers, read_ip_adapter, warm_start
 from cc_jax.customcontrast.mfi_encoder import MFIEncoderConfig
+from cc_jax.diffusion.samplers import SAMPLERS, step_table
+from cc_jax.diffusion.schedule import NoiseSchedule
 from cc_jax.errors import UserError
 from cc_jax.models import ldm_names
 from cc_jax.models.clip_text import CLIPTextConfig, CLIPTextModel
@@ -379,9 +382,28 @@ def test_real_single_files(kind):
       assert found.configs[component]["num_attention_heads"] == theirs
       assert found.configs[component]["hidden_act"] == module.config.hidden_act
   wanted, got = UNetConfig.from_dict(unet_config), UNetConfig.from_dict(found.configs["unet"])
+  # IP-Adapter numbers diffusers' processors, of which every other one is a cross-attention's.
+  attentions = cross_attention_layers(abstract(UNet2DCondition, wanted))
+  assert _layers({f"unet.{path}.attn2.gate": None for path, _ in attentions}) == {
+    n: f"unet.{name.removesuffix('.processor')}"
+    for n, name in enumerate(unet.attn_processors)
+    if name.endswith("attn2.processor")
+  }
   assert got.attention_head_dim == wanted.attention_head_dim
   assert got.transformer_layers_per_block == wanted.transformer_layers_per_block
   assert got.addition_time_embed_dim == wanted.addition_time_embed_dim
+  # Whatever the sampler, its numbers are those of the published folder.
+  folder = {"sd1": "stable-diffusion-v1-5", "sd2": "stable-diffusion-2-1"}
+  folder = folder.get(kind, "stable-diffusion-xl-base-1.0")
+  shipped = hub.ASSETS / "architectures" / folder / "scheduler" / "scheduler_config.json"
+  for sampler in (*SAMPLERS, "default"):
+    wanted, *ours = (
+      step_table(NoiseSchedule.from_config(config), steps=7, sampler=sampler)
+      for config in (PUBLISHED[folder], json.loads(shipped.read_text()), found.scheduler)
+    )
+    if (kind, sampler) == ("sd1", "default"):
+      ours.pop()  # a file names no sampler; ours is DDIM then, as in diffusers
+    assert all(np.array_equal(*pair) for one in ours for pair in zip(one, wanted)), sampler
   dropped = ldm_names.check(found, used, shapes, "file")
   assert list(dropped) == (
     ["cond_stage_model.model.transformer.resblocks.23.*"] if kind == "sd2" else []
@@ -421,13 +443,24 @@ def test_bad_single_files(change, message, family, tmp_path):
   assert "\n" not in str(error.value) and str(bad) in str(error.value)
 
 
+def converted(error, old):
+  """The file that the code in a message makes of a pickle."""
+  code = re.search(r"PyTorch is: (.*)", str(error))[1]
+  new = old.with_suffix(".safetensors")
+  exec(code, {"torch": torch, "safetensors": safetensors, "old": old, "new": new})
+  return safetensors.numpy.load_file(new)
+
+
 def test_unreadable_single_files(family, tmp_path):
   file = family("sd1")[2]
   (tmp_path / "short.safetensors").write_bytes(file.read_bytes()[:-100])
-  (tmp_path / "old.ckpt").write_bytes(b"\x80\x04N.")
-  for name, message in (("short.safetensors", "truncated"), ("old.ckpt", "pickle.*save_file")):
-    with pytest.raises(UserError, match=message):
-      hub.load_base(tmp_path / name)
+  with pytest.raises(UserError, match="truncated"):
+    hub.load_base(tmp_path / "short.safetensors")
+  stored = safetensors.torch.load_file(file)
+  torch.save({"state_dict": stored, "epoch": 3}, tmp_path / "old.ckpt")
+  with pytest.raises(UserError, match="old.ckpt is a pickle") as error:
+    hub.load_base(tmp_path / "old.ckpt")
+  assert converted(error.value, tmp_path / "old.ckpt").keys() == stored.keys()
   alone = shutil.copy(file, tmp_path / "alone.safetensors")
   with pytest.raises(UserError, match="needs a tokenizer.*stable-diffusion-v1-5"):
     hub.load_base(alone)
@@ -441,6 +474,22 @@ def test_single_file_with_its_own_scheduler(family, tmp_path):
   config.write_text(json.dumps(json.loads(config.read_text()) | {"prediction_type": "epsilon"}))
   base = hub.load_base(shutil.copy(file, tmp_path / "m.safetensors"))
   assert base.scheduler_config["prediction_type"] == "epsilon"
+
+
+def test_a_single_file_and_its_scheduler_that_contradict_each_other(family, tmp_path):
+  """Fine-tunes that predict v say so by a tensor of that name."""
+  _, folder, file = family("sd1")
+  marked = resave(file, tmp_path / "m.safetensors", lambda s: s.update(v_pred=np.zeros(1)))
+  shutil.copytree(folder / "tokenizer", tmp_path / "tokenizer")
+  assert hub.abstract_base(marked).scheduler_config["prediction_type"] == "v_prediction"
+  shutil.copytree(folder / "scheduler", tmp_path / "scheduler")
+  own = tmp_path / "scheduler" / "scheduler_config.json"
+  with pytest.raises(UserError, match=f"{own}: contradicting prediction types: epsilon .*v_pred"):
+    hub.abstract_base(marked)
+  config = json.loads(own.read_text())
+  del config["prediction_type"]
+  own.write_text(json.dumps(config))
+  assert hub.abstract_base(marked).scheduler_config["prediction_type"] == "v_prediction"
 
 
 # ---- folders
@@ -733,6 +782,11 @@ def fuse_with_diffusers(pipeline, file):
   return fused
 
 
+@functools.cache
+def plain_base(checkpoint):
+  return hub.load_base(checkpoint)
+
+
 @pytest.mark.parametrize("name", FORMATS)
 def test_lora_formats(name, family, tmp_path):
   write, kind, only = FORMATS[name]
@@ -741,7 +795,7 @@ def test_lora_formats(name, family, tmp_path):
   safetensors.numpy.save_file(file, tmp_path / "lora.safetensors")
   base = hub.load_base(checkpoint, lora=[(tmp_path / "lora.safetensors", SCALE)])
   wanted = fuse_with_diffusers(pipeline, file)
-  plain = hub.load_base(checkpoint)
+  plain = plain_base(checkpoint)
   assert len(wanted) == (3 if kind == "sdxl" else 2)
   for component, module in base.networks.items():
     before = tensors(plain.networks[component])
@@ -751,16 +805,15 @@ def test_lora_formats(name, family, tmp_path):
       target = wanted.get(component, {}).get(classic)
       target = before[key] if target is None else target.numpy()
       assert np.abs(value - target).max() <= 1e-6 * np.abs(target).max(), (component, key)
-  assert base.hash != plain.hash
-  if "kohya" in name:
-    theirs = make_pipeline(kind, pipeline.tokenizer)
-    for component, state in wanted.items():
-      module = getattr(theirs, component)
-      if not hasattr(module, "text_model") and component != "unet":
-        state = {key.removeprefix("text_model."): value for key, value in state.items()}
-      module.load_state_dict(state)
-    assert np.abs(draw_with_diffusers(theirs) - draw_with_diffusers(pipeline)).max() > 1e-3
-    assert_images(base, theirs)
+  assert base.hash != plain.hash == base.plain_hash
+  theirs = make_pipeline(kind, pipeline.tokenizer)
+  for component, state in wanted.items():
+    module = getattr(theirs, component)
+    if not hasattr(module, "text_model") and component != "unet":
+      state = {key.removeprefix("text_model."): value for key, value in state.items()}
+    module.load_state_dict(state)
+  assert np.abs(draw_with_diffusers(theirs) - draw_with_diffusers(pipeline)).max() > 1e-3
+  assert_images(base, theirs)
 
 
 def test_lora_of_three_factors(family, tmp_path):
@@ -1003,7 +1056,12 @@ def test_ip_adapter_layouts(with_ip_adapter, family):
   }
   other = file.with_name("trained.safetensors")
   safetensors.numpy.save_file(trained, other)
-  for source in (file, nested, other):
+  pickled = file.with_name("pickled.bin")
+  torch.save(nested, pickled)
+  with pytest.raises(UserError, match="pickle") as error:
+    read_ip_adapter(pickled)
+  assert converted(error.value, pickled).keys() == wanted.keys()
+  for source in (file, nested, other, pickled.with_suffix(".safetensors")):
     got = read_ip_adapter(source)
     assert got.keys() == wanted.keys()
     assert all(np.array_equal(got[name], wanted[name]) for name in wanted)

@@ -1,5 +1,7 @@
 """The UNet against diffusers' PyTorch original: values, every gradient, and real sizes' names."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,11 +9,13 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from flax import nnx
-from torch_parity import assert_same, randomise
+from torch_parity import TOLERANCE, assert_same, randomise, relative_error
 
+from cc_jax import hub
 from cc_jax.errors import UserError
 from cc_jax.models.abstract import abstract
-from cc_jax.models.attention import Attention
+from cc_jax.models.attention import Attention, Masked
+from cc_jax.models.layers import GroupNorm, LayerNorm
 from cc_jax.models.torch_names import from_torch, torch_name, torch_shapes
 from cc_jax.models.unet import UNet2DCondition, UNetConfig, cross_attention_layers
 
@@ -91,15 +95,14 @@ def compile_quickly():
   jax.config.update("jax_disable_most_optimizations", False)
 
 
-def pair(config):
-  """PyTorch's network, and ours with its weights."""
+def pair(config, folder):
+  """PyTorch's network, and ours from the folder that it saved."""
   torch.manual_seed(0)
   original = randomise(UNet2DConditionModel(**config))
-  unet = abstract_unet(config)
-  graphdef, state = nnx.split(unet)
+  original.save_pretrained(folder)
+  unet = hub.load_module(folder, UNet2DCondition)
   assert epsilons(unet) == torch_epsilons(original)
-  tensors = {name: tensor.numpy() for name, tensor in original.state_dict().items()}
-  return original, nnx.merge(graphdef, from_torch(tensors, state))
+  return original, unet
 
 
 def epsilons(unet):
@@ -135,62 +138,53 @@ def nhwc(tensor):
   return tensor.permute(0, 2, 3, 1)
 
 
-def test_sd15_kind_of_odd_size_and_with_a_context_for_each_layer():
-  """41 x 65 is halved to 21 x 33 and 11 x 17, both of which must be found again on the way up."""
-  original, unet = pair(SD15)
-  timesteps = np.array([421])
-  layers = len(cross_attention_layers(unet))
-  assert_same(
-    lambda unet, x, text: [unet(x, timesteps, (text,) * layers)],
-    unet,
-    latents_and_text(SD15, batch=1, height=41, width=65),
-    lambda x, text: [nhwc(original(nchw(x), torch.from_numpy(timesteps), text).sample)],
-    original,
-  )
+KINDS = {"sd15": SD15, "sd2": SD2, "sdxl": SDXL}
+# 41 x 65 is halved to 21 x 33 and 11 x 17, both of which must be found again on the way up.
+ODD, EVEN = (41, 65), (40, 72)
+QUICK = (("sd15", 1, ODD), ("sd2", 3, EVEN), ("sdxl", 3, ODD))
 
 
-def test_sd2_kind_with_masked_text():
-  original, unet = pair(SD2)
-  timesteps = np.array([999, 3, 421])
-  mask = np.arange(7) < np.array([7, 2, 5])[:, None]
-
-  def theirs(x, text):
-    t, text_mask = torch.from_numpy(timesteps), torch.from_numpy(mask)
-    return [nhwc(original(nchw(x), t, text, encoder_attention_mask=text_mask).sample)]
-
-  assert_same(
-    lambda unet, x, text: [unet(x, timesteps, text, context_mask=mask)],
-    unet,
-    latents_and_text(SD2, batch=3, height=40, width=72),
-    theirs,
-    original,
-  )
-
-
-def test_sdxl_kind():
-  original, unet = pair(SDXL)
-  timesteps = np.array([999, 3, 421])
+@pytest.mark.parametrize(
+  "kind, batch, size",
+  [
+    pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow)
+    for case in itertools.product(KINDS, (1, 3), (ODD, EVEN))
+  ],
+)
+def test_kinds_with_masked_text(kind, batch, size, tmp_path):
+  """Of SD 1.5 each layer has a context of its own, with its own mask."""
+  original, unet = pair(KINDS[kind], tmp_path)
+  timesteps = np.array([421, 3, 999])[:batch]
+  mask = np.arange(7) < np.array([5, 2, 7])[:batch, None]
   rng = np.random.default_rng(1)
-  time_ids = rng.integers(0, 1024, (3, 6)).astype(np.float32)
-  pooled = rng.normal(size=(3, 10)).astype(np.float32)
+  inputs = latents_and_text(KINDS[kind], batch=batch, height=size[0], width=size[1])
+  time_ids = rng.integers(0, 1024, (batch, 6)).astype(np.float32)
+  if kind == "sdxl":
+    inputs.append(rng.normal(size=(batch, 10)).astype(np.float32))
 
-  def theirs(x, text, pooled):
+  def ours(unet, x, text, pooled=None):
+    if kind == "sd15":
+      return [unet(x, timesteps, (Masked(text, mask),) * len(cross_attention_layers(unet)))]
+    sizes = {} if pooled is None else dict(text_embeds=pooled, time_ids=time_ids)
+    return [unet(x, timesteps, text, context_mask=mask, **sizes)]
+
+  def theirs(x, text, pooled=None):
     added = dict(text_embeds=pooled, time_ids=torch.from_numpy(time_ids))
-    t = torch.from_numpy(timesteps)
-    return [nhwc(original(nchw(x), t, text, added_cond_kwargs=added).sample)]
+    t, text_mask = torch.from_numpy(timesteps), torch.from_numpy(mask)
+    return [
+      nhwc(
+        original(
+          nchw(x), t, text, encoder_attention_mask=text_mask, added_cond_kwargs=added
+        ).sample
+      )
+    ]
 
-  assert_same(
-    lambda unet, x, text, pooled: [unet(x, timesteps, text, text_embeds=pooled, time_ids=time_ids)],
-    unet,
-    [*latents_and_text(SDXL, batch=3, height=41, width=65), pooled],
-    theirs,
-    original,
-  )
+  assert_same(ours, unet, inputs, theirs, original)
 
 
-def test_mini_kind_with_every_cross_attention_replaced():
+def test_mini_kind_with_every_cross_attention_replaced(tmp_path):
   """Each replacement gets its own object, the picture's size and the whole time embedding."""
-  original, unet = pair(MINI)
+  original, unet = pair(MINI, tmp_path)
   timesteps = np.array([999, 3])
   layers = cross_attention_layers(unet)
   for _, block in layers:
@@ -214,6 +208,17 @@ def test_mini_kind_with_every_cross_attention_replaced():
 
   inputs = latents_and_text(MINI, batch=2, height=8, width=6)
   assert_same(ours, unet, inputs, theirs, original)
+
+
+@pytest.mark.parametrize("epsilon", [1e-5, 1e-6])
+def test_norms_of_faint_features(epsilon):
+  """Where the variance is no larger than epsilon, unlike in the networks above."""
+  kw = dict(epsilon=epsilon, dtype=jnp.float32, param_dtype=jnp.float32, rngs=nnx.Rngs(0))
+  x = 1e-3 * np.random.default_rng(0).normal(size=(2, 3, 5, 8)).astype(np.float32)
+  wanted = nhwc(torch.nn.functional.group_norm(nchw(torch.from_numpy(x)), 2, eps=epsilon))
+  assert relative_error(GroupNorm(8, groups=2, **kw)(x), wanted) < TOLERANCE
+  wanted = torch.nn.functional.layer_norm(torch.from_numpy(x), (8,), eps=epsilon)
+  assert relative_error(LayerNorm(8, **kw)(x), wanted) < TOLERANCE
 
 
 def test_layers_are_listed_in_execution_order():

@@ -30,7 +30,7 @@ import numpy as np
 from jaxtyping import Array
 
 from cc_jax.errors import UserError
-from cc_jax.models.weights import open_tensors
+from cc_jax.models.weights import open_tensors, refuse_pickle
 
 # Prefixes of published files, and of what IP-Adapter's own training writes.
 _PREFIXES = {
@@ -39,6 +39,11 @@ _PREFIXES = {
   "adapter_modules.": "ip_adapter.",
   "image_proj_model.": "image_proj.",
 }
+# A .bin holds two dicts.
+_FLAT = (
+  "{f'{part}.{name}': x for part, own in torch.load(old, weights_only=True).items() "
+  "for name, x in own.items()}"
+)
 _STAGES = ("down_blocks", "up_blocks", "mid_block")
 _QFORMER = "mfi_encoder.visual."
 _BLOCK = {
@@ -106,6 +111,7 @@ def read_ip_adapter(source: str | os.PathLike | Mapping[str, Any]) -> dict[str, 
     what = str(source)
     if not Path(source).is_file():
       raise UserError(f"{what} is no file; name an IP-Adapter's .safetensors file")
+    refuse_pickle(Path(source), _FLAT)
     with contextlib.ExitStack() as stack:
       stored = dict(open_tensors(Path(source), stack))
   tensors = {}

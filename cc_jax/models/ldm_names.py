@@ -81,6 +81,7 @@ class Checkpoint:
   configs: dict[str, dict[str, Any]]  # component -> what its config.json would say
   scheduler: dict[str, Any]  # what scheduler_config.json would say, as far as can be known
   repository: str  # whose tokenizers it needs
+  predicts: str | None = None  # the prediction type, if a tensor of the file says so
 
 
 def describe(shapes: Shapes, what: str) -> Checkpoint:
@@ -122,7 +123,9 @@ def describe(shapes: Shapes, what: str) -> Checkpoint:
     raise UserError(f"{what} lacks {error.args[0]}; get a complete checkpoint") from None
   if configs["unet"]["addition_embed_type"] and kind != "sdxl":
     raise UserError(f"{what} is an unCLIP model, which we do not have; use a text-to-image one")
-  return Checkpoint(kind, configs, _scheduler_config(kind, shapes), _REPOSITORIES[kind])
+  predicts = "v_prediction" if "v_pred" in shapes else None
+  scheduler = _scheduler_config(kind, predicts, shapes)
+  return Checkpoint(kind, configs, scheduler, _REPOSITORIES[kind], predicts)
 
 
 def entries(
@@ -415,21 +418,21 @@ def _dropped_layer(checkpoint: Checkpoint, shapes: Shapes) -> str:
   return f"{blocks}{kept}." if _count(shapes, blocks) > kept else ""
 
 
-def _scheduler_config(kind: str, shapes: Shapes) -> dict[str, Any]:
+def _scheduler_config(kind: str, predicts: str | None, shapes: Shapes) -> dict[str, Any]:
   """The published models' noise schedule; fine-tunes mark theirs by tensors `v_pred`, `ztsnr`."""
-  velocity = kind == "sd2" or "v_pred" in shapes
   config = {
     "_class_name": "EulerDiscreteScheduler" if kind == "sdxl" else "DDIMScheduler",
     "beta_start": 0.00085,
     "beta_end": 0.012,
     "beta_schedule": "scaled_linear",
     "num_train_timesteps": 1000,
-    "prediction_type": "v_prediction" if velocity else "epsilon",
-    "timestep_spacing": "leading",
+    "prediction_type": predicts or ("v_prediction" if kind == "sd2" else "epsilon"),
     "steps_offset": 1,
+    "clip_sample": False,
+    "set_alpha_to_one": False,
   }
-  if kind != "sdxl":
-    config |= {"clip_sample": False, "set_alpha_to_one": False}
+  if kind == "sdxl":  # the others leave it to each sampler
+    config["timestep_spacing"] = "leading"
   if "ztsnr" in shapes:
     config |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
   return config

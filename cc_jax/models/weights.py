@@ -224,12 +224,16 @@ def _open(file: Path, stack: contextlib.ExitStack) -> Any:
     raise UserError(f"{file} is truncated or not safetensors ({reason}); get it again") from error
 
 
-def refuse_pickle(file: Path) -> None:
-  """Raises UserError, with the way to convert it, for a file in one of PyTorch's own formats."""
+def refuse_pickle(file: Path, tensors: str = "torch.load(old, weights_only=True)") -> None:
+  """Raises UserError, with the way to convert it, for a file in one of PyTorch's own formats.
+
+  `tensors`: how PyTorch gets name -> tensor from such a file; a .ckpt has more than its tensors.
+  """
   if file.suffix in _PICKLES:
+    tensors += "['state_dict']" if file.suffix == ".ckpt" else ""
     raise UserError(
       f"{file} is a pickle, which can run code; take its .safetensors version, or convert it where "
-      "PyTorch is: safetensors.torch.save_file(torch.load(old, weights_only=True), new)"
+      f"PyTorch is: safetensors.torch.save_file({tensors}, new)"
     )
 
 
