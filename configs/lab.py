@@ -48,7 +48,8 @@ RATES = ("train.learning_rate", (3e-4, 1e-3, 3e-3))
 
 
 def _weight(factor: float) -> dict[str, float]:
-  return {"objective.lambda_cscl": 0.1 * factor, "objective.lambda_macl": 0.1 * factor}
+  start = subjects3d.get_config().objective
+  return {f"objective.{name}": factor * start[name] for name in ("lambda_cscl", "lambda_macl")}
 
 
 ARMS = {
@@ -86,14 +87,15 @@ ARMS = {
   "s_words_1": Arm("s_plus", {"encoder.s_words": 1}),
   "s_words_4": Arm("s_plus", {"encoder.s_words": 4}),
   "s_plus_free_norm": Arm("s_plus", {"encoder.s_plus_norm": "free"}),
-  "s_plus_pooled": Arm("s_plus", {"encoder.s_plus_pooled": "s_plus"}),
+  "plain_pooled": Arm("s_plus", {"encoder.s_plus_pooled": "plain"}),
   "same_class": Arm("negatives", {"data.group": "class", "data.group_share": 0.5}),
   "same_family": Arm("negatives", {"data.group": "family", "data.group_share": 0.5}),
   "weight_01": Arm("weights", _weight(0.1)),
   "weight_03": Arm("weights", _weight(0.3)),
   "weight_3": Arm("weights", _weight(3.0)),
+  "weight_10": Arm("weights", _weight(10.0)),
   # Contrast outweighs the diffusion loss by far, which then finds features that are apart already.
-  "contrast_first": Arm("warmup", first=(0.2, _weight(100.0))),
+  "contrast_first": Arm("warmup", first=(0.2, _weight(2e4))),
   # How the reference is shown: with its background the scene can leak, re-centred no size can.
   "whole_frame": Arm("reference", {"data.reference_place": "frame"}),
   "whole_frame_self": Arm("reference", SELF | OFF | {"data.reference_place": "frame"}),

@@ -38,8 +38,8 @@ def get_config() -> ml_collections.ConfigDict:
   c.encoder.width = 128
   c.encoder.depth = 2  # [R]
   c.encoder.heads = 4
-  c.encoder.visual_queries = 8
-  c.encoder.textual_queries = 4
+  c.encoder.visual_queries = 16
+  c.encoder.textual_queries = 8
   c.encoder.s_words = 2  # W: the first W textual tokens of a layer are its pseudo-words [R]
   # How (t, l) enters the queries: 'fourier_mlp' | 'none' [R].
   c.encoder.timestep_layer = "fourier_mlp"
@@ -48,7 +48,8 @@ def get_config() -> ml_collections.ConfigDict:
   c.encoder.s_plus_norm = "class_noun"  # 'class_noun' | 'free' [R]
   # The pooled text (or, for addition_embed_type 'text', the whole text) that goes to the time
   # embedding: from the prompt without S+ ('plain') or the mean over layers with it ('s_plus') [R].
-  c.encoder.s_plus_pooled = "plain"
+  # The mini base takes much of colour and class from there.
+  c.encoder.s_plus_pooled = "s_plus"
   c.encoder.fusion = "tv_fusion"  # 'tv_fusion' | 'visual_tokens' (the lab's control) [R]
   # Sizes of the groups of layers that share an S+ (SDXL has 70 layers); () = each its own.
   c.encoder.layer_groups = ()
@@ -62,10 +63,12 @@ def get_config() -> ml_collections.ConfigDict:
   c.injection.gate_start = 0.0  # of the factor on the visual path; 0: training starts at the base
 
   c.objective = ml_collections.ConfigDict()
-  c.objective.lambda_cscl = 0.1  # [R]
+  # [R] With 0.1 each, the textual Q-Former's gradient came from contrast alone: 3.65 against the
+  # diffusion loss's 0.013; these give both a say.
+  c.objective.lambda_cscl = 0.001
   c.objective.cscl_temperature = 0.07  # [R]
   c.objective.cscl_frame = "same_frame"  # 'same_frame' | 'cross_frame' [R]
-  c.objective.lambda_macl = 0.1  # [R]
+  c.objective.lambda_macl = 0.0005  # [R]
   c.objective.macl_temperature = 0.07  # [R]
   # [R] 'inverse' | 'complement' | 'two_minus' | 'log_complement' | 'literal' | 'none' |
   # 'soft_target'

@@ -75,7 +75,7 @@ def test_a_first_part_is_shorter_and_at_a_constant_rate():
   share, changes = table.ARMS["contrast_first"].first
   first = lab.first_part(config, share, changes)
   assert first.train.steps == 600 and first.train.schedule == "constant"
-  assert first.objective.lambda_macl == 10.0 and config.objective.lambda_macl == 0.1
+  assert first.objective.lambda_macl == 10.0 and config.objective.lambda_macl == 0.0005
   assert config.train.steps == 3000 and config.train.schedule == "cosine"
 
 
