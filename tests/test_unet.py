@@ -140,15 +140,15 @@ def nhwc(tensor):
 
 KINDS = {"sd15": SD15, "sd2": SD2, "sdxl": SDXL}
 # 41 x 65 is halved to 21 x 33 and 11 x 17, both of which must be found again on the way up.
-ODD, EVEN = (41, 65), (40, 72)
-QUICK = (("sd15", 1, ODD), ("sd2", 3, EVEN), ("sdxl", 3, ODD))
+SIZES = {"odd": (41, 65), "even": (40, 72)}
+QUICK = (("sd15", 1, "odd"), ("sd2", 3, "even"), ("sdxl", 3, "odd"))
 
 
 @pytest.mark.parametrize(
   "kind, batch, size",
   [
     pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow)
-    for case in itertools.product(KINDS, (1, 3), (ODD, EVEN))
+    for case in itertools.product(KINDS, (1, 3), SIZES)
   ],
 )
 def test_kinds_with_masked_text(kind, batch, size, tmp_path):
@@ -157,7 +157,8 @@ def test_kinds_with_masked_text(kind, batch, size, tmp_path):
   timesteps = np.array([421, 3, 999])[:batch]
   mask = np.arange(7) < np.array([5, 2, 7])[:batch, None]
   rng = np.random.default_rng(1)
-  inputs = latents_and_text(KINDS[kind], batch=batch, height=size[0], width=size[1])
+  height, width = SIZES[size]
+  inputs = latents_and_text(KINDS[kind], batch=batch, height=height, width=width)
   time_ids = rng.integers(0, 1024, (batch, 6)).astype(np.float32)
   if kind == "sdxl":
     inputs.append(rng.normal(size=(batch, 10)).astype(np.float32))
@@ -171,13 +172,8 @@ def test_kinds_with_masked_text(kind, batch, size, tmp_path):
   def theirs(x, text, pooled=None):
     added = dict(text_embeds=pooled, time_ids=torch.from_numpy(time_ids))
     t, text_mask = torch.from_numpy(timesteps), torch.from_numpy(mask)
-    return [
-      nhwc(
-        original(
-          nchw(x), t, text, encoder_attention_mask=text_mask, added_cond_kwargs=added
-        ).sample
-      )
-    ]
+    out = original(nchw(x), t, text, encoder_attention_mask=text_mask, added_cond_kwargs=added)
+    return [nhwc(out.sample)]
 
   assert_same(ours, unet, inputs, theirs, original)
 
