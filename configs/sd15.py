@@ -7,6 +7,11 @@ builds the whole training state abstractly (seconds, no weights) and prints the 
 Training needs the weights in the folders that `base` and `encoder.image_encoder` name, triples of
 frames in `data.name`, and an accelerator: `--config.base=... --config.data.name=...`. It has not
 been trained here: no weights and no photographs can be had where this was built.
+
+A slice for it: v5e:4x4, every chip with all weights. On each lie 5.16 GB of its 16 GiB before
+activations: frozen base 3.40, adapter, Adam, average and gradients 1.76:
+
+  python -m cc_jax.plan --config=configs/sd15.py --topology=v5e:4x4 --what=state
 """
 
 import ml_collections

@@ -5,13 +5,13 @@ in the compiled programs at the size of a pod.
 """
 
 import functools
-import os
 import re
 import sys
 from pathlib import Path
 
 if __name__ == "__main__":
-  os.environ["XLA_FLAGS"] = "--xla_cpu_collective_call_terminate_timeout_seconds=3600"
+  sys.path.insert(0, str(Path(__file__).parent))
+  import conftest  # noqa: F401  (the environment)
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import jax  # noqa: E402
