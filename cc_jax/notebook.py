@@ -19,7 +19,7 @@ def choose(draw: Callable[..., Any], **choices: Sequence) -> Any:
 
   Without ipywidgets (`pip install -e '.[notebooks]'`): once, with the first of each.
   """
-  choices = {name: list(values) for name, values in choices.items()}
+  choices = {name: list(dict.fromkeys(values)) for name, values in choices.items()}
   try:
     from ipywidgets import interact
   except ImportError:
