@@ -2,11 +2,13 @@
 
   python -m cc_jax.pretrain --config=configs/subjects3d_base.py --workdir=runs/base
 
-On 4 cores without accelerator: the pictures 1 minute, VAE 12 (25.0 dB), CLIP pair 10, UNet at about
-110 samples/s 3 hours for these steps. The shipped base came about in pieces: 5,800 steps of an
-earlier recipe (mask_weight 2), then, with `init_from`, 21,000 more, up to step 12,000 of them
-with calm_share 0.5. It draws class 91, main colour 99 and scene 100 % of 200 prompts as asked
-(`python -m cc_jax.evaluate --what=base`). To train it on: `--config.init_from=subjects3d-base`
+On 4 cores without accelerator: the pictures 1 minute, VAE 12 (25.0 dB), CLIP pair 35, UNet at about
+110 samples/s 3 hours for these steps. The shipped base came about in pieces, each from the one
+before by `init_from`: 5,800 steps of the UNet by an earlier recipe (mask_weight 2); 21,000 more, up
+to step 12,000 of them with calm_share 0.5; at last, for patterns, 6,000 with world.plain_share 0.2,
+calm_share 0.6 and learning_rate 8e-4. CLIP: 700 steps of both towers with white_share 0.5, then
+1,800 of the image encoder alone (freeze_text). It draws class 94, main colour 98 and scene 100 % of
+200 prompts as asked (`python -m cc_jax.evaluate --what=base`). To train it on: `--config.init_from=subjects3d-base`
 and other `--config.unet.train.steps`.
 """
 
@@ -50,9 +52,9 @@ def get_config() -> ml_collections.ConfigDict:
   c.clip.vision = ml_collections.ConfigDict(dict(
       hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4,
       hidden_act="gelu", projection_dim=128, image_size=64, patch_size=8))
-  c.clip.white_share = 0.5  # pictures cut out on white: what the adapter will show the encoder
+  c.clip.white_share = 0.75  # pictures cut out on white: what the adapter will show the encoder
   c.clip.freeze_text = False  # with init_from: train the image encoder alone
-  c.clip.train = _train(steps=700, batch=192, learning_rate=1.5e-3)
+  c.clip.train = _train(steps=2500, batch=192, learning_rate=1.5e-3)
 
   c.unet = ml_collections.ConfigDict()
   c.unet.model = ml_collections.ConfigDict(dict(
