@@ -8,8 +8,8 @@ before by `init_from`: 5,800 steps of the UNet by an earlier recipe (mask_weight
 to step 12,000 of them with calm_share 0.5; at last, for patterns, 6,000 with world.plain_share 0.2,
 calm_share 0.6 and learning_rate 8e-4. CLIP: 700 steps of both towers with white_share 0.5, then
 1,800 of the image encoder alone (freeze_text). It draws class 94, main colour 98 and scene 100 % of
-200 prompts as asked (`python -m cc_jax.evaluate --what=base`). To train it on: `--config.init_from=subjects3d-base`
-and other `--config.unet.train.steps`.
+200 prompts as asked (`python -m cc_jax.evaluate --what=base`). To train it on:
+`--config.init_from=subjects3d-base` and other `--config.unet.train.steps`.
 """
 
 import ml_collections
