@@ -98,9 +98,9 @@ def s_plus_map(
   handles = [Line2D([], [], color="grey", marker=MARKERS[s % len(MARKERS)], ls="",
                     label=world.CLASSES[factors.class_id[subject == s][0]])
              for s in range(subjects)]
-  figure.legend(handles=handles, loc="lower center", ncols=min(8, len(handles)), fontsize=8,
-                bbox_to_anchor=(0.5, -0.04), title="shape: subject, colour: view")
   figure.tight_layout()
+  figure.legend(handles=handles, loc="upper center", ncols=min(8, len(handles)), fontsize=8,
+                bbox_to_anchor=(0.5, 0), title="shape: subject, colour: view")
   return figure
 
 
