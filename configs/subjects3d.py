@@ -89,7 +89,7 @@ def get_config() -> ml_collections.ConfigDict:
   c.objective.drop_both = 0.05
 
   c.train = ml_collections.ConfigDict()
-  c.train.steps = 900
+  c.train.steps = 800
   c.train.batch_size = 32  # global
   c.train.accumulate = 1  # parts that the batch goes through the networks in; same gradient
   c.train.learning_rate = 1e-3
