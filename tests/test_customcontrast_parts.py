@@ -283,7 +283,7 @@ def test_injection_starts_from_the_frozen_layer():
     ("width", "128", "must be of type int"),
     ("width", 130, "no multiple of config.encoder.heads 4"),
     ("depth", 0, "at least 1"),
-    ("s_words", 9, "only 4 textual queries"),
+    ("s_words", 9, "only 8 textual queries"),
     ("image_layers", (), "empty"),
     ("image_layers", ("1",), "tuple of integers"),
   ],

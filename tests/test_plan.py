@@ -238,23 +238,23 @@ def by_hand(batch: int) -> float:
   layer = 4 * mm(65, 128, 128) + attention(65, 65, 128) + 2 * mm(65, 128, 512)
   image = 2 * (mm(64, 192, 128) + 4 * layer) + mm(1, 128, 128)
 
-  # Q-Formers, 2 blocks: 9 visual queries; 5 textual ones for each of 4 layers.
+  # Q-Formers, 2 blocks: 17 visual queries; 9 textual ones for each of 4 layers.
   def block(queries, own):
     linear = 2 * mm(queries, 128, 128) + 2 * (mm(65, 128, 128) + mm(queries, 128, 128))
     return linear + attention(queries, 65 + own, 128) + 2 * mm(queries, 128, 512)
 
   read = 2 * mm(65, 512, 128)  # the features themselves have no gradient
-  visual = read + TRAINED * 2 * block(9, 9)
-  textual = read + TRAINED * 2 * block(20, 5) + 2 * mm(4, 24, 128) + TRAINED * mm(4, 128, 128)
+  visual = read + TRAINED * 2 * block(17, 17)
+  textual = read + TRAINED * 2 * block(36, 9) + 2 * mm(4, 24, 128) + TRAINED * mm(4, 128, 128)
   # Condition and reference need both, the positive its textual tokens. Fusion and words: condition.
-  fusion = mm(16, 128, 128) + mm(8, 128, 128) + attention(16, 8, 128)
+  fusion = mm(32, 128, 128) + mm(16, 128, 128) + attention(32, 16, 128)
   encoder = 2 * visual + 3 * textual + TRAINED * (fusion + mm(8, 128, 128))
 
-  # Text encoder: 4 sequences with S+ and the plain prompt, 32 tokens, 2 layers.
+  # Text encoder: 4 sequences with S+, 32 tokens, 2 layers.
   linear = 4 * mm(32, 128, 128) + 2 * mm(32, 128, 512)
-  text = 5 * 2 * (FROZEN * linear + TRAINED * attention(32, 32, 128))
+  text = 4 * 2 * (FROZEN * linear + TRAINED * attention(32, 32, 128))
 
-  # UNet: 48 channels at 16 x 16, 128 at 8 x 8; time embedding 192, with the plain text's part.
+  # UNet: 48 channels at 16 x 16, 128 at 8 x 8; time embedding 192, with the part of the mean text.
   temb = FORWARD * (mm(1, 48, 192) + mm(1, 192, 192))
   temb += FROZEN * (2 * mm(33, 128, 128) + mm(1, 128, 128) + mm(1, 128, 192))
   temb += FROZEN * (mm(1, 192, 48) * 3 + mm(1, 192, 128) * 5) + TRAINED * attention(1, 33, 128)
@@ -264,8 +264,8 @@ def by_hand(batch: int) -> float:
   rest += resnet(16, 176, 48) + resnet(16, 96, 48) + conv(16, 48, 8)
   frozen = 2 * mm(64, 128, 128) + 4 * mm(64, 128, 128) + 2 * mm(64, 128, 128)  # in, out, self, q, o
   frozen += 2 * mm(32, 128, 128) + mm(64, 128, 1024) + mm(64, 512, 128)
-  scores = attention(64, 64, 128) + attention(64, 32, 128) + attention(64, 4, 128)
-  own = 2 * mm(4, 128, 128) + mm(64, 128, 32) + mm(1, 192, 32) + mm(64, 32, 1)
+  scores = attention(64, 64, 128) + attention(64, 32, 128) + attention(64, 8, 128)
+  own = 2 * mm(8, 128, 128) + mm(64, 128, 32) + mm(1, 192, 32) + mm(64, 32, 1)
   transformer = FROZEN * frozen + TRAINED * (scores + own)
   unet = temb + first + FROZEN * rest + 4 * transformer
 
