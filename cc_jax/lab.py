@@ -300,8 +300,6 @@ def suite(config: ml_collections.ConfigDict, names: Sequence[str], *, workdir: P
     scores, spent = found["scores"], "was there" if known else f"{found['seconds']} s"
     print(f"{file.stem}: fidelity {scores['fidelity']:.3f}, control {scores['control']:.3f}, "
           f"{spent}", flush=True)
-
-
   if failed:
     raise UserError(f"{len(failed)} run(s) failed, the others are done; the first: {failed[0]}")
 
