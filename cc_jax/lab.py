@@ -37,6 +37,7 @@ from ml_collections import config_flags
 from cc_jax import errors, hub, sharding
 from cc_jax.errors import UserError
 from cc_jax.lab_scores import Scorer, of_base
+from cc_jax.metrics import factors as judging
 from cc_jax.train import Views, keep_compiled, train
 from configs import lab as table
 from data_pipeline.subjects3d.factors import SPLITS, VERSION
@@ -130,9 +131,11 @@ def tuning_score(result: dict[str, Any]) -> float:
 
 
 def fingerprint(config: ml_collections.ConfigDict, base_hash: str) -> str:
-  """Of everything that all runs of a suite must share: base, world, budget, data, scoring."""
+  """Of everything that all runs of a suite must share: base, world, judge, budget, scoring."""
   run, score = config.run, config.score
-  shared = dict(base=base_hash, world=VERSION, score={key: score[key] for key in _SCORED})
+  judge = hashlib.sha256(judging.SHIPPED.read_bytes()).hexdigest()
+  shared = dict(
+    base=base_hash, world=VERSION, judge=judge, score={key: score[key] for key in _SCORED})
   for section in ("data", "encoder", "injection", "objective", "train", "sample"):
     shared[section] = run[section].to_dict()
   for section, keys in (("data", ("data_dir",)),
@@ -222,7 +225,9 @@ def run(config: ml_collections.ConfigDict, name: str, seed: int, tuned: Any, *, 
 
   def at_the_end(run_config, base, model, _) -> None:
     look = look_with(base)
-    found = look.at_the_end(model, sweep=name in own.score.sweep_arms)
+    # One seed shows the curve; the others would cost as much as a training.
+    swept = name in own.score.sweep_arms and seed == own.seeds[0]
+    found = look.at_the_end(model, sweep=swept)
     curve = [read(point) for point in sorted(points.glob("*.json"))]
     curve.append(look.last_point(found, run_config.train.steps))
     write(file, dict(

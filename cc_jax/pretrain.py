@@ -57,7 +57,7 @@ def run(config: ml_collections.ConfigDict, workdir: Path) -> None:
   pictures = prerender(
       workdir / "world", world.images, seed=config.seed, split=world.split,
       calm_share=world.calm_share, plain_share=world.plain_share,
-      processes=world.processes or None)
+      recombine=world.recombine, processes=world.processes or None)
   for stage in config.stages:
     done = workdir / f"{stage}.done"
     if done.exists():
@@ -398,7 +398,10 @@ def word_gaps(config, tokenizer, pictures, latents, schedule, predict) -> Callab
 def train_judge(config, workdir: Path, pictures: Pictures, mesh) -> None:
   """The judge, on pictures rendered for it alone; its accuracy is measured on fresh ones."""
   c = config.judge
-  graph, params = nnx.split(factors_judge.FactorJudge(c.width, rngs=nnx.Rngs(config.seed)))
+  judge = factors_judge.FactorJudge(c.width, rngs=nnx.Rngs(config.seed))
+  if c.init_from:
+    judge, _ = factors_judge.load_judge(Path(c.init_from))
+  graph, params = nnx.split(judge)
   seen = factors_judge.visible(pictures.factors, pictures.coverage)
   names = (*factors_judge.CATEGORIES, "azimuth", *factors_judge.CONTINUOUS)
   targets = {name: getattr(pictures.factors, name) for name in names}
@@ -409,9 +412,13 @@ def train_judge(config, workdir: Path, pictures: Pictures, mesh) -> None:
     outputs = nnx.merge(graph, params)(images)
     return factors_judge.judge_loss(outputs, batch["targets"], batch["seen"])
 
+  # Sketches come twice as often: they are few, and without colours the hardest.
+  twice = pictures.factors.style == factors_lib.STYLES.index("sketch")
+  order = np.concatenate([np.arange(len(twice)), np.flatnonzero(twice)])
+
   def batch_fn(rng, step):
     del step
-    index = np.sort(rng.integers(0, len(pictures.images), c.train.batch))
+    index = np.sort(order[rng.integers(0, len(order), c.train.batch)])
     flip = rng.random(c.train.batch) < 0.5  # a mirrored picture shows the mirrored pose
     chosen = {name: value[index] for name, value in targets.items()}
     for name in ("azimuth", "x"):

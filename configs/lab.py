@@ -3,7 +3,7 @@
     python -m cc_jax.lab --suite=ablation                 # all arms, then tables and figures
     python -m cc_jax.lab --suite=ablation --fast          # a toy base, two steps: minutes
     python -m cc_jax.lab --suite=ablation --arms=core,control   # families or single arms
-    python -m cc_jax.lab --suite=ablation --budget=3000   # steps of every run
+    python -m cc_jax.lab --suite=ablation --budget=3000   # steps of every run (600)
     python -m cc_jax.lab --suite=ablation --arms=core --split=test   # finished arms, once
 
 A variant is one line of `ARMS`: a name, its family and what it changes in `run`. How long it all
@@ -117,8 +117,8 @@ def get_config() -> ml_collections.ConfigDict:
   # References show the subject where and as large as it stands in its frame, on white: re-centred
   # ones would hide size and place, and then no arm could leak them.
   c.run.data.reference_place = "in_place"
-  c.run.train.steps = 3000  # the budget of a run
-  c.run.train.sample_every = 500  # when a run is scored on its way
+  c.run.train.steps = 600  # the budget of a run: 7 minutes on 2 cores; --budget for more
+  c.run.train.sample_every = 200  # when a run is scored on its way
   c.run.train.gaps_every = 0
   c.run.train.max_bad_steps = 20  # a rate that is too high is a low score, not the suite's end
 

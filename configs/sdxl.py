@@ -31,5 +31,9 @@ def get_config() -> ml_collections.ConfigDict:
   # up 3 x 10 and 3 x 2), 11 sequences through the text encoders instead of 70. [R]
   c.encoder.layer_groups = (2, 2, 10, 10, 10, 10, 10, 10, 2, 2, 2)
 
+  # At 1024 px the activations of one image would fill a chip of 16 GB.
+  c.train.remat_unet = ("full",)
+  c.train.remat_text = "full"
+
   c.sample.guidance = 5.0
   return c

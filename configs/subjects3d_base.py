@@ -26,6 +26,7 @@ def get_config() -> ml_collections.ConfigDict:
   c.world.images = 60_000
   c.world.calm_share = 0.5  # share with narrow irrelevant factors: the easy lessons
   c.world.plain_share = 0.5  # share that loses its pattern: shapes are seen better
+  c.world.recombine = False  # whether patterns and proportions are dealt anew among subjects
   c.world.split = "train"
   c.world.captions = 4  # phrasings per image
   c.world.processes = 0  # 0 = one per core

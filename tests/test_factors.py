@@ -1,5 +1,6 @@
 """The judge's arithmetic; and the shipped judge on fresh renders."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -53,14 +54,38 @@ def test_loss_ignores_what_is_not_seen_and_is_right_by_hand():
   targets = {name: jnp.asarray(getattr(f, name))
              for name in (*judging.CATEGORIES, "azimuth", *judging.CONTINUOUS)}
   outputs = {name: jnp.zeros((2, n)) for name, n in judging.CATEGORIES.items()}
-  outputs["azimuth"] = jnp.stack([jnp.cos(targets["azimuth"]), jnp.sin(targets["azimuth"])], 1)
+  outputs["azimuth"] = jnp.zeros((2, judging.AZIMUTH_BINS))
   outputs |= {name: targets[name][:, None] for name in judging.CONTINUOUS}
   seen = {name: jnp.array([True, False]) for name in targets}
   loss, _ = judging.judge_loss(outputs, targets, seen)
-  by_hand = sum(np.log(n) for n in judging.CATEGORIES.values())  # uniform guesses, the rest right
+  # Uniform guesses, the rest right.
+  by_hand = sum(np.log(n) for n in (*judging.CATEGORIES.values(), judging.AZIMUTH_BINS))
   assert float(loss) == pytest.approx(by_hand, rel=1e-5)
   outputs["class_id"] = outputs["class_id"].at[1].set(100 * jnp.arange(10.0))  # unseen: no change
   assert float(judging.judge_loss(outputs, targets, seen)[0]) == pytest.approx(by_hand, rel=1e-5)
+
+
+def test_azimuth_is_the_mean_of_the_likeliest_three_bins():
+  """And the loss is least where the logits say what the angle is, halves of two bins included."""
+  angle = jnp.array([0.0, 3 * np.pi / 8, -np.pi + 0.1, 2.0])
+  names = (*judging.CATEGORIES, *judging.CONTINUOUS)
+  seen = dict.fromkeys((*names, "azimuth"), jnp.zeros(4, bool)) | dict(azimuth=jnp.ones(4, bool))
+  targets = dict.fromkeys(names, jnp.zeros(4, int)) | dict(azimuth=angle)
+  outputs = {name: jnp.zeros((4, judging.CATEGORIES.get(name, 1))) for name in names}
+  loss = jax.jit(jax.value_and_grad(
+    lambda logits: judging.judge_loss(outputs | dict(azimuth=logits), targets, seen)[0]))
+  logits = jnp.zeros((4, judging.AZIMUTH_BINS))
+  for _ in range(400):
+    logits -= 8 * loss(logits)[1]
+  np.testing.assert_allclose(judging.likeliest_angle(np.asarray(logits)), angle, atol=0.05)
+  front_or_back = np.log([[0.3, 0.1, 0.01, 0.1, 0.28, 0.01, 0.01, 0.09]])
+  assert abs(judging.likeliest_angle(front_or_back)[0]) < 0.1  # not between the two
+  # A mirrored picture is the mirrored pose: one that equals its mirror image has no side.
+  judge = judging.FactorJudge(8, rngs=nnx.Rngs(0))
+  x = jax.random.normal(jax.random.key(0), (2, 64, 64, 3))
+  both, other = (judging.read_both_ways(judge, y) for y in (x, x[:, :, ::-1]))
+  np.testing.assert_allclose(both["azimuth"][:, 1:], other["azimuth"][:, :0:-1], atol=1e-5)
+  np.testing.assert_allclose(both["x"], -other["x"], atol=1e-5)
 
 
 def test_judge_round_trip_and_foreign_files(tmp_path):

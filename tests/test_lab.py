@@ -74,9 +74,9 @@ def test_a_first_part_is_shorter_and_at_a_constant_rate():
   config = lab.arm_config(table.get_config(), "contrast_first", 0).run
   share, changes = table.ARMS["contrast_first"].first
   first = lab.first_part(config, share, changes)
-  assert first.train.steps == 600 and first.train.schedule == "constant"
+  assert first.train.steps == 120 and first.train.schedule == "constant"
   assert first.objective.lambda_macl == 10.0 and config.objective.lambda_macl == 0.0005
-  assert config.train.steps == 3000 and config.train.schedule == "cosine"
+  assert config.train.steps == 600 and config.train.schedule == "cosine"
 
 
 def made(arm="method", seed=0, tuned=None, *, fidelity=0.5, control=0.8, shift=0.0, leak=0.5,
@@ -136,7 +136,7 @@ def test_tuning_chooses_by_the_first_seed(tmp_path):
 # ---- result files
 
 
-def test_results_are_small_whole_and_never_mixed(tmp_path):
+def test_results_are_small_whole_and_never_mixed(tmp_path, monkeypatch):
   file = tmp_path / "deep" / "method-0.json"
   result = made()
   lab.write(file, result)
@@ -162,6 +162,9 @@ def test_results_are_small_whole_and_never_mixed(tmp_path):
     place[key] = place[key] + 1
     assert lab.fingerprint(other, "base") != mark, change
   assert lab.fingerprint(config, "another") != mark
+  monkeypatch.setattr(lab.judging, "SHIPPED", file)  # another judge
+  assert lab.fingerprint(config, "base") != mark
+  monkeypatch.undo()
   other = config.copy_and_resolve_references()
   other.run.data.name = "subjects3d/small"  # other subjects, other results
   assert lab.fingerprint(other, "base") != mark

@@ -34,7 +34,8 @@ CONTINUOUS = ("size", "x", "y")
 # What makes the individual, and what a prompt may ask for.
 INTRINSIC = ("class_id", "color1", "color2", "pattern", "pattern_color")
 CONTEXT = ("scene", "style")
-AZIMUTH_BINS = 8
+AZIMUTH_BINS = 8  # centred on 0, 45, ... degrees
+_FORMAT = "cc_jax-judge-2"
 
 
 def _norm(channels: int, rngs: nnx.Rngs) -> GroupNorm:
@@ -58,11 +59,11 @@ class ResBlock(nnx.Module):
 
 
 class FactorJudge(nnx.Module):
-  """64x64 picture -> logits of each categorical factor, azimuth as (cos, sin), size and place."""
+  """64x64 picture -> logits of each categorical factor and of azimuth's bins, size and place."""
 
   def __init__(self, width: int = 32, *, rngs: nnx.Rngs):
     self.width = width
-    self.stem = nnx.Conv(3, width, (3, 3), strides=2, rngs=rngs)
+    self.stem = nnx.Conv(4 * 3, width, (3, 3), rngs=rngs)
     shapes = [(width, width, 1), (width, 2 * width, 2), (2 * width, 2 * width, 1),
               (2 * width, 4 * width, 2), (4 * width, 4 * width, 1)]
     self.blocks = nnx.List([ResBlock(*shape, rngs=rngs) for shape in shapes])
@@ -70,12 +71,15 @@ class FactorJudge(nnx.Module):
     # 8x8 places matter for size and place, so they are kept, in few channels.
     self.reduce = nnx.Conv(4 * width, 8, (1, 1), rngs=rngs)
     self.hidden = nnx.Linear(8 * 4 * width + 8 * 64, 256, rngs=rngs)
-    sizes = dict(CATEGORIES, azimuth=2, **dict.fromkeys(CONTINUOUS, 1))
+    sizes = dict(CATEGORIES, azimuth=AZIMUTH_BINS, **dict.fromkeys(CONTINUOUS, 1))
     self.heads = nnx.Dict({name: nnx.Linear(256, n, rngs=rngs) for name, n in sizes.items()})
 
   def __call__(self, x: Float[Array, "b 64 64 3"]) -> dict[str, Float[Array, "b n"]]:
     """`x` in [-1, 1]."""
-    h = self.stem(x)
+    b, h, w, c = x.shape
+    # Two by two pixels become channels: patterns are as fine as that.
+    x = x.reshape(b, h // 2, 2, w // 2, 2, c).transpose(0, 1, 3, 2, 4, 5)
+    h = self.stem(x.reshape(b, h // 2, w // 2, 4 * c))
     for block in self.blocks:
       h = block(h)
     h = nnx.silu(self.norm(h))
@@ -110,7 +114,8 @@ def judge_loss(outputs: Mapping[str, Array], targets: Mapping[str, Array],
                seen: Mapping[str, Array]) -> tuple[Array, dict[str, Array]]:
   """Cross-entropies and squared errors, each averaged over the pictures where the factor is seen.
 
-  Returns the sum and the categorical accuracies.
+  An azimuth between two bins is divided between them: a squared error would make a picture that
+  could be a front or a back a side. Returns the sum and the categorical accuracies.
   """
 
   def mean(values, name):
@@ -122,8 +127,10 @@ def judge_loss(outputs: Mapping[str, Array], targets: Mapping[str, Array],
     log_p = jax.nn.log_softmax(outputs[name])
     loss += mean(-jnp.take_along_axis(log_p, targets[name][:, None], 1)[:, 0], name)
     accuracy[name] = mean(jnp.argmax(log_p, 1) == targets[name], name)
-  direction = jnp.stack([jnp.cos(targets["azimuth"]), jnp.sin(targets["azimuth"])], 1)
-  loss += mean(jnp.sum(jnp.square(outputs["azimuth"] - direction), 1), "azimuth")
+  position = targets["azimuth"][:, None] * AZIMUTH_BINS / (2 * jnp.pi) - jnp.arange(AZIMUTH_BINS)
+  away = jnp.abs((position + AZIMUTH_BINS / 2) % AZIMUTH_BINS - AZIMUTH_BINS / 2)
+  divided = jnp.maximum(1 - away, 0)  # [b, bins], sums to 1
+  loss += mean(-jnp.sum(divided * jax.nn.log_softmax(outputs["azimuth"]), 1), "azimuth")
   for name, unit in zip(CONTINUOUS, (0.3, 0.1, 0.1)):
     loss += mean(jnp.square((outputs[name][:, 0] - targets[name]) / unit), name) * 0.3
   return loss, accuracy
@@ -147,7 +154,7 @@ def save_judge(judge: FactorJudge, file: Path, accuracy: Mapping[str, float]) ->
   flat = {_name(path): np.asarray(leaf, np.float16)
           for path, leaf in jax.tree_util.tree_leaves_with_path(nnx.state(judge, nnx.Param))}
   file.parent.mkdir(parents=True, exist_ok=True)
-  save_file(flat, file, dict(format="cc_jax-judge-1", width=str(judge.width),
+  save_file(flat, file, dict(format=_FORMAT, width=str(judge.width),
                              accuracy=json.dumps(dict(accuracy))))
 
 
@@ -156,7 +163,7 @@ def load_judge(file: Path = SHIPPED) -> tuple[FactorJudge, dict[str, float]]:
   try:
     with safe_open(file, "numpy") as stored:
       metadata = stored.metadata() or {}
-      if metadata.get("format") != "cc_jax-judge-1":
+      if metadata.get("format") != _FORMAT:
         raise UserError(f"{file} is not a judge; use the shipped {SHIPPED.name}")
       flat = {name: stored.get_tensor(name) for name in stored.keys()}
   except (OSError, SafetensorError) as error:
@@ -175,7 +182,7 @@ def read_both_ways(judge: FactorJudge, x: Float[Array, "b 64 64 3"]) -> dict[str
   A mirrored subject is the same subject in the mirrored pose: azimuth and x change their signs.
   """
   plain, mirrored = judge(x), judge(x[:, :, ::-1])
-  mirrored["azimuth"] = mirrored["azimuth"] * jnp.asarray([1.0, -1.0])  # (cos, sin)
+  mirrored["azimuth"] = mirrored["azimuth"][:, -jnp.arange(AZIMUTH_BINS) % AZIMUTH_BINS]
   mirrored["x"] = -mirrored["x"]
   return {name: (plain[name] + mirrored[name]) / 2 for name in plain}
 
@@ -200,7 +207,7 @@ def read(judge: FactorJudge, images: np.ndarray, *, batch: int = 64) -> dict[str
     rows.append({name: np.asarray(value)[: len(chunk)] for name, value in out.items()})
   out = {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
   reading = {name: out[name].argmax(1) for name in CATEGORIES}
-  reading["azimuth"] = np.arctan2(out["azimuth"][:, 1], out["azimuth"][:, 0])
+  reading["azimuth"] = likeliest_angle(out["azimuth"])
   return reading | {name: out[name][:, 0] for name in CONTINUOUS}
 
 
@@ -253,6 +260,19 @@ def real_similarity(subjects: world.Subjects | world.Factors) -> np.ndarray:
   parts = (pairs(subjects.class_id), pairs(subjects.color1, near), pairs(subjects.color2, near),
            pairs(subjects.pattern), pattern_color, proportions)
   return np.mean(parts, axis=0)
+
+
+def likeliest_angle(logits: np.ndarray) -> np.ndarray:
+  """Logits of azimuth's bins [n,8] -> radians [n]: the mean direction in the likeliest three bins.
+
+  Of the three neighbours that hold the most probability together, so that a second mode far away
+  does not move the answer.
+  """
+  p = np.exp(logits - logits.max(1, keepdims=True))
+  three = p + np.roll(p, 1, 1) + np.roll(p, -1, 1)
+  window = (three.argmax(1)[:, None] + np.arange(-1, 2)) % AZIMUTH_BINS
+  p = np.take_along_axis(p, window, 1)
+  return np.angle(np.sum(p * np.exp(2j * np.pi * window / AZIMUTH_BINS), 1))
 
 
 def azimuth_bin(azimuth: np.ndarray) -> np.ndarray:

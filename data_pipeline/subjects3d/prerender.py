@@ -35,17 +35,22 @@ def prerender(
   split: str = "train",
   calm_share: float = 0.0,
   plain_share: float = 0.0,
+  recombine: bool = False,
   processes: int | None = None,
   resolution: int = 64,
 ) -> Pictures:
   """Renders `count` pictures of random subjects of `split` into `folder`, or opens those there.
 
+  recombine: patterns and proportions are dealt anew among the pictures, so that they show many
+  more individuals than the split has; class and part colours stay together, as families do.
   The folder remembers the arguments and the world's version; one made with others is rendered
   again.
   """
   folder = Path(folder)
   recipe = dict(count=count, seed=seed, split=split, calm_share=calm_share,
                 plain_share=plain_share, resolution=resolution, world=factors_lib.VERSION)
+  if recombine:
+    recipe["recombine"] = True
   recipe_file = folder / "recipe.json"
   if not (recipe_file.exists() and json.loads(recipe_file.read_text()) == recipe):
     folder.mkdir(parents=True, exist_ok=True)
@@ -53,6 +58,8 @@ def prerender(
     rng = np.random.Generator(np.random.Philox(key=[seed, 0x5EED]))
     calm_count = round(count * calm_share)
     factors = sample(rng, count, split, calm_count, plain_share)
+    if recombine:
+      factors = recombined(rng, factors)
     rendered = renderer.render_many(factors, processes=processes, resolution=resolution)
     np.save(folder / "images.npy", rendered.image)
     np.save(folder / "masks.npy", rendered.mask)
@@ -87,4 +94,20 @@ def sample(
   plain = rng.random(count) < plain_share
   return factors._replace(
     pattern=np.where(plain, factors_lib.PATTERNS.index("plain"), factors.pattern).astype(np.int32)
+  )
+
+
+def recombined(rng: np.random.Generator, factors: factors_lib.Factors) -> factors_lib.Factors:
+  """Pattern with its colour, and each proportion, exchanged at random among the rows.
+
+  A row whose own part colours the new pattern's colour would repeat keeps its pattern.
+  """
+  rows = len(factors.class_id)
+  order = rng.permutation(rows)
+  pattern, color = factors.pattern[order], factors.pattern_color[order]
+  keep = (color == factors.color1) | (color == factors.color2)
+  return factors._replace(
+    pattern=np.where(keep, factors.pattern, pattern),
+    pattern_color=np.where(keep, factors.pattern_color, color),
+    **{name: getattr(factors, name)[rng.permutation(rows)] for name in ("wide", "tall", "ratio")},
   )
