@@ -174,10 +174,14 @@ _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 def _overflow(message: str, chip: Chip) -> Overflow | None:
-  """Reads XLA's 'Used 20.30G of 15.75G hbm'; None where the error is another one."""
+  """Reads XLA's 'Used 20.30G of 15.75G hbm'; None where the error is another one.
+
+  Of a program that is too large by itself it says only what the temporaries need.
+  """
   if "RESOURCE_EXHAUSTED" not in message:
     return None
-  found = re.search(r"Used ([\d.]+)([KMGT]?)B? of ([\d.]+)([KMGT]?)B? hbm", message)
+  found = re.search(r"Used ([\d.]+)([KMGT]?)B? of ([\d.]+)([KMGT]?)B? hbm", message) or re.search(
+    r"temporaries \(([\d.]+)([KMGT]?)\) exceeds available HBM \(([\d.]+)([KMGT]?)\)", message)
   if not found:
     return Overflow(math.nan, chip.memory)
   needed, unit, limit, limit_unit = found.groups()

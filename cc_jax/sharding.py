@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import jax
 import ml_collections
 import numpy as np
+from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
@@ -291,28 +292,41 @@ def born(mesh: Mesh) -> Callable[[Callable], Callable]:
   return transform
 
 
-def for_use(params: Mapping[str, jax.Array], mesh: Mesh | AbstractMesh) -> dict[str, jax.Array]:
-  """Parameters inside a jitted function, gathered over `fsdp` (and named GATHERED).
+class _CutParam(nnx.Param):
+  """A parameter that is gathered where it is read: `place` is its sharding without `fsdp`."""
+
+  place: NamedSharding
+
+  def get_value(self, *, index: Any = ...) -> Any:
+    x = jax.lax.with_sharding_constraint(super().get_value(), self.place)
+    x = checkpoint_name(x, GATHERED)
+    return x if index is ... else x[index]
+
+
+def gather_in_use(model: nnx.Module, mesh: Mesh | AbstractMesh) -> None:
+  """Has a model inside a jitted function gather its parameters over `fsdp`, each where it is read.
 
   Left to itself the partitioner cuts some activations as the weight before them is cut, and gathers
-  the batch instead of the weight.
+  the batch instead of the weight. What is read inside jax.checkpoint is gathered again for the
+  gradient, and not kept.
   """
-
-  def one(name: str, x: jax.Array) -> jax.Array:
-    axes = spec(name, x.shape, mesh)
-    if "fsdp" not in axes:
-      return x
-    rest = PartitionSpec(*(None if axis == "fsdp" else axis for axis in axes))
-    x = jax.lax.with_sharding_constraint(x, NamedSharding(mesh, rest))
-    return checkpoint_name(x, GATHERED)
-
-  return {name: one(name, x) for name, x in params.items()}
+  for path, module in nnx.iter_modules(model):
+    for name, variable in list(vars(module).items()):
+      if not isinstance(variable, nnx.Variable):
+        continue
+      x = variable.get_value()
+      axes = spec(".".join(map(str, (*path, name))), x.shape, mesh)
+      if "fsdp" in axes:
+        rest = PartitionSpec(*(None if axis == "fsdp" else axis for axis in axes))
+        setattr(module, name, _CutParam(x, place=NamedSharding(mesh, rest)))
 
 
 def gathered_again(function: Callable, mesh: Mesh | AbstractMesh | None) -> Callable:
-  """`function` whose gradient gathers the parameters of `for_use` anew and keeps all else.
+  """`function` whose gradient gathers the parameters of `gather_in_use` anew and keeps all else.
 
-  Kept from the forward to the backward pass, they would be whole on every device.
+  Kept from the forward to the backward pass, they would be whole on every device. JAX applies the
+  policy to what stands inside another jax.checkpoint, too, which would then save nothing: a
+  function that has some is better left as it is.
   """
   if mesh is None or mesh.shape["fsdp"] == 1:
     return function

@@ -94,15 +94,26 @@ class Method:
 
   def learning_model(self, *parts: Params) -> CustomContrast:
     """The same for a gradient: gathered over fsdp, with train.remat_unet and train.remat_text."""
-    if self.mesh is not None and sharding.cuts(self.mesh):
-      parts = [sharding.for_use(part, self.mesh) for part in parts]
     model, train = self.model(*parts), self.config.train
+    if self.mesh is not None and sharding.cuts(self.mesh):
+      sharding.gather_in_use(model, self.mesh)
     unet = model.unet
     blocks = [*unet.down_blocks, unet.mid_block, *unet.up_blocks]
     check_policies("train.remat_unet", train.remat_unet, len(blocks))
     set_policies(blocks, train.remat_unet)
     set_policies([t.text_model.encoder for t in model.text_encoders], [train.remat_text])
     return model
+
+  def gathered_again(self, function: Callable) -> Callable:
+    """A loss whose gradient keeps no gathered weights.
+
+    With train.remat_* the blocks that compute again see to their own; the rest, such as the
+    MFI-Encoder's, are then kept.
+    """
+    train = self.config.train
+    if any(word != "none" for word in (*train.remat_unet, train.remat_text)):
+      return function
+    return sharding.gathered_again(function, self.mesh)
 
 
 def init_state(trainable: Params, config: ml_collections.ConfigDict) -> TrainState:
@@ -259,7 +270,7 @@ def accumulated(
     return total / count + sum(jax.tree.leaves(inner)), metrics
 
   def add(gradients, inputs):
-    gradient = jax.grad(sharding.gathered_again(part, method.mesh), has_aux=True)
+    gradient = jax.grad(method.gathered_again(part), has_aux=True)
     more, metrics = gradient(trainable, *inputs)
     return jax.tree.map(jnp.add, gradients, more), metrics
 
@@ -411,7 +422,7 @@ def train_step(
   if method.config.train.accumulate > 1:
     (_, metrics), gradients = accumulated(method, state.trainable, frozen, batch, key)
   else:
-    whole = sharding.gathered_again(functools.partial(loss, method), method.mesh)
+    whole = method.gathered_again(functools.partial(loss, method))
     (_, metrics), gradients = jax.value_and_grad(whole, has_aux=True)(
       state.trainable, frozen, batch, key
     )

@@ -24,16 +24,17 @@ from cc_jax.assemble import assemble  # noqa: E402
 from cc_jax.checkpoint import Checkpoints, flat, jsonable  # noqa: E402
 
 SIZE, STEPS = 16, 5
-# data, fsdp, tensor: how the contrastive losses go through the pairs, parts of the batch
+# data, fsdp, tensor: how the contrastive losses go through the pairs, parts of the batch, what is
+# computed again.
 MESHES = {
-  (1, 1, 1): ("naive", 1),
-  (8, 1, 1): ("naive", 1),
-  (1, 8, 1): ("ring", 1),
-  (2, 2, 2): ("tiled", 2),
+  (1, 1, 1): ("naive", 1, "none"),
+  (8, 1, 1): ("naive", 1, "none"),
+  (1, 8, 1): ("ring", 1, "full"),
+  (2, 2, 2): ("tiled", 2, "none"),
 }
 
 
-def configure(base, sizes, contrast, parts):
+def configure(base, sizes, contrast, parts, remat):
   data, fsdp, tensor = sizes
   return tiny.tiny_config(
     base,
@@ -43,6 +44,8 @@ def configure(base, sizes, contrast, parts):
     mesh__cpu_devices=8,
     train__batch_size=SIZE,
     train__accumulate=parts,
+    train__remat_unet=(remat,),
+    train__remat_text=remat,
     train__learning_rate=0.01,
     train__ema=0.05,
     objective__contrast=contrast,

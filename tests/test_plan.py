@@ -348,6 +348,11 @@ def test_the_compilers_refusal():
   )
   refusal = cost._overflow(text, chips.find("v5e"))
   assert refusal == (20.30 * 2**30, 15.75 * 2**30)
+  text = (
+    "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries "
+    "(139.06G) exceeds available HBM (95.74G)."
+  )
+  assert cost._overflow(text, chips.find("v5p")) == (139.06 * 2**30, 95.74 * 2**30)
   assert math.isnan(cost._overflow("RESOURCE_EXHAUSTED: no", chips.find("v5e")).needed)
   assert cost._overflow("INTERNAL: a bug", chips.find("v5e")) is None
   said = plan.describe_refusal(

@@ -81,7 +81,7 @@ def test_only_small_things_are_gathered(runs):
 
 
 def test_over_fsdp_weights_are_gathered_and_not_what_goes_through_them(runs):
-  """Without sharding.for_use the partitioner cuts channels as a weight is cut."""
+  """Without sharding.gather_in_use the partitioner cuts channels as a weight is cut."""
   known = {tuple(shape) for shape in json.loads((runs[1] / "shapes.json").read_text())}
   tokens = {(LAYERS, SAMPLES, WIDTH), (SAMPLES, WIDTH)}  # pooled, for metrics and losses
   shapes = gathered((runs[1] / "1x8x1.hlo").read_text())

@@ -19,6 +19,7 @@ import pytest
 import safetensors.numpy
 import tiny
 from etils.epath import backend
+from jax.sharding import AbstractMesh
 from orbax.checkpoint import v1 as ocp
 from PIL import Image
 
@@ -392,6 +393,30 @@ def test_what_is_computed_again_does_not_change_the_gradient(setup):
     error = np.linalg.norm(gradients[1][key] - value)
     assert error <= 1e-4 * np.linalg.norm(value) + 1e-7, key
   assert kept[1] < 0.8 * kept[0], kept
+
+
+def test_over_fsdp_neither_activations_nor_gathered_weights_are_kept(setup, monkeypatch):
+  """As much as without a mesh: each way to compute again would undo the other one."""
+  rules = tuple(rule._replace(above=2) for rule in sharding.RULES)
+  monkeypatch.setattr(sharding, "RULES", rules)
+  batch, key = next(setup.batches()), jax.random.key(1)
+  inside = {x.shape for x in setup.frozen.values()}
+
+  def kept(remat, mesh):
+    method = setup.method(train__remat_unet=(remat,), train__remat_text=remat)
+    method = dataclasses.replace(method, mesh=mesh)
+    of = method.gathered_again(functools.partial(step.loss, method))
+    back = jax.eval_shape(
+      lambda t, f: jax.vjp(lambda t: of(t, f, batch, key), t, has_aux=True)[1],
+      setup.trainable, setup.frozen)
+    return sum(x.size for x in jax.tree.leaves(back) if x.shape not in inside)
+
+  mesh = AbstractMesh((1, 2, 1), sharding.AXES)
+  with jax.sharding.use_abstract_mesh(mesh):
+    cut = {remat: kept(remat, mesh) for remat in ("none", "full")}
+  whole = {remat: kept(remat, None) for remat in ("none", "full")}
+  assert cut["none"] < 1.1 * whole["none"] and cut["full"] < 1.1 * whole["full"]
+  assert cut["full"] < 0.7 * cut["none"]
 
 
 def test_cut_and_paste():
