@@ -54,24 +54,27 @@ class Trials(NamedTuple):
   nouns: tuple[str, ...]
   scenes: np.ndarray  # of the prompts
   styles: np.ndarray  # of the prompts; 0 = none is asked for
+  hats: np.ndarray  # of the prompts, 1 + colour; 0 = none is asked for
   factors: world.Factors  # of the references
   seen: dict[str, np.ndarray]
 
   def first(self, count: int) -> Trials:
     """The first `count` of them."""
     cut = lambda x: x[:count]  # noqa: E731
-    return Trials(*map(cut, self[:5]), self.factors.take(slice(count)),
+    return Trials(*map(cut, self[:6]), self.factors.take(slice(count)),
                   {name: cut(column) for name, column in self.seen.items()})
 
 
 def make_trials(split: str, count: int, *, share: float = 0.8, size: int = 64,
-                place: str = "centred", styled: int = 0) -> Trials:
+                place: str = "centred", styled: int = 0, hatted: int = 0) -> Trials:
   """`count` subjects of a split, as evenly over the classes as it goes; always the same ones.
 
   Args:
     share, size, place: how references are shown (config.data.reference_share, image_size and
       reference_place).
     styled: every so many prompts, one asks for a sketch or a watercolour besides; 0 = none.
+    hatted: every so many prompts, one asks for a hat of some colour besides, which no reference
+      wears; 0 = none.
 
   Raises:
     UserError: the split has fewer subjects.
@@ -84,15 +87,22 @@ def make_trials(split: str, count: int, *, share: float = 0.8, size: int = 64,
   if styled:
     nth = np.arange(count) // styled
     styles = np.where(np.arange(count) % styled == 0, 1 + nth % (len(world.STYLES) - 1), 0)
+  hats = np.zeros(count, np.int32)
+  if hatted:  # in the main colour it would be hard to see
+    other = (factors.color1 + rng.integers(1, len(world.COLORS), count)) % len(world.COLORS)
+    hats = np.where(np.arange(count) % hatted == hatted - 1, 1 + other, 0)
   asked = factors._replace(scene=scenes.astype(factors.scene.dtype),
-                           style=styles.astype(factors.style.dtype))
-  mentions = [("scene", "style") if style else ("scene",) for style in styles]
+                           style=styles.astype(factors.style.dtype),
+                           hat=hats.astype(factors.hat.dtype))
+  mentions = [("scene", *(["hat"] if hat else []), *(["style"] if style else []))
+              for hat, style in zip(hats, styles)]
   return Trials(
     references=show(rendered, share=share, size=size, place=place),
     prompts=tuple(caption(rng, asked.take(i), mention=mentions[i]).text for i in range(count)),
     nouns=tuple(world.CLASSES[c] for c in factors.class_id),
     scenes=scenes,
     styles=styles,
+    hats=hats,
     factors=factors,
     seen=judging.visible(asked, rendered.coverage),
   )
@@ -170,8 +180,9 @@ def control(reading: dict[str, np.ndarray], trials: Trials) -> np.ndarray:
 
 def followed(reading: dict[str, np.ndarray], trials: Trials) -> dict[str, np.ndarray]:
   """Per context factor, float [n]: 1 where it is as the prompt asks, NaN where it asks nothing."""
-  asked = dict(scene=trials.scenes, style=trials.styles)
-  named = dict(scene=np.ones(len(trials.scenes), bool), style=trials.styles > 0)
+  asked = dict(scene=trials.scenes, style=trials.styles, hat=trials.hats)
+  named = dict(scene=np.ones(len(trials.scenes), bool), style=trials.styles > 0,
+               hat=(trials.hats > 0) & trials.seen["hat"])  # its colour does not show in a sketch
   return judging.agreement(reading, asked, named, judging.CONTEXT)
 
 

@@ -45,8 +45,8 @@ from data_pipeline.subjects3d.factors import SPLITS, VERSION
 RESULTS, FIGURES = Path("docs/lab/results"), Path("docs/lab")
 ALL_SEEDS = ("core", "control")  # families that run with every seed
 # How a run is scored: results that differ in one of these cannot be compared.
-_SCORED = ("split", "subjects", "styled", "interventions", "curve_subjects", "curve_interventions",
-           "probe_subjects", "probe_views", "timestep")
+_SCORED = ("split", "subjects", "styled", "hatted", "interventions", "curve_subjects",
+           "curve_interventions", "probe_subjects", "probe_views", "timestep")
 # Networks of the shipped base, shrunk: what `--fast` trains on.
 _TOY = {
   "unet": dict(block_out_channels=(8, 16), norm_num_groups=4, cross_attention_dim=16,

@@ -18,7 +18,7 @@ Arms = dict[str, list[Result]]  # by name, its seeds in order
 
 METHOD, BASE = "method", "base"
 AGAINST = ("self_reconstruction", "ip_adapter_plus")  # what the method is held against
-FACTORS = ("class_id", "color1", "color2", "pattern", "pattern_color", "scene", "style")
+FACTORS = ("class_id", "color1", "color2", "pattern", "pattern_color", "scene", "style", "hat")
 MOVES = ("size", "place", "azimuth", "light", "scene")
 INTRINSIC = ("class_id", "color1", "color2", "pattern", "pattern_color", "wide", "tall", "ratio")
 IRRELEVANT = ("azimuth", "elevation", "roll", "size", "x", "y", "light_azimuth", "scene")

@@ -49,7 +49,8 @@ class Scorer:
   @property
   def trials(self) -> evaluate.Trials:
     score = self.score
-    return _trials(score.split, score.subjects, styled=score.styled, **self.shown)
+    return _trials(score.split, score.subjects, styled=score.styled, hatted=score.hatted,
+                   **self.shown)
 
   @property
   def interventions(self) -> evaluate.Interventions:

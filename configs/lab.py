@@ -126,6 +126,7 @@ def get_config() -> ml_collections.ConfigDict:
   c.score.split = "validation"  # 'test' once, at the end
   c.score.subjects = 120
   c.score.styled = 4  # every so many prompts, one asks for a sketch or a watercolour too; 0 = none
+  c.score.hatted = 2  # and so many, one asks for a hat, which the base draws in 44 % of them
   c.score.interventions = 50  # subjects on which leakage is measured, 6 pictures each
   c.score.curve_subjects = 60  # on the way
   c.score.curve_interventions = 30

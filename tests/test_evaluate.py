@@ -33,6 +33,18 @@ def test_trials_are_unseen_subjects_in_another_scene(trials):
   assert again.prompts == trials.prompts
 
 
+def test_some_prompts_ask_for_more_than_a_scene():
+  trials = evaluate.make_trials("test", 8, styled=4, hatted=2)
+  assert (trials.styles > 0).tolist() == [True, False, False, False] * 2
+  assert (trials.hats > 0).tolist() == [False, True] * 4
+  for i, prompt in enumerate(trials.prompts):
+    assert ("hat" in prompt) == (trials.hats[i] > 0)
+    if trials.hats[i]:
+      color = world.COLORS[trials.hats[i] - 1]
+      assert color in prompt.split() and trials.hats[i] - 1 != trials.factors.color1[i]
+  assert (trials.factors.hat == 0).all()  # no reference wears one
+
+
 def test_scores_count_agreement_where_the_reference_shows_it(trials, monkeypatch):
   f = trials.factors
   reading = {name: getattr(f, name).copy() for name in judging.CATEGORIES}

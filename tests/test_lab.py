@@ -223,7 +223,7 @@ def test_what_copies_is_told_from_what_does_not(tmp_path, monkeypatch):
   config = table.get_config()
   config.run.data.reference_place = "frame"  # the judge reads frames
   config.run.mesh.cpu_devices = 1
-  config.score.update(subjects=6, styled=0, interventions=6, curve_subjects=6,
+  config.score.update(subjects=6, styled=0, hatted=0, interventions=6, curve_subjects=6,
                       curve_interventions=6, probe_subjects=60, probe_views=4)
   subjects = np.repeat(np.arange(60), 4)
   factors = world.sample_factors(

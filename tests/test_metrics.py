@@ -229,13 +229,15 @@ def test_identity_and_control_of_trials(monkeypatch):
   f = start(2)
   trials = evaluate.Trials(
     references=None, prompts=(), nouns=(), scenes=np.array([4, 5]), styles=np.array([0, 2]),
-    factors=f, seen=judging.visible(f._replace(style=np.array([0, 2])), np.full((2, 4), 0.1)))
+    hats=np.array([3, 0]), factors=f, seen=judging.visible(f._replace(style=np.array([0, 2])), np.full((2, 4), 0.1)))
   reading = {name: getattr(f, name).copy() for name in judging.INTRINSIC}
   reading["class_id"][0] += 1
-  reading |= dict(scene=np.array([4, 5]), style=np.array([1, 1]))
+  reading |= dict(scene=np.array([4, 5]), style=np.array([1, 1]), hat=np.array([3, 7]))
   counted = 4 + int(f.pattern[0] != 0)  # a plain subject has no pattern colour
   np.testing.assert_allclose(evaluate.identity(reading, trials), [1 - 1 / counted, 1])
   np.testing.assert_allclose(evaluate.control(reading, trials), [1, 0.5])  # no style was asked
+  reading["hat"] = np.array([2, 7])  # of another colour; the second picture was asked for none
+  np.testing.assert_allclose(evaluate.control(reading, trials), [0.5, 0.5])
 
 
 @pytest.mark.slow

@@ -33,7 +33,7 @@ CATEGORIES = dict(
 CONTINUOUS = ("size", "x", "y")
 # What makes the individual, and what a prompt may ask for.
 INTRINSIC = ("class_id", "color1", "color2", "pattern", "pattern_color")
-CONTEXT = ("scene", "style")
+CONTEXT = ("scene", "style", "hat")
 AZIMUTH_BINS = 8  # centred on 0, 45, ... degrees
 _FORMAT = "cc_jax-judge-2"
 
