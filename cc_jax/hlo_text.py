@@ -18,6 +18,7 @@ _BOOKKEEPING = re.compile(r"AllocateBuffer|Sharding|SPMD\w+|annotate_device_plac
                           r"AssumeGatherIndicesInBound|ConcatBitcast|AsyncCollective(Start|Done)|"
                           r"GatherScatterIndicesBitpacked")  # fmt: skip
 _BITS = {"pred": 8, "c64": 64, "c128": 128, "token": 0, "opaque": 0}
+_NO_ESTIMATE = 2**63 - 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,9 +119,9 @@ class Instruction:
 
   @functools.cached_property
   def cycles(self) -> int | None:
-    """libtpu's estimate of the time at the chip's clock; None elsewhere."""
+    """libtpu's estimate of the time at the chip's clock; None elsewhere, and where it has none."""
     found = self.attribute(r'"estimated_cycles":"(\d+)"')
-    return int(found) if found else None
+    return int(found) if found and int(found) != _NO_ESTIMATE else None
 
 
 class Computation(dict):

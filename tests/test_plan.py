@@ -174,6 +174,12 @@ def test_a_tpus_program():
   low, high = estimate.between(2)
   assert low < estimate.seconds < high - estimate.collectives
 
+  # libtpu's word for no estimate: the FLOPs at the chip's peak in its place.
+  assert TPU.count('"3000"') == 1
+  guessed = hlo.Program(TPU.replace('"3000"', f'"{2**63 - 1}"'))
+  guessed = cost.make_estimate(guessed, chips.find("v5e"))
+  assert 0 < guessed.products < estimate.products
+
   unknown = hlo.Program(TPU.replace("direction=LT", "direction=NE"))
   assert program.flops - unknown.flops == 2 * 2 * 20 * 130 * 130 and unknown.endless == {"while.1"}
 
