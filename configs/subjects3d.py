@@ -4,8 +4,8 @@
 
 On 4 cores without accelerator: 10.5 minutes, 3.4 GB. Expect on 40 test subjects: scene 100 %, class
 90 %, main colour of the reference 45 % (the base: 5 %), and patterns not kept (8 %, the base by
-chance 19 %). A slice has nothing to do: on v5e:4x4 with 2 images a chip the plan said 0.132 of
-16 GiB and 0.8 ms a step (docs/scale.md; before the queries were doubled).
+chance 19 %). A slice has nothing to do: on v5e:4x4 with 2 images a chip the plan says 0.134 of
+16 GiB and 0.84 ms a step (docs/scale.md).
 """
 
 import ml_collections

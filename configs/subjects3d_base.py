@@ -7,7 +7,7 @@ On 4 cores without accelerator: the pictures 1 minute, VAE 12 (25.0 dB), CLIP pa
 before by `init_from`: 5,800 steps of the UNet by an earlier recipe (mask_weight 2); 21,000 more, up
 to step 12,000 of them with calm_share 0.5; at last, for patterns, 6,000 with world.plain_share 0.2,
 calm_share 0.6 and learning_rate 8e-4. CLIP: 700 steps of both towers with white_share 0.5, then
-1,800 of the image encoder alone (freeze_text). It draws class 94, main colour 98 and scene 100 % of
+1,800 of the image encoder alone (freeze_text). It draws class 96, main colour 99 and scene 100 % of
 200 prompts as asked (`python -m cc_jax.evaluate --what=base`). To train it on:
 `--config.init_from=subjects3d-base` and other `--config.unet.train.steps`.
 """
