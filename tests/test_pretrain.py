@@ -161,3 +161,19 @@ def test_a_share_of_the_pictures_loses_its_pattern():
   plain = [np.mean(prerender.sample(np.random.default_rng(0), 4000, "train", 1000, share).pattern
                    == world.PATTERNS.index("plain")) for share in (0.0, 0.5, 1.0)]
   np.testing.assert_allclose(plain, [0.2, 0.6, 1.0], atol=0.03)
+
+
+def test_recombined_subjects_are_new_ones_of_the_same_families():
+  rng = np.random.default_rng(0)
+  old = prerender.sample(rng, 4000, "train", 0, 0.0)
+  new = prerender.recombined(rng, old)
+  for name in old._fields:  # families, poses and scenes stay
+    if name not in ("pattern", "pattern_color", "wide", "tall", "ratio"):
+      np.testing.assert_array_equal(getattr(old, name), getattr(new, name))
+  for name in ("wide", "tall", "ratio"):  # dealt anew, each by itself
+    np.testing.assert_array_equal(np.sort(getattr(old, name)), np.sort(getattr(new, name)))
+  assert abs(np.corrcoef(old.wide, new.wide)[0, 1]) < 0.1
+  assert np.mean(old.pattern == new.pattern) < 0.6  # by chance, or kept for its colour
+  assert not np.any((new.pattern_color == new.color1) | (new.pattern_color == new.color2))
+  individuals = lambda f: len({*zip(f.class_id, f.color1, f.color2, f.pattern, f.wide)})  # noqa: E731
+  assert individuals(new) > 1.5 * individuals(old)
