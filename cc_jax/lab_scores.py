@@ -194,7 +194,7 @@ def embed(
   """Features of pictures: ({name: tokens averaged [n, d]}, {name: all tokens flat [n, q * d]}).
 
   Names: 'layer 1' ... 'layer G' are S+ (the textual tokens before any projection head, [R]),
-  'visual' the visual tokens, 'image encoder' the frozen features that all of them read.
+  'visual' the visual tokens, 'image encoder' the last layer of the frozen features that they read.
   """
   definition, params = nnx.split(model)
   size = batch if mesh is None else -(-batch // mesh.size) * mesh.size
@@ -215,12 +215,12 @@ def embed(
 
 @functools.partial(jax.jit, static_argnames="definition")
 def _tokens(definition: nnx.GraphDef, params: Any, pixels: Any, timestep: Any):
-  """(textual tokens per layer, visual tokens, the image encoder's mean token)."""
+  """(textual tokens per layer, visual tokens, tokens of the image encoder's last layer in use)."""
   model = nnx.merge(definition, params)
   seen, _ = model.image_features(pixels.astype(jnp.float32) / 255)
   _, visual = model.visual(seen)
   _, textual = model.mfi_encoder.textual(seen, jnp.full(len(pixels), timestep))
-  return textual, visual, jnp.mean(seen, axis=1, keepdims=True)
+  return textual, visual, seen[..., -model.image_encoder.config.hidden_size :]
 
 
 def mean(values) -> float | None:

@@ -110,6 +110,13 @@ def on_white(images: np.ndarray, masks: np.ndarray, rng: np.random.Generator) ->
   return np.array(shown, np.uint8).reshape(images.shape)
 
 
+def mirrored(images: np.ndarray, factors: dict[str, np.ndarray], flip: np.ndarray):
+  """Some of the pictures [n,h,w,3] left for right; a mirrored one shows the mirrored pose."""
+  factors = factors | {name: np.where(flip, -factors[name], factors[name])
+                       for name in ("azimuth", "x")}
+  return np.where(flip[:, None, None, None], images[:, :, ::-1], images), factors
+
+
 def to_unit(images: jax.Array) -> jax.Array:
   """uint8 -> float32 in [-1, 1]."""
   return images.astype(jnp.float32) / 127.5 - 1
@@ -134,6 +141,56 @@ def make_clip(config, tokenizer) -> nnx.Dict:
   rngs = nnx.Rngs(config.seed + 1)
   return nnx.Dict(text=CLIPTextModel(CLIPTextConfig.from_dict(text), rngs=rngs),
                   vision=CLIPVisionModel(CLIPVisionConfig.from_dict(vision), rngs=rngs))
+
+
+def code_positions(vision: CLIPVisionModel, processor: dict, scale: float) -> None:
+  """Adds a two-dimensional sine-cosine code to the image encoder's positions, in place.
+
+  Such a code is usual for ViTs on little data (arXiv 2205.01580): CLIP's random start of 0.02
+  drowns in the patches, and shapes are learned slowly. What a white patch is embedded as is taken
+  off in return, so that on a white canvas only the subject is content.
+  """
+  embeddings, config = vision.vision_model.embeddings, vision.config
+  side, quarter = config.image_size // config.patch_size, config.hidden_size // 4
+  rates = np.pi / 2 * side ** (-np.arange(quarter) / quarter)
+  angles = np.stack(np.meshgrid(np.arange(side), np.arange(side), indexing="ij"))[..., None] * rates
+  code = np.concatenate([f(axis) for axis in angles for f in (np.sin, np.cos)], axis=-1)
+  code = code.reshape(side * side, -1)
+  white = (1 - np.asarray(processor["mean"])) / np.asarray(processor["std"])
+  white = np.asarray(embeddings.patch_embedding.kernel[...]).sum((0, 1)).T @ white
+  table = np.array(embeddings.position_embedding.embedding[...])
+  table[1:] += scale * (code - code.mean(0)) - white
+  embeddings.position_embedding.embedding[...] = jnp.asarray(table)
+
+
+class FactorHeads(nnx.Module):
+  """Reads a picture's factors out of the image encoder while it trains; thrown away afterwards.
+
+  From the patch tokens all factors that the judge knows, each by an attention of its own; from the
+  embedding the intrinsic ones, by cosines on one scale for all, so that each has the same say in
+  how alike two embeddings are. CLIP's encoders know of colours, textures and views from hundreds of
+  millions of captions; a few hundred thousand renders teach a small one that by labels alone.
+  """
+
+  def __init__(self, width: int, embed_width: int, *, rngs: nnx.Rngs):
+    known = (*factors_judge.CATEGORIES.items(), ("azimuth", factors_judge.AZIMUTH_BINS),
+             *dict.fromkeys(factors_judge.CONTINUOUS, 1).items())
+    self.norm = nnx.LayerNorm(width, rngs=rngs)
+    self.queries = nnx.Linear(width, len(known), rngs=rngs)
+    self.tokens = nnx.Dict({name: nnx.Linear(width, size, rngs=rngs) for name, size in known})
+    self.embed = nnx.Dict({
+        name: nnx.Linear(embed_width, factors_judge.CATEGORIES[name], use_bias=False, rngs=rngs)
+        for name in factors_judge.INTRINSIC})
+
+  def __call__(self, tokens: jax.Array, embed: jax.Array) -> tuple[dict, dict]:
+    """Tokens [b, p, d] and embedding [b, e] -> what each says of the factors: logits [b, n]."""
+    tokens = self.norm(tokens)
+    read = jnp.einsum("bpf,bpd->fbd", jax.nn.softmax(self.queries(tokens), axis=1), tokens)
+    of_tokens = {name: head(x) for (name, head), x in zip(self.tokens.items(), read)}
+    unit = lambda x, axis: x * jax.lax.rsqrt(jnp.sum(x * x, axis, keepdims=True) + 1e-12)  # noqa: E731
+    embed = 12 * unit(embed, -1)  # five factors share a unit vector: a right one is told by 12/√5
+    of_embed = {name: embed @ unit(head.kernel[...], 0) for name, head in self.embed.items()}
+    return of_tokens, of_embed
 
 
 def make_unet(config) -> UNet2DCondition:
@@ -237,32 +294,53 @@ def whiten(vae: AutoencoderKL, images: np.ndarray) -> None:
 
 
 def train_clip(config, workdir: Path, pictures: Pictures, mesh) -> None:
-  """A text and an image encoder by symmetric InfoNCE on captions and pictures (CLIP)."""
+  """A text and an image encoder by symmetric InfoNCE on captions and pictures (CLIP).
+
+  With `clip.factor_weight` the image encoder learns to tell the factors, too (`FactorHeads`).
+  """
   c = config.clip
   tokenizer = hub.load_tokenizer(workdir / "base" / "tokenizer")
   towers = make_clip(config, tokenizer)
   if config.init_from:
     base = hub.load_base(config.init_from)
     towers = nnx.Dict(text=base.text_encoders[0], vision=base.image_encoder)
-  # A changed text encoder would speak to the UNet in other words.
-  fixed = ("text",) if c.freeze_text else ()
-  graph, frozen, params = nnx.split(towers, lambda path, _: path[0] in fixed, ...)
-  params = dict(towers=params, log_scale=jnp.log(10.0))
+  processor = dict(hub.CLIP_PROCESSOR, size=c.vision.image_size)
+  if c.position_scale:
+    code_positions(towers.vision, processor, c.position_scale)
+  # A changed text encoder would speak to the UNet in other words, changed features to an adapter.
+  fixed = {"text": c.freeze_text, "vision_model": c.freeze_features}
+  graph, frozen, params = nnx.split(
+      towers, lambda path, _: any(fixed.get(name, False) for name in path), ...)
+  heads = FactorHeads(c.vision.hidden_size, c.vision.projection_dim, rngs=nnx.Rngs(config.seed + 5))
+  heads_graph, heads = nnx.split(heads)
+  params = dict(towers=params, heads=heads, log_scale=jnp.log(10.0))
   plain = captioned(tokenizer, pictures, config.world.captions, config.seed, MENTIONS)
   everything = {part: 0.9 for part in MENTIONS}
-  processor = dict(hub.CLIP_PROCESSOR, size=c.vision.image_size)
   # Cut out on white nothing of the scene is left to be named.
   white = captioned(tokenizer, pictures, config.world.captions, config.seed + 1,
                     everything | dict(scene=0.0, size=0.0))
+  of_frame = ("scene", *factors_judge.CONTINUOUS)  # what a cut-out does not show
+  targets = {name: getattr(pictures.factors, name) for name in factors_judge.KNOWN}
+  seen = factors_judge.visible(pictures.factors, pictures.coverage)
 
   def loss_fn(params, frozen, batch, key):
     del key
     towers = nnx.merge(graph, frozen, params["towers"])
     text = towers.text(batch["ids"]).pooled
     pixels = hub.clip_pixels(batch["images"].astype(jnp.float32) / 255, processor)
-    image = towers.vision(pixels).image_embeds
-    loss, metrics = cscl(image, text, temperature=jnp.exp(-jnp.clip(params["log_scale"], 0, 4)),
-                         subject_ids=jnp.arange(len(text)))
+    out = towers.vision(pixels)
+    contrast, metrics = cscl(
+        out.image_embeds, text, temperature=jnp.exp(-jnp.clip(params["log_scale"], 0, 4)),
+        subject_ids=jnp.arange(len(text)))
+    loss = c.contrast_weight * contrast
+    if not c.factor_weight:
+      return loss, metrics
+    by_tokens, by_embed = nnx.merge(heads_graph, params["heads"])(
+        out.last_hidden_state[:, 1:], out.image_embeds)
+    for label, told in (("tokens", by_tokens), ("embed", by_embed)):
+      wrong, right = factors_judge.factor_loss(told, batch["targets"], batch["seen"])
+      loss += c.factor_weight * wrong
+      metrics |= {f"{label}_{name}": value for name, value in right.items()}
     return loss, metrics
 
   def batch_fn(rng, step):
@@ -274,7 +352,11 @@ def train_clip(config, workdir: Path, pictures: Pictures, mesh) -> None:
     images = pictures.images[index]
     images[cut] = on_white(images[cut], pictures.masks[index[cut]], rng)
     ids = np.where(cut[:, None], white[phrasing, index], plain[phrasing, index])
-    return dict(images=images, ids=ids)
+    here = {name: column[index] for name, column in seen.items()}
+    here |= {name: here[name] & ~cut for name in of_frame}
+    images, labels = mirrored(images, {name: x[index] for name, x in targets.items()},
+                              rng.random(n) < c.mirror_share)
+    return dict(images=images, ids=ids, targets=labels, seen=here)
 
   params = fitting.fit(
       "clip", loss_fn, params, frozen, batch_fn, c.train, workdir, config.seed, mesh)
@@ -403,14 +485,13 @@ def train_judge(config, workdir: Path, pictures: Pictures, mesh) -> None:
     judge, _ = factors_judge.load_judge(Path(c.init_from))
   graph, params = nnx.split(judge)
   seen = factors_judge.visible(pictures.factors, pictures.coverage)
-  names = (*factors_judge.CATEGORIES, "azimuth", *factors_judge.CONTINUOUS)
-  targets = {name: getattr(pictures.factors, name) for name in names}
+  targets = {name: getattr(pictures.factors, name) for name in factors_judge.KNOWN}
 
   def loss_fn(params, frozen, batch, key):
     del frozen
     images = factors_judge.degrade(to_unit(batch["images"]), key)
     outputs = nnx.merge(graph, params)(images)
-    return factors_judge.judge_loss(outputs, batch["targets"], batch["seen"])
+    return factors_judge.factor_loss(outputs, batch["targets"], batch["seen"])
 
   # Sketches come twice as often: they are few, and without colours the hardest.
   twice = pictures.factors.style == factors_lib.STYLES.index("sketch")
@@ -419,13 +500,10 @@ def train_judge(config, workdir: Path, pictures: Pictures, mesh) -> None:
   def batch_fn(rng, step):
     del step
     index = np.sort(order[rng.integers(0, len(order), c.train.batch)])
-    flip = rng.random(c.train.batch) < 0.5  # a mirrored picture shows the mirrored pose
-    chosen = {name: value[index] for name, value in targets.items()}
-    for name in ("azimuth", "x"):
-      chosen[name] = np.where(flip, -chosen[name], chosen[name])
-    images = pictures.images[index]
-    return dict(images=np.where(flip[:, None, None, None], images[:, :, ::-1], images),
-                targets=chosen, seen={name: seen[name][index] for name in names})
+    flip = rng.random(c.train.batch) < 0.5
+    images, labels = mirrored(
+        pictures.images[index], {name: value[index] for name, value in targets.items()}, flip)
+    return dict(images=images, targets=labels, seen={name: seen[name][index] for name in targets})
 
   params = fitting.fit("judge", loss_fn, params, {}, batch_fn, c.train, workdir, config.seed, mesh)
   judge = nnx.merge(graph, params)

@@ -71,6 +71,10 @@ ARMS = {
   "macl_two_minus": Arm("scaling", {"objective.macl_scaling": "two_minus"}),
   "macl_log_complement": Arm("scaling", {"objective.macl_scaling": "log_complement"}),
   "macl_soft_target": Arm("scaling", {"objective.macl_scaling": "soft_target"}),
+  # At 0.07 all weight of the targets lies on the subject itself; here the others' order counts.
+  "macl_soft_wide": Arm("scaling", {
+    "objective.macl_scaling": "soft_target", "objective.macl_soft_temperature": 0.3,
+    "objective.macl_temperature": 0.3, "objective.lambda_macl": 0.005}),
   "macl_symmetric": Arm("contrast", {"objective.macl_symmetric": True}),
   "macl_per_token": Arm("contrast", {"objective.macl_pooling": "per_token"}),
   "macl_head": Arm("contrast", {"encoder.contrast_head": 128}),

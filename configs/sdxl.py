@@ -5,8 +5,8 @@ r"""CustomContrast on Stable Diffusion XL base 1.0 (1024 px).
 builds the whole training state abstractly and prints the parameter table. Not trained here, for the
 reason that configs/sd15.py gives.
 
-A slice for it: v5e:8x8 with weights and Adam cut over 8 chips, one image on each. The plan says 9.4 of
-a chip's 16 GiB, 0.65 s a step (0.49 to 0.92), 99 images/s (docs/scale.md):
+A slice for it: v5e:8x8 with weights and Adam cut over 8 chips, one image on each. The plan says 9.4
+of a chip's 16 GiB, 0.65 s a step (0.49 to 0.92), 99 images/s (docs/scale.md):
 
   python -m cc_jax.plan --config=configs/sdxl.py --topology=v5e:8x8 --batch_per_chip=1 \
     --config.mesh.fsdp=8

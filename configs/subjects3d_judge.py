@@ -2,10 +2,10 @@
 
   python -m cc_jax.pretrain --config=configs/subjects3d_judge.py --workdir=runs/judge
 
-On 2 of 4 cores without accelerator, other jobs on the rest: the pictures 5 minutes, the training 50.
-The shipped judge went on (`init_from`) from one that had 6,000 steps on 110,000 pictures of the 3,520
-subjects as they are. On 2,000 fresh renders of test subjects: class 99.2 %, scene 100, main colour
-97.9, visible pattern 92.9, azimuth within one of 8 bins 96.2 on classes with a front.
+On 2 of 4 cores without accelerator, other jobs on the rest: the pictures 5 minutes, the training
+50. The shipped judge went on (`init_from`) from one that had 6,000 steps on 110,000 pictures of the
+3,520 subjects as they are. On 2,000 fresh renders of test subjects: class 99.2 %, scene 100, main
+colour 97.9, visible pattern 92.9, azimuth within one of 8 bins 96.2 on classes with a front.
 """
 
 import ml_collections

@@ -5,7 +5,8 @@
 KILL says what happens to it: step:5 is SIGKILL once step 5 is logged, save:6 SIGKILL while the
 checkpoint of step 6 is complete but for the rename that commits it; term:5 and termsave:6 are
 SIGTERM in the same places; or at the next such place, if the run begins behind this one: how far a
-run gets while it stops depends on the machine. After SIGTERM at a step each further one takes SLOW seconds longer.
+run gets while it stops depends on the machine. After SIGTERM at a step each further one takes SLOW
+seconds longer.
 SHARDS is a folder for what lies on each device of each batch; FLOAT64 is for comparing numbers.
 Batches come from tests/tiny.py.
 """

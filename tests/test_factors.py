@@ -57,12 +57,16 @@ def test_loss_ignores_what_is_not_seen_and_is_right_by_hand():
   outputs["azimuth"] = jnp.zeros((2, judging.AZIMUTH_BINS))
   outputs |= {name: targets[name][:, None] for name in judging.CONTINUOUS}
   seen = {name: jnp.array([True, False]) for name in targets}
-  loss, _ = judging.judge_loss(outputs, targets, seen)
+  loss, _ = judging.factor_loss(outputs, targets, seen)
   # Uniform guesses, the rest right.
   by_hand = sum(np.log(n) for n in (*judging.CATEGORIES.values(), judging.AZIMUTH_BINS))
   assert float(loss) == pytest.approx(by_hand, rel=1e-5)
   outputs["class_id"] = outputs["class_id"].at[1].set(100 * jnp.arange(10.0))  # unseen: no change
-  assert float(judging.judge_loss(outputs, targets, seen)[0]) == pytest.approx(by_hand, rel=1e-5)
+  assert float(judging.factor_loss(outputs, targets, seen)[0]) == pytest.approx(by_hand, rel=1e-5)
+  some = {name: outputs[name] for name in ("color1", "pattern", "y")}
+  loss, right = judging.factor_loss(some, targets, seen)
+  assert float(loss) == pytest.approx(np.log(11 * 5), rel=1e-5)
+  assert set(right) == {"color1", "pattern"}
 
 
 def test_azimuth_is_the_mean_of_the_likeliest_three_bins():
@@ -73,7 +77,7 @@ def test_azimuth_is_the_mean_of_the_likeliest_three_bins():
   targets = dict.fromkeys(names, jnp.zeros(4, int)) | dict(azimuth=angle)
   outputs = {name: jnp.zeros((4, judging.CATEGORIES.get(name, 1))) for name in names}
   loss = jax.jit(jax.value_and_grad(
-    lambda logits: judging.judge_loss(outputs | dict(azimuth=logits), targets, seen)[0]))
+    lambda logits: judging.factor_loss(outputs | dict(azimuth=logits), targets, seen)[0]))
   logits = jnp.zeros((4, judging.AZIMUTH_BINS))
   for _ in range(400):
     logits -= 8 * loss(logits)[1]

@@ -12,6 +12,8 @@ from flax import nnx
 
 from cc_jax import fitting, pretrain, sharding
 from cc_jax.errors import UserError
+from cc_jax.metrics import factors as judging
+from cc_jax.models.clip_vision import CLIPVisionConfig, CLIPVisionModel
 from cc_jax.models.vae import AutoencoderKL, AutoencoderKLConfig
 from configs import subjects3d_base
 from data_pipeline.subjects3d import factors as world
@@ -127,6 +129,81 @@ def test_on_white_shows_the_subject_alone_at_any_size_and_place():
   assert 6 <= sides.min() <= 8 and 13 <= sides.max() <= 15
   lefts = there.any(1).argmax(1)
   assert lefts.min() <= 1 and lefts.max() >= 6
+
+
+def test_mirrored_pictures_show_the_mirrored_pose():
+  images = np.arange(2 * 3 * 4 * 3, dtype=np.uint8).reshape(2, 3, 4, 3)
+  factors = dict(azimuth=np.array([0.5, 0.5]), x=np.array([0.1, 0.1]), y=np.array([0.2, 0.2]))
+  flipped, found = pretrain.mirrored(images, factors, np.array([False, True]))
+  np.testing.assert_array_equal(flipped[0], images[0])
+  np.testing.assert_array_equal(flipped[1, :, 0], images[1, :, 3])
+  np.testing.assert_allclose(found["azimuth"], [0.5, -0.5])
+  np.testing.assert_allclose(found["x"], [0.1, -0.1])
+  np.testing.assert_allclose(found["y"], [0.2, 0.2])
+
+
+def test_coded_positions_are_content_free_on_white_and_tell_rows_and_columns():
+  vision = CLIPVisionModel(CLIPVisionConfig.from_dict(dict(
+    architectures=["CLIPVisionModelWithProjection"], hidden_size=16, intermediate_size=16,
+    num_hidden_layers=1, num_attention_heads=2, image_size=24, patch_size=8, projection_dim=8)),
+    rngs=nnx.Rngs(0))
+  embeddings = vision.vision_model.embeddings
+  before = np.array(embeddings.position_embedding.embedding[...])
+  pretrain.code_positions(vision, pretrain.hub.CLIP_PROCESSOR, 2.0)
+  white = pretrain.hub.clip_pixels(jnp.ones((1, 24, 24, 3)),
+                                   dict(pretrain.hub.CLIP_PROCESSOR, size=24))
+  code = (np.asarray(embeddings(white))[0] - before)[1:] / 2
+  np.testing.assert_allclose(code.mean(0), 0, atol=1e-5)
+  grid = code.reshape(3, 3, 4, 4)  # [y, x, (sin y, cos y, sin x, cos x), rate]
+  np.testing.assert_allclose(np.ptp(grid[:, :, :2], axis=1), 0, atol=1e-5)  # rows alike in y's half
+  np.testing.assert_allclose(np.ptp(grid[:, :, 2:], axis=0), 0, atol=1e-5)
+  sines = grid[1, 0, 0] - grid[0, 0, 0]  # of pi/2 times 3^(-k/4), the centring taken off
+  np.testing.assert_allclose(sines, np.sin(np.pi / 2 * 3 ** (-np.arange(4) / 4)), atol=1e-5)
+
+
+def test_heads_of_the_embedding_read_its_direction_and_share_it_among_the_factors():
+  heads = pretrain.FactorHeads(16, 64, rngs=nnx.Rngs(0))
+  tokens, embed = jax.random.normal(jax.random.key(0), (2, 3, 5, 16))[0], jnp.zeros((1, 64))
+  names = tuple(heads.embed)
+  assert set(names) == set(judging.INTRINSIC)
+  for place, name in enumerate(names):  # a direction of its own for value 2 of each
+    kernel = jnp.zeros(heads.embed[name].kernel.shape).at[place, 2].set(3.0 + place)
+    heads.embed[name].kernel[...] = kernel
+    embed = embed.at[0, place].set(7.0)
+  _, told = heads(tokens[:1], embed)
+  for name in names:
+    assert float(told[name][0, 2]) == pytest.approx(12 / 5**0.5, rel=1e-4)
+    assert float(told[name][0, 0]) == pytest.approx(0, abs=1e-4)
+
+
+def test_the_image_encoder_learns_factors_while_the_text_encoder_stays(tmp_path, monkeypatch):
+  config = subjects3d_base.get_config()
+  config.clip.update(freeze_text=True)
+  config.clip.vision.update(hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+                            num_attention_heads=2, patch_size=16, projection_dim=16)
+  config.clip.text.update(hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+                          num_attention_heads=2)
+  config.clip.train.update(steps=60, batch=16, warmup=0, learning_rate=1e-2, save_every=30, ema=0.9)
+  rng = np.random.default_rng(0)
+  table = world.subjects("train")
+  # Two classes, told by brightness alone.
+  rows = table.take(np.flatnonzero(np.isin(table.class_id, [0, 7]))[::8])
+  factors = world.sample_factors(rng, rows, style=0)
+  shade = np.where(factors.class_id == 0, 40, 200).astype(np.uint8)
+  images = np.broadcast_to(shade[:, None, None, None], (len(shade), 64, 64, 3)).copy()
+  masks = np.zeros((len(shade), 64, 64), np.uint8)
+  masks[:, 16:48, 16:48] = 255
+  pictures = SimpleNamespace(images=images, masks=masks, factors=factors,
+                             coverage=np.full((len(shade), 4), 0.1))
+  pretrain.train_tokenizer(config, tmp_path, pictures, None)
+  pretrain.train_clip(config, tmp_path, pictures, sharding.make_mesh(config.mesh, 16))
+  tokenizer = pretrain.hub.load_tokenizer(tmp_path / "base" / "tokenizer")
+  start = pretrain.make_clip(config, tokenizer)
+  text = pretrain.hub.load_module(tmp_path / "base" / "text_encoder", type(start.text))
+  for old, new in zip(jax.tree.leaves(nnx.state(start.text)), jax.tree.leaves(nnx.state(text))):
+    np.testing.assert_array_equal(old, new)
+  logs = [json.loads(line) for line in (tmp_path / "clip.jsonl").read_text().splitlines()]
+  assert logs[-1]["tokens_class_id"] > 0.95 and logs[-1]["embed_class_id"] > 0.95
 
 
 def test_a_frozen_encoder_keeps_its_latents_while_the_decoder_learns(tmp_path, mesh, monkeypatch):

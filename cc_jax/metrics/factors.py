@@ -35,6 +35,7 @@ CONTINUOUS = ("size", "x", "y")
 INTRINSIC = ("class_id", "color1", "color2", "pattern", "pattern_color")
 CONTEXT = ("scene", "style", "hat")
 AZIMUTH_BINS = 8  # centred on 0, 45, ... degrees
+KNOWN = (*CATEGORIES, "azimuth", *CONTINUOUS)  # all that a head is there for
 _FORMAT = "cc_jax-judge-2"
 
 
@@ -110,10 +111,12 @@ def visible(factors: world.Factors, coverage: np.ndarray) -> dict[str, np.ndarra
       azimuth=front, size=always, x=always, y=always)
 
 
-def judge_loss(outputs: Mapping[str, Array], targets: Mapping[str, Array],
-               seen: Mapping[str, Array]) -> tuple[Array, dict[str, Array]]:
+def factor_loss(outputs: Mapping[str, Array], targets: Mapping[str, Array],
+                seen: Mapping[str, Array]) -> tuple[Array, dict[str, Array]]:
   """Cross-entropies and squared errors, each averaged over the pictures where the factor is seen.
 
+  Of the factors that `outputs` speaks of: logits [b, n] of categories and of azimuth's bins, [b, 1]
+  of size and place.
   An azimuth between two bins is divided between them: a squared error would make a picture that
   could be a front or a back a side. Returns the sum and the categorical accuracies.
   """
@@ -123,15 +126,17 @@ def judge_loss(outputs: Mapping[str, Array], targets: Mapping[str, Array],
     return jnp.sum(values * weight) / jnp.maximum(jnp.sum(weight), 1)
 
   loss, accuracy = 0.0, {}
-  for name in CATEGORIES:
+  for name in (name for name in CATEGORIES if name in outputs):
     log_p = jax.nn.log_softmax(outputs[name])
     loss += mean(-jnp.take_along_axis(log_p, targets[name][:, None], 1)[:, 0], name)
     accuracy[name] = mean(jnp.argmax(log_p, 1) == targets[name], name)
-  position = targets["azimuth"][:, None] * AZIMUTH_BINS / (2 * jnp.pi) - jnp.arange(AZIMUTH_BINS)
-  away = jnp.abs((position + AZIMUTH_BINS / 2) % AZIMUTH_BINS - AZIMUTH_BINS / 2)
-  divided = jnp.maximum(1 - away, 0)  # [b, bins], sums to 1
-  loss += mean(-jnp.sum(divided * jax.nn.log_softmax(outputs["azimuth"]), 1), "azimuth")
-  for name, unit in zip(CONTINUOUS, (0.3, 0.1, 0.1)):
+  if "azimuth" in outputs:
+    position = targets["azimuth"][:, None] * AZIMUTH_BINS / (2 * jnp.pi) - jnp.arange(AZIMUTH_BINS)
+    away = jnp.abs((position + AZIMUTH_BINS / 2) % AZIMUTH_BINS - AZIMUTH_BINS / 2)
+    divided = jnp.maximum(1 - away, 0)  # [b, bins], sums to 1
+    loss += mean(-jnp.sum(divided * jax.nn.log_softmax(outputs["azimuth"]), 1), "azimuth")
+  units = zip(CONTINUOUS, (0.3, 0.1, 0.1))
+  for name, unit in ((name, unit) for name, unit in units if name in outputs):
     loss += mean(jnp.square((outputs[name][:, 0] - targets[name]) / unit), name) * 0.3
   return loss, accuracy
 
