@@ -259,7 +259,8 @@ def _per_layer(arms: Arms, get: Callable[[Mapping], float]) -> str:
 
 
 def _layers(arms: Arms) -> list[str]:
-  return list(next(rows[0]["features"] for name, rows in arms.items() if name != BASE))
+  rows = [row for name, rows in arms.items() if name != BASE for row in rows]
+  return list(dict.fromkeys(layer for row in rows for layer in row["features"]))
 
 
 def _layer(row: Result, layer: str, get: Callable[[Mapping], float]) -> float | None:

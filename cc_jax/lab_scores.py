@@ -194,7 +194,8 @@ def embed(
   """Features of pictures: ({name: tokens averaged [n, d]}, {name: all tokens flat [n, q * d]}).
 
   Names: 'layer 1' ... 'layer G' are S+ (the textual tokens before any projection head, [R]),
-  'visual' the visual tokens, 'image encoder' the last layer of the frozen features that they read.
+  'visual' the visual tokens, 'image encoder' the last layer of the frozen features that they read,
+  'image embedding' the g whose cosines are MACL's S.
   """
   definition, params = nnx.split(model)
   size = batch if mesh is None else -(-batch // mesh.size) * mesh.size
@@ -204,9 +205,10 @@ def embed(
     pixels = sharding.filled(here, size)
     if mesh is not None:
       pixels = jax.device_put(pixels, sharding.over_data(mesh))
-    textual, visual, seen = jax.device_get(_tokens(definition, params, pixels, timestep))
+    textual, *others = jax.device_get(_tokens(definition, params, pixels, timestep))
     named = {f"layer {number}": layer for number, layer in enumerate(textual, 1)}
-    for name, value in (named | {"visual": visual, "image encoder": seen}).items():
+    named |= zip(("visual", "image encoder", "image embedding"), others)
+    for name, value in named.items():
       rows.setdefault(name, []).append(np.asarray(value, np.float32)[: len(here)])
   whole = {name: np.concatenate(parts) for name, parts in rows.items()}
   return ({name: x.mean(1) for name, x in whole.items()},
@@ -215,12 +217,13 @@ def embed(
 
 @functools.partial(jax.jit, static_argnames="definition")
 def _tokens(definition: nnx.GraphDef, params: Any, pixels: Any, timestep: Any):
-  """(textual tokens per layer, visual tokens, tokens of the image encoder's last layer in use)."""
+  """(textual tokens per layer, visual tokens, the image encoder's last layer in use, embedding)."""
   model = nnx.merge(definition, params)
-  seen, _ = model.image_features(pixels.astype(jnp.float32) / 255)
+  seen, embedding = model.image_features(pixels.astype(jnp.float32) / 255)
   _, visual = model.visual(seen)
   _, textual = model.mfi_encoder.textual(seen, jnp.full(len(pixels), timestep))
-  return textual, visual, seen[..., -model.image_encoder.config.hidden_size :]
+  last = seen[..., -model.image_encoder.config.hidden_size :]
+  return textual, visual, last, embedding[:, None]
 
 
 def mean(values) -> float | None:
