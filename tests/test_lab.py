@@ -333,7 +333,8 @@ def test_the_suite_goes_on_where_it_was_killed(small, loader, monkeypatch, capsy
   assert len(result["subjects"]["fidelity"]) == 2 and len(result["leakage"]["size"]) == 2
   assert [point["scale"] for point in result["sweep"]] == [0.5]
   layers = list(result["features"])
-  assert layers == ["layer 1", "layer 2", "layer 3", "layer 4", "visual", "image encoder"]
+  assert layers == ["layer 1", "layer 2", "layer 3", "layer 4", "visual", "image encoder",
+                    "image embedding"]
   assert len(before) < 60_000
   base = json.loads((folder / "results" / "base-0.json").read_text())
   assert base["leakage"] == {} and base["scores"].keys() == result["scores"].keys()
