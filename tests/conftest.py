@@ -12,6 +12,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("TQDM_DISABLE", "1")
 # As cc_jax.sharding sets it: from the start, so that all processes share their compiled programs.
 _FLAGS = "--xla_cpu_collective_call_terminate_timeout_seconds=3600"
+_FLAGS += " --xla_cpu_parallel_codegen_split_count=1"  # tests run side by side: less work in all
 if version("jaxlib").startswith("0.10."):  # XLA's older emitters compile in 2/5 of the time
   _FLAGS += " --xla_cpu_use_fusion_emitters=false"
 os.environ.setdefault("XLA_FLAGS", _FLAGS)
