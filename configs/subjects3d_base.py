@@ -11,14 +11,13 @@ prompts as asked (`python -m cc_jax.evaluate --what=base`). To train it on:
 `--config.init_from=subjects3d-base` and other `--config.unet.train.steps`.
 
 CLIP: 700 steps of both towers with white_share 0.5, 1,800 of the image encoder alone (freeze_text),
-both by captions only (factor_weight and position_scale 0): it named 47 % of the classes, and S of
-MACL followed real similarity with a Spearman correlation of 0.25. Then, with the factors, on
-pictures of their own (world.recombine, plain_share 0.2, calm_share 0.3), 800 steps and, with
-positions coded anew, 4,200 of batch 128 (31 minutes on 4 cores); at last 600 of the projection
-alone (freeze_features, contrast_weight 0, white_share 0.9, batch 256, learning_rate 3e-3). At
-the end of the 4,200 it told class 94, colours 98 and 98 and pattern 82 % of what it was shown
-(clip.jsonl). What can be read from it of subjects never seen, and how well S follows real
-similarity, stands in docs/lab/tables.md.
+both by captions only (factor_weight and position_scale 0): a linear probe named 43 % of the classes
+(docs/lab.md, "What the image encoder must know"). Then, with the factors, on pictures of their own
+(world.recombine, plain_share 0.2, calm_share 0.3), 800 steps and, with positions coded anew, 4,200
+of batch 128 (31 minutes on 4 cores); at last 600 of the projection alone (freeze_features,
+contrast_weight 0, white_share 0.9, batch 256, learning_rate 3e-3). At the end of the 4,200 it told
+class 94, colours 98 and 98 and pattern 82 % of what it was shown (clip.jsonl). What can be read
+from it of subjects never seen, and how well S follows real similarity: docs/lab/tables.md.
 """
 
 import ml_collections
