@@ -29,6 +29,7 @@ from cc_jax.models.clip_vision import CLIPVisionConfig, CLIPVisionModel
 from cc_jax.models.unet import UNet2DCondition, UNetConfig
 from cc_jax.models.vae import AutoencoderKL, AutoencoderKLConfig
 from cc_jax.objectives.cscl import cscl
+from cc_jax.objectives.infonce import l2_normalize
 from data_pipeline.subjects3d import captions as captions_lib
 from data_pipeline.subjects3d import factors as factors_lib
 from data_pipeline.subjects3d.prerender import Pictures, prerender
@@ -110,11 +111,16 @@ def on_white(images: np.ndarray, masks: np.ndarray, rng: np.random.Generator) ->
   return np.array(shown, np.uint8).reshape(images.shape)
 
 
+def flipped(images: np.ndarray, flip: np.ndarray) -> np.ndarray:
+  """Pictures [n,h,w,3], those of `flip` [n] left for right."""
+  return np.where(flip[:, None, None, None], images[:, :, ::-1], images)
+
+
 def mirrored(images: np.ndarray, factors: dict[str, np.ndarray], flip: np.ndarray):
-  """Some of the pictures [n,h,w,3] left for right; a mirrored one shows the mirrored pose."""
+  """(`flipped` pictures, their factors): a mirrored one shows the mirrored pose."""
   factors = factors | {name: np.where(flip, -factors[name], factors[name])
                        for name in ("azimuth", "x")}
-  return np.where(flip[:, None, None, None], images[:, :, ::-1], images), factors
+  return flipped(images, flip), factors
 
 
 def to_unit(images: jax.Array) -> jax.Array:
@@ -139,8 +145,11 @@ def make_clip(config, tokenizer) -> nnx.Dict:
               pad_token_id=tokenizer.pad_token_id)
   vision = dict(_plain(config.clip.vision), architectures=["CLIPVisionModelWithProjection"])
   rngs = nnx.Rngs(config.seed + 1)
-  return nnx.Dict(text=CLIPTextModel(CLIPTextConfig.from_dict(text), rngs=rngs),
-                  vision=CLIPVisionModel(CLIPVisionConfig.from_dict(vision), rngs=rngs))
+  towers = nnx.Dict(text=CLIPTextModel(CLIPTextConfig.from_dict(text), rngs=rngs),
+                    vision=CLIPVisionModel(CLIPVisionConfig.from_dict(vision), rngs=rngs))
+  if config.clip.position_scale:
+    code_positions(towers.vision, hub.CLIP_PROCESSOR, config.clip.position_scale)
+  return towers
 
 
 def code_positions(vision: CLIPVisionModel, processor: dict, scale: float) -> None:
@@ -173,11 +182,11 @@ class FactorHeads(nnx.Module):
   """
 
   def __init__(self, width: int, embed_width: int, *, rngs: nnx.Rngs):
-    known = (*factors_judge.CATEGORIES.items(), ("azimuth", factors_judge.AZIMUTH_BINS),
-             *dict.fromkeys(factors_judge.CONTINUOUS, 1).items())
+    known = factors_judge.HEADS
     self.norm = nnx.LayerNorm(width, rngs=rngs)
     self.queries = nnx.Linear(width, len(known), rngs=rngs)
-    self.tokens = nnx.Dict({name: nnx.Linear(width, size, rngs=rngs) for name, size in known})
+    self.tokens = nnx.Dict({name: nnx.Linear(width, size, rngs=rngs)
+                            for name, size in known.items()})
     self.embed = nnx.Dict({
         name: nnx.Linear(embed_width, factors_judge.CATEGORIES[name], use_bias=False, rngs=rngs)
         for name in factors_judge.INTRINSIC})
@@ -187,9 +196,10 @@ class FactorHeads(nnx.Module):
     tokens = self.norm(tokens)
     read = jnp.einsum("bpf,bpd->fbd", jax.nn.softmax(self.queries(tokens), axis=1), tokens)
     of_tokens = {name: head(x) for (name, head), x in zip(self.tokens.items(), read)}
-    unit = lambda x, axis: x * jax.lax.rsqrt(jnp.sum(x * x, axis, keepdims=True) + 1e-12)  # noqa: E731
-    embed = 12 * unit(embed, -1)  # five factors share a unit vector: a right one is told by 12/√5
-    of_embed = {name: embed @ unit(head.kernel[...], 0) for name, head in self.embed.items()}
+    # Five factors share a unit vector: a right one is told by 12/√5.
+    embed = 12 * l2_normalize(embed)
+    of_embed = {name: embed @ l2_normalize(head.kernel[...].T).T
+                for name, head in self.embed.items()}
     return of_tokens, of_embed
 
 
@@ -246,8 +256,7 @@ def train_vae(config, workdir: Path, pictures: Pictures, mesh) -> None:
   def batch_fn(rng, step):
     del step
     images = pictures.images[np.sort(rng.integers(0, len(pictures.images), c.train.batch))]
-    flip = rng.random(len(images)) < 0.5
-    return dict(images=np.where(flip[:, None, None, None], images[:, :, ::-1], images))
+    return dict(images=flipped(images, rng.random(len(images)) < 0.5))
 
   params = fitting.fit(
       "vae", loss_fn, params, frozen, batch_fn, c.train, workdir, config.seed, mesh)
@@ -304,9 +313,6 @@ def train_clip(config, workdir: Path, pictures: Pictures, mesh) -> None:
   if config.init_from:
     base = hub.load_base(config.init_from)
     towers = nnx.Dict(text=base.text_encoders[0], vision=base.image_encoder)
-  processor = dict(hub.CLIP_PROCESSOR, size=c.vision.image_size)
-  if c.position_scale:
-    code_positions(towers.vision, processor, c.position_scale)
   # A changed text encoder would speak to the UNet in other words, changed features to an adapter.
   fixed = {"text": c.freeze_text, "vision_model": c.freeze_features}
   graph, frozen, params = nnx.split(
@@ -316,11 +322,12 @@ def train_clip(config, workdir: Path, pictures: Pictures, mesh) -> None:
   params = dict(towers=params, heads=heads, log_scale=jnp.log(10.0))
   plain = captioned(tokenizer, pictures, config.world.captions, config.seed, MENTIONS)
   everything = {part: 0.9 for part in MENTIONS}
+  processor = dict(hub.CLIP_PROCESSOR, size=c.vision.image_size)
   # Cut out on white nothing of the scene is left to be named.
   white = captioned(tokenizer, pictures, config.world.captions, config.seed + 1,
                     everything | dict(scene=0.0, size=0.0))
   of_frame = ("scene", *factors_judge.CONTINUOUS)  # what a cut-out does not show
-  targets = {name: getattr(pictures.factors, name) for name in factors_judge.KNOWN}
+  targets = {name: getattr(pictures.factors, name) for name in factors_judge.HEADS}
   seen = factors_judge.visible(pictures.factors, pictures.coverage)
 
   def loss_fn(params, frozen, batch, key):
@@ -485,7 +492,7 @@ def train_judge(config, workdir: Path, pictures: Pictures, mesh) -> None:
     judge, _ = factors_judge.load_judge(Path(c.init_from))
   graph, params = nnx.split(judge)
   seen = factors_judge.visible(pictures.factors, pictures.coverage)
-  targets = {name: getattr(pictures.factors, name) for name in factors_judge.KNOWN}
+  targets = {name: getattr(pictures.factors, name) for name in factors_judge.HEADS}
 
   def loss_fn(params, frozen, batch, key):
     del frozen

@@ -35,7 +35,8 @@ CONTINUOUS = ("size", "x", "y")
 INTRINSIC = ("class_id", "color1", "color2", "pattern", "pattern_color")
 CONTEXT = ("scene", "style", "hat")
 AZIMUTH_BINS = 8  # centred on 0, 45, ... degrees
-KNOWN = (*CATEGORIES, "azimuth", *CONTINUOUS)  # all that a head is there for
+# All that a head can tell, and how many numbers it gives.
+HEADS = dict(CATEGORIES, azimuth=AZIMUTH_BINS, **dict.fromkeys(CONTINUOUS, 1))
 _FORMAT = "cc_jax-judge-2"
 
 
@@ -72,8 +73,7 @@ class FactorJudge(nnx.Module):
     # 8x8 places matter for size and place, so they are kept, in few channels.
     self.reduce = nnx.Conv(4 * width, 8, (1, 1), rngs=rngs)
     self.hidden = nnx.Linear(8 * 4 * width + 8 * 64, 256, rngs=rngs)
-    sizes = dict(CATEGORIES, azimuth=AZIMUTH_BINS, **dict.fromkeys(CONTINUOUS, 1))
-    self.heads = nnx.Dict({name: nnx.Linear(256, n, rngs=rngs) for name, n in sizes.items()})
+    self.heads = nnx.Dict({name: nnx.Linear(256, n, rngs=rngs) for name, n in HEADS.items()})
 
   def __call__(self, x: Float[Array, "b 64 64 3"]) -> dict[str, Float[Array, "b n"]]:
     """`x` in [-1, 1]."""
@@ -115,10 +115,9 @@ def factor_loss(outputs: Mapping[str, Array], targets: Mapping[str, Array],
                 seen: Mapping[str, Array]) -> tuple[Array, dict[str, Array]]:
   """Cross-entropies and squared errors, each averaged over the pictures where the factor is seen.
 
-  Of the factors that `outputs` speaks of: logits [b, n] of categories and of azimuth's bins, [b, 1]
-  of size and place.
-  An azimuth between two bins is divided between them: a squared error would make a picture that
-  could be a front or a back a side. Returns the sum and the categorical accuracies.
+  Of those of `HEADS` that are in `outputs`. An azimuth between two bins is divided between them: a
+  squared error would make a picture that could be a front or a back a side. Returns the sum and the
+  categorical accuracies.
   """
 
   def mean(values, name):
@@ -126,18 +125,19 @@ def factor_loss(outputs: Mapping[str, Array], targets: Mapping[str, Array],
     return jnp.sum(values * weight) / jnp.maximum(jnp.sum(weight), 1)
 
   loss, accuracy = 0.0, {}
-  for name in (name for name in CATEGORIES if name in outputs):
-    log_p = jax.nn.log_softmax(outputs[name])
-    loss += mean(-jnp.take_along_axis(log_p, targets[name][:, None], 1)[:, 0], name)
-    accuracy[name] = mean(jnp.argmax(log_p, 1) == targets[name], name)
-  if "azimuth" in outputs:
-    position = targets["azimuth"][:, None] * AZIMUTH_BINS / (2 * jnp.pi) - jnp.arange(AZIMUTH_BINS)
-    away = jnp.abs((position + AZIMUTH_BINS / 2) % AZIMUTH_BINS - AZIMUTH_BINS / 2)
-    divided = jnp.maximum(1 - away, 0)  # [b, bins], sums to 1
-    loss += mean(-jnp.sum(divided * jax.nn.log_softmax(outputs["azimuth"]), 1), "azimuth")
-  units = zip(CONTINUOUS, (0.3, 0.1, 0.1))
-  for name, unit in ((name, unit) for name, unit in units if name in outputs):
-    loss += mean(jnp.square((outputs[name][:, 0] - targets[name]) / unit), name) * 0.3
+  units = dict(zip(CONTINUOUS, (0.3, 0.1, 0.1)))
+  for name, told in outputs.items():
+    if name in CATEGORIES:
+      log_p = jax.nn.log_softmax(told)
+      loss += mean(-jnp.take_along_axis(log_p, targets[name][:, None], 1)[:, 0], name)
+      accuracy[name] = mean(jnp.argmax(log_p, 1) == targets[name], name)
+    elif name == "azimuth":
+      position = targets[name][:, None] * AZIMUTH_BINS / (2 * jnp.pi) - jnp.arange(AZIMUTH_BINS)
+      away = jnp.abs((position + AZIMUTH_BINS / 2) % AZIMUTH_BINS - AZIMUTH_BINS / 2)
+      divided = jnp.maximum(1 - away, 0)  # [b, bins], sums to 1
+      loss += mean(-jnp.sum(divided * jax.nn.log_softmax(told), 1), name)
+    else:
+      loss += mean(jnp.square((told[:, 0] - targets[name]) / units[name]), name) * 0.3
   return loss, accuracy
 
 
