@@ -18,6 +18,7 @@ import ml_collections
 import numpy as np
 from absl import flags
 from flax import nnx
+from jaxtyping import Float
 from ml_collections import config_flags
 
 from cc_jax import errors, fitting, hub, sharding
@@ -175,32 +176,40 @@ def code_positions(vision: CLIPVisionModel, processor: dict, scale: float) -> No
 class FactorHeads(nnx.Module):
   """Reads a picture's factors out of the image encoder while it trains; thrown away afterwards.
 
-  From the patch tokens all factors that the judge knows, each by an attention of its own; from the
-  embedding the intrinsic ones, by cosines on one scale for all, so that each has the same say in
-  how alike two embeddings are. CLIP's encoders know of colours, textures and views from hundreds of
-  millions of captions; a few hundred thousand renders teach a small one that by labels alone.
+  From the patch tokens all factors that the judge knows, each by an attention of its own. CLIP's
+  encoders know of colours, textures and views from hundreds of millions of captions; a few hundred
+  thousand renders teach a small one that by labels alone.
   """
 
-  def __init__(self, width: int, embed_width: int, *, rngs: nnx.Rngs):
+  def __init__(self, width: int, *, rngs: nnx.Rngs):
     known = factors_judge.HEADS
     self.norm = nnx.LayerNorm(width, rngs=rngs)
     self.queries = nnx.Linear(width, len(known), rngs=rngs)
-    self.tokens = nnx.Dict({name: nnx.Linear(width, size, rngs=rngs)
-                            for name, size in known.items()})
-    self.embed = nnx.Dict({
-        name: nnx.Linear(embed_width, factors_judge.CATEGORIES[name], use_bias=False, rngs=rngs)
-        for name in factors_judge.INTRINSIC})
+    self.heads = nnx.Dict({name: nnx.Linear(width, size, rngs=rngs)
+                           for name, size in known.items()})
 
-  def __call__(self, tokens: jax.Array, embed: jax.Array) -> tuple[dict, dict]:
-    """Tokens [b, p, d] and embedding [b, e] -> what each says of the factors: logits [b, n]."""
+  def __call__(self, tokens: jax.Array) -> dict[str, jax.Array]:
+    """Tokens [b, p, d] -> what they say of each factor: logits [b, n]."""
     tokens = self.norm(tokens)
     read = jnp.einsum("bpf,bpd->fbd", jax.nn.softmax(self.queries(tokens), axis=1), tokens)
-    of_tokens = {name: head(x) for (name, head), x in zip(self.tokens.items(), read)}
-    # Five factors share a unit vector: a right one is told by 12/√5.
-    embed = 12 * l2_normalize(embed)
-    of_embed = {name: embed @ l2_normalize(head.kernel[...].T).T
-                for name, head in self.embed.items()}
-    return of_tokens, of_embed
+    return {name: head(x) for (name, head), x in zip(self.heads.items(), read)}
+
+
+def likeness(embed: Float[jax.Array, "b e"], real: Float[jax.Array, "b b"]) -> jax.Array:
+  """Correlation, over the pairs of a batch, of embeddings' cosines with `real` similarities.
+
+  Photographs' CLIP embeddings rank what is alike because captions do; renders' are told how alike
+  their subjects are (`metrics.factors.real_similarity`), since MACL takes its S from them.
+  """
+  pairs = 1 - jnp.eye(len(embed))
+  unit = l2_normalize(embed)
+
+  def centred(x):
+    return (x - jnp.sum(x * pairs) / jnp.sum(pairs)) * pairs
+
+  ours, real = centred(unit @ unit.T), centred(real)
+  norms = jnp.sum(jnp.square(ours)) * jnp.sum(jnp.square(real))
+  return jnp.sum(ours * real) / jnp.sqrt(jnp.maximum(norms, 1e-12))
 
 
 def make_unet(config) -> UNet2DCondition:
@@ -305,7 +314,8 @@ def whiten(vae: AutoencoderKL, images: np.ndarray) -> None:
 def train_clip(config, workdir: Path, pictures: Pictures, mesh) -> None:
   """A text and an image encoder by symmetric InfoNCE on captions and pictures (CLIP).
 
-  With `clip.factor_weight` the image encoder learns to tell the factors, too (`FactorHeads`).
+  With `clip.factor_weight` the image encoder learns to tell the factors, too (`FactorHeads`), and
+  its embedding how alike subjects are (`likeness`).
   """
   c = config.clip
   tokenizer = hub.load_tokenizer(workdir / "base" / "tokenizer")
@@ -317,7 +327,7 @@ def train_clip(config, workdir: Path, pictures: Pictures, mesh) -> None:
   fixed = {"text": c.freeze_text, "vision_model": c.freeze_features}
   graph, frozen, params = nnx.split(
       towers, lambda path, _: any(fixed.get(name, False) for name in path), ...)
-  heads = FactorHeads(c.vision.hidden_size, c.vision.projection_dim, rngs=nnx.Rngs(config.seed + 5))
+  heads = FactorHeads(c.vision.hidden_size, rngs=nnx.Rngs(config.seed + 5))
   heads_graph, heads = nnx.split(heads)
   params = dict(towers=params, heads=heads, log_scale=jnp.log(10.0))
   plain = captioned(tokenizer, pictures, config.world.captions, config.seed, MENTIONS)
@@ -342,12 +352,11 @@ def train_clip(config, workdir: Path, pictures: Pictures, mesh) -> None:
     loss = c.contrast_weight * contrast
     if not c.factor_weight:
       return loss, metrics
-    by_tokens, by_embed = nnx.merge(heads_graph, params["heads"])(
-        out.last_hidden_state[:, 1:], out.image_embeds)
-    for label, told in (("tokens", by_tokens), ("embed", by_embed)):
-      wrong, right = factors_judge.factor_loss(told, batch["targets"], batch["seen"])
-      loss += c.factor_weight * wrong
-      metrics |= {f"{label}_{name}": value for name, value in right.items()}
+    told = nnx.merge(heads_graph, params["heads"])(out.last_hidden_state[:, 1:])
+    wrong, right = factors_judge.factor_loss(told, batch["targets"], batch["seen"])
+    alike = likeness(out.image_embeds, batch["real"])
+    loss += c.factor_weight * (wrong + 1 - alike)
+    metrics |= right | dict(likeness=alike)
     return loss, metrics
 
   def batch_fn(rng, step):
@@ -363,7 +372,8 @@ def train_clip(config, workdir: Path, pictures: Pictures, mesh) -> None:
     here |= {name: here[name] & ~cut for name in of_frame}
     images, labels = mirrored(images, {name: x[index] for name, x in targets.items()},
                               rng.random(n) < c.mirror_share)
-    return dict(images=images, ids=ids, targets=labels, seen=here)
+    real = factors_judge.real_similarity(pictures.factors.take(index)).astype(np.float32)
+    return dict(images=images, ids=ids, targets=labels, seen=here, real=real)
 
   params = fitting.fit(
       "clip", loss_fn, params, frozen, batch_fn, c.train, workdir, config.seed, mesh)

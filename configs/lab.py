@@ -52,6 +52,11 @@ def _weight(factor: float) -> dict[str, float]:
   return {f"objective.{name}": factor * start[name] for name in ("lambda_cscl", "lambda_macl")}
 
 
+def _sharp(scaling: str) -> dict[str, Any]:
+  names = ("macl_scaling", "macl_temperature", "macl_soft_temperature", "lambda_macl")
+  return {f"objective.{name}": value for name, value in zip(names, (scaling, 0.07, 0.07, 5e-4))}
+
+
 ARMS = {
   # The claim: self-reconstruction entangles, contrast on several levels decouples.
   "method": Arm("core"),
@@ -64,17 +69,18 @@ ARMS = {
   "self_mcl": Arm("control", SELF),
   "self_augmented": Arm("control", SELF | OFF | AUGMENTED),
   "multi_view_augmented": Arm("control", OFF | AUGMENTED),
-  # How the real similarity enters MACL; 'inverse' is the method's.
-  "macl_none": Arm("scaling", {"objective.macl_scaling": "none"}),
-  "macl_literal": Arm("scaling", {"objective.macl_scaling": "literal"}),
-  "macl_complement": Arm("scaling", {"objective.macl_scaling": "complement"}),
-  "macl_two_minus": Arm("scaling", {"objective.macl_scaling": "two_minus"}),
-  "macl_log_complement": Arm("scaling", {"objective.macl_scaling": "log_complement"}),
-  "macl_soft_target": Arm("scaling", {"objective.macl_scaling": "soft_target"}),
-  # At 0.07 all weight of the targets lies on the subject itself; here the others' order counts.
-  "macl_soft_wide": Arm("scaling", {
-    "objective.macl_scaling": "soft_target", "objective.macl_soft_temperature": 0.3,
-    "objective.macl_temperature": 0.3, "objective.lambda_macl": 0.005}),
+  # How the real similarity enters MACL. The method's soft targets leave room for the others' order
+  # at temperature 0.3, which is too mild for one positive; those have InfoNCE's 0.07, and a weight
+  # at which they do not drown the diffusion loss.
+  "macl_inverse": Arm("scaling", _sharp("inverse")),
+  "macl_none": Arm("scaling", _sharp("none")),
+  "macl_literal": Arm("scaling", _sharp("literal")),
+  "macl_complement": Arm("scaling", _sharp("complement")),
+  "macl_two_minus": Arm("scaling", _sharp("two_minus")),
+  "macl_log_complement": Arm("scaling", _sharp("log_complement")),
+  "macl_soft_sharp": Arm("scaling", _sharp("soft_target")),
+  "macl_weight_01": Arm("weights", {"objective.lambda_macl": 0.005}),
+  "macl_weight_4": Arm("weights", {"objective.lambda_macl": 0.2}),
   "macl_symmetric": Arm("contrast", {"objective.macl_symmetric": True}),
   "macl_per_token": Arm("contrast", {"objective.macl_pooling": "per_token"}),
   "macl_head": Arm("contrast", {"encoder.contrast_head": 128}),
@@ -99,7 +105,7 @@ ARMS = {
   "weight_3": Arm("weights", _weight(3.0)),
   "weight_10": Arm("weights", _weight(10.0)),
   # Contrast outweighs the diffusion loss by far, which then finds features that are apart already.
-  "contrast_first": Arm("warmup", first=(0.2, _weight(2e4))),
+  "contrast_first": Arm("warmup", first=(0.2, _weight(200))),
   # How the reference is shown: with its background the scene can leak, re-centred no size can.
   "whole_frame": Arm("reference", {"data.reference_place": "frame"}),
   "whole_frame_self": Arm("reference", SELF | OFF | {"data.reference_place": "frame"}),

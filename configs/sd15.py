@@ -41,7 +41,6 @@ def get_config() -> ml_collections.ConfigDict:
   c.injection.location_width = 64
 
   c.objective.lambda_cscl = 0.1  # [R] not tried
-  c.objective.lambda_macl = 0.1  # [R]
   c.objective.timestep_shift = 1.0  # IP-Adapter's plain loss
   c.objective.subject_weight = 0.0
 

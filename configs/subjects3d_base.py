@@ -15,10 +15,10 @@ both by captions only (factor_weight and position_scale 0): a linear probe named
 (docs/lab.md, "What the image encoder must know"). Then, with the factors, on pictures of their own
 (world.recombine, plain_share 0.2, calm_share 0.3), 800 steps and, with pretrain.code_positions put
 upon them once (a random start has it from the beginning), 4,200 of batch 128 (31 minutes on 4
-cores); at last 600 of the projection alone (freeze_features, contrast_weight 0, white_share 0.9,
-batch 256, learning_rate 3e-3). At the end of the 4,200 it told class 94, colours 98 and 98 and
-pattern 82 % of what it was shown (clip.jsonl). What can be read from it of subjects never seen, and
-how well S follows real similarity: docs/lab/tables.md.
+cores); at last 800 of the projection alone (freeze_features, contrast_weight 0, white_share 0.9,
+batch 256, learning_rate 3e-3; 8 minutes on one core). At the end of the 4,200 it told class 94,
+colours 98 and 98 and pattern 82 % of what it was shown (clip.jsonl). What can be read from it of
+subjects never seen, and how well S follows real similarity: docs/lab/tables.md.
 """
 
 import ml_collections
@@ -67,7 +67,9 @@ def get_config() -> ml_collections.ConfigDict:
   c.clip.freeze_features = False  # and of that one the projection alone, which MACL's S comes from
   c.clip.contrast_weight = 1.0
   c.clip.position_scale = 0.8  # of the code in a random start's positions; 0 = CLIP's own start
-  c.clip.factor_weight = 0.3  # of telling the factors (pretrain.FactorHeads); 0 = captions alone
+  # Of telling the factors (pretrain.FactorHeads) and how alike two subjects are (likeness); 0 =
+  # captions alone.
+  c.clip.factor_weight = 0.3
   c.clip.mirror_share = 0.5  # share of the pictures that are shown left for right
   c.clip.train = _train(steps=2500, batch=192, learning_rate=1.5e-3)
 

@@ -161,19 +161,15 @@ def test_coded_positions_are_content_free_on_white_and_tell_rows_and_columns():
   np.testing.assert_allclose(sines, np.sin(np.pi / 2 * 3 ** (-np.arange(4) / 4)), atol=1e-5)
 
 
-def test_heads_of_the_embedding_read_its_direction_and_share_it_among_the_factors():
-  heads = pretrain.FactorHeads(16, 64, rngs=nnx.Rngs(0))
-  tokens, embed = jax.random.normal(jax.random.key(0), (1, 5, 16)), jnp.zeros((1, 64))
-  names = tuple(heads.embed)
-  assert set(names) == set(judging.INTRINSIC)
-  for place, name in enumerate(names):  # a direction of its own for value 2 of each
-    kernel = jnp.zeros(heads.embed[name].kernel.shape).at[place, 2].set(3.0 + place)
-    heads.embed[name].kernel[...] = kernel
-    embed = embed.at[0, place].set(7.0)
-  _, told = heads(tokens, embed)
-  for name in names:
-    assert float(told[name][0, 2]) == pytest.approx(12 / 5**0.5, rel=1e-4)
-    assert float(told[name][0, 0]) == pytest.approx(0, abs=1e-4)
+def test_likeness_is_the_correlation_over_all_pairs_of_two():
+  rng = np.random.default_rng(0)
+  embed, real = rng.normal(size=(9, 4)), rng.random((9, 9))
+  real = real + real.T
+  unit = embed / np.linalg.norm(embed, axis=1, keepdims=True)
+  pairs = np.triu_indices(9, 1)
+  true = np.corrcoef((unit @ unit.T)[pairs], real[pairs])[0, 1]
+  given = jnp.asarray(embed, jnp.float32), jnp.asarray(real, jnp.float32)
+  assert float(pretrain.likeness(*given)) == pytest.approx(true, abs=1e-5)
 
 
 def test_the_image_encoder_learns_factors_while_the_text_encoder_stays(tmp_path):
@@ -203,7 +199,12 @@ def test_the_image_encoder_learns_factors_while_the_text_encoder_stays(tmp_path)
   for old, new in zip(jax.tree.leaves(nnx.state(start.text)), jax.tree.leaves(nnx.state(text))):
     np.testing.assert_array_equal(old, new)
   logs = [json.loads(line) for line in (tmp_path / "clip.jsonl").read_text().splitlines()]
-  assert logs[-1]["tokens_class_id"] > 0.95 and logs[-1]["embed_class_id"] > 0.95
+  assert logs[-1]["class_id"] > 0.95
+  # Of what makes subjects alike the encoder can see the class alone.
+  pairs = np.triu_indices(len(shade), 1)
+  alike = (factors.class_id[:, None] == factors.class_id)[pairs]
+  best = np.corrcoef(alike, judging.real_similarity(factors)[pairs])[0, 1]
+  assert logs[-1]["likeness"] == pytest.approx(best, abs=0.05)
 
 
 def test_a_frozen_encoder_keeps_its_latents_while_the_decoder_learns(tmp_path, mesh, monkeypatch):

@@ -58,8 +58,9 @@ def _by_processes(factors: Factors, rows, resolution: int, processes: int):
     with _environment(_WORKER_ENVIRONMENT):
       for stretch in np.array_split(rows, processes):
         job = (stretch, factors.take(stretch), resolution, results)
-        workers.append(context.Process(target=_work, args=job, daemon=True))
-        workers[-1].start()
+        worker = context.Process(target=_work, args=job, daemon=True)
+        worker.start()
+        workers.append(worker)  # once it runs: what never started cannot be terminated
     left = len(rows)
     while left:
       try:
