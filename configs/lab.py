@@ -70,7 +70,7 @@ ARMS = {
   "self_augmented": Arm("control", SELF | OFF | AUGMENTED),
   "multi_view_augmented": Arm("control", OFF | AUGMENTED),
   # How the real similarity enters MACL. The method's soft targets leave room for the others' order
-  # at temperature 0.3, which is too mild for one positive; those have InfoNCE's 0.07, and a weight
+  # at temperature 0.3, which is too mild for one positive; these have InfoNCE's 0.07, and a weight
   # at which they do not drown the diffusion loss.
   "macl_inverse": Arm("scaling", _sharp("inverse")),
   "macl_none": Arm("scaling", _sharp("none")),
@@ -79,8 +79,6 @@ ARMS = {
   "macl_two_minus": Arm("scaling", _sharp("two_minus")),
   "macl_log_complement": Arm("scaling", _sharp("log_complement")),
   "macl_soft_sharp": Arm("scaling", _sharp("soft_target")),
-  "macl_weight_01": Arm("weights", {"objective.lambda_macl": 0.005}),
-  "macl_weight_4": Arm("weights", {"objective.lambda_macl": 0.2}),
   "macl_symmetric": Arm("contrast", {"objective.macl_symmetric": True}),
   "macl_per_token": Arm("contrast", {"objective.macl_pooling": "per_token"}),
   "macl_head": Arm("contrast", {"encoder.contrast_head": 128}),
@@ -104,6 +102,8 @@ ARMS = {
   "weight_03": Arm("weights", _weight(0.3)),
   "weight_3": Arm("weights", _weight(3.0)),
   "weight_10": Arm("weights", _weight(10.0)),
+  "macl_weight_01": Arm("weights", {"objective.lambda_macl": 0.005}),
+  "macl_weight_4": Arm("weights", {"objective.lambda_macl": 0.2}),
   # Contrast outweighs the diffusion loss by far, which then finds features that are apart already.
   "contrast_first": Arm("warmup", first=(0.2, _weight(200))),
   # How the reference is shown: with its background the scene can leak, re-centred no size can.
