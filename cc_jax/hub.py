@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -319,7 +320,15 @@ def _below(sharding: Sharding, label: str) -> Sharding:
 
 
 def _abstract(cls: type[nnx.Module], config: Any, dtype: Any, param_dtype: Any) -> nnx.Module:
-  return abstract(lambda rngs: cls(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs))
+  skeleton = _skeleton(cls, config, jnp.dtype(dtype), jnp.dtype(param_dtype))
+  return nnx.merge(*skeleton, copy=True)  # or all would share their variables
+
+
+# The laboratory and notebooks load one base many times, and tracing its constructors is most of it.
+@functools.lru_cache(maxsize=8)
+def _skeleton(cls: type[nnx.Module], config: Any, dtype: Any, param_dtype: Any) -> tuple:
+  return nnx.split(
+    abstract(lambda rngs: cls(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)))
 
 
 # ---- writing

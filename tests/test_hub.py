@@ -191,6 +191,17 @@ def test_dtypes_and_hash(saved, base):
   assert half.unet.conv_in.dtype == jnp.bfloat16
 
 
+def test_two_bases_of_one_folder_share_nothing(saved):
+  """Their constructors are traced once; a change of one must not be seen in the next."""
+  one, other = hub.abstract_base(saved), hub.abstract_base(saved)
+  kernel = other.unet.conv_in.kernel.get_value()
+  one.unet.conv_in.kernel.set_value(None)
+  one.unet.conv_in.dtype = "changed"
+  for base in (other, hub.abstract_base(saved)):
+    assert base.unet.conv_in.kernel.get_value() == kernel
+    assert base.unet.conv_in.dtype == jnp.float32
+
+
 def test_hash_by_hand(saved, base):
   """sha256 over the sorted tensors of all networks: name, and sha256 of type, shape and bytes."""
   lines = []
