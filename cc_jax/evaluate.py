@@ -79,8 +79,7 @@ def make_trials(split: str, count: int, *, share: float = 0.8, size: int = 64,
   Raises:
     UserError: the split has fewer subjects.
   """
-  subjects, rng = choose_subjects(split, count)
-  factors = world.sample_factors(rng, subjects, hat=0, style=0)
+  factors, rng = reference_factors(split, count)
   rendered = render_many(factors, resolution=size, progress=False)
   scenes = (factors.scene + rng.integers(1, len(world.SCENES), count)) % len(world.SCENES)
   styles = np.zeros(count, np.int32)
@@ -106,6 +105,12 @@ def make_trials(split: str, count: int, *, share: float = 0.8, size: int = 64,
     factors=factors,
     seen=judging.visible(asked, rendered.coverage),
   )
+
+
+def reference_factors(split: str, count: int) -> tuple[world.Factors, np.random.Generator]:
+  """The references of `make_trials` before they are rendered, and what to draw on with."""
+  subjects, rng = choose_subjects(split, count)
+  return world.sample_factors(rng, subjects, hat=0, style=0), rng
 
 
 def choose_subjects(split: str, count: int) -> tuple[world.Subjects, np.random.Generator]:

@@ -1,4 +1,4 @@
-"""Tables and figures of the laboratory, from its result files alone: no model, no judge."""
+"""Tables and figures of the laboratory, from its result files alone: no model, no picture."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from cc_jax import evaluate
 from cc_jax.errors import UserError
 from cc_jax.metrics.statistics import Interval, at_equal, hierarchical_bootstrap
 
@@ -147,6 +148,9 @@ def tables(arms: Arms, split: str) -> str:
     "## The method less another arm, subject by subject",
     "95 % intervals: hierarchical bootstrap over seeds and subjects, same prompts and noise.",
     _differences(arms, METHOD),
+    "## By the size of the subject in its reference",
+    "Means of the smallest, middle and largest third of the references; in brackets the 95 % "
+    "interval of the method less the arm.", _by_size(arms, split),
     "## Trade-off: swept over the adapter's scale", _swept(arms),
     "## Leakage at equal identity",
     "Where the trainings first reach the identity that both reach; see `leakage_course.png`.",
@@ -196,6 +200,27 @@ def _differences(arms: Arms, one: str) -> str:
     for move in MOVES:
       cells.append(_interval(
         paired(arms[one], rows, lambda r: _row(r["leakage"].get(move, ())))))  # noqa: B023
+    lines.append(cells)
+  return markdown(head, lines)
+
+
+def _by_size(arms: Arms, split: str) -> str:
+  """Does an arm keep or obey less where the reference is small, or large?"""
+  count = len(next(iter(arms.values()))[0]["subjects"]["fidelity"])
+  size = evaluate.reference_factors(split, count)[0].size
+  thirds = np.array_split(np.argsort(size, kind="stable"), 3)
+  head = ["arm", *(f"{key}, {third}" for key in ("fidelity", "control")
+                   for third in ("small", "middle", "large"))]
+  lines = []
+  for name, rows in arms.items():
+    cells = [name]
+    for key in ("fidelity", "control"):
+      for third in thirds:
+        get = lambda r: np.asarray(_row(r["subjects"][key]), float)[third]  # noqa: B023, E731
+        cells.append(f"{np.nanmean([get(row) for row in rows]):.3f}")
+        if METHOD in arms and name not in (METHOD, BASE):
+          of = paired(arms[METHOD], rows, get)
+          cells[-1] += "" if np.isnan(of.mean) else f" [{of.low:+.3f}, {of.high:+.3f}]"
     lines.append(cells)
   return markdown(head, lines)
 

@@ -179,6 +179,8 @@ def test_tables_and_figures_of_known_results(tmp_path):
   rows += [made("self_reconstruction", s, fidelity=0.4, leak=0.8, spearman=0.1) for s in (0, 1, 2)]
   rows += [made("ip_adapter_plus", 0, tuned=v, fidelity=v) for v in (0.2, 0.3)]
   rows += [made("macl_none", 0, family="scaling"), made("base", 0, family="base", leak=0)]
+  size = evaluate.reference_factors("validation", 8)[0].size  # the three smallest alone are kept
+  rows[-2]["subjects"]["fidelity"] = list((size <= np.sort(size)[2]).astype(float))
   for row in rows:
     lab.write(lab.result_file(results, row["arm"], row["seed"], "validation", row["tuned"]), row)
   lab.write(results / "method-0-test.json", made(split="test", fidelity=0.9))
@@ -198,9 +200,11 @@ def test_tables_and_figures_of_known_results(tmp_path):
   found = re.match(r"\*\*\+0.210 \[\+(0\.\d+), \+(0\.\d+)\]\*\*", less[2])
   assert found and 0.195 < float(found[1]) < float(found[2]) < 0.225
   assert less[4].startswith("**-0.700")
-  equal = cells("self_reconstruction", 3)  # both reach 0.4: the method at 2/3 of its way
+  by_size = [cell.split()[0] for cell in cells("macl_none", 2)[1:4]]
+  assert by_size == ["1.000", "0.000", "0.000"]
+  equal = cells("self_reconstruction", 4)  # both reach 0.4: the method at 2/3 of its way
   assert equal[1:] == ["size", "0.400", "0.067", "0.800", "0.083"]
-  assert cells("self_reconstruction", 5)[1] == "0.100 ± 0.000"
+  assert cells("self_reconstruction", 6)[1] == "0.100 ± 0.000"
   above = [line for line in text.splitlines() if line.endswith("| none |")]
   assert "| ip_adapter_plus | 0.300 / 0.800 | 0.300 / 0.800 | none |" in above
   lab_report.report(results, tmp_path / "out", split="test")
