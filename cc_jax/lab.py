@@ -42,7 +42,7 @@ from cc_jax.train import Views, keep_compiled, train
 from configs import lab as table
 from data_pipeline.subjects3d.factors import SPLITS, VERSION
 
-RESULTS, FIGURES = Path("docs/lab/results"), Path("docs/lab")
+FIGURES = Path("docs/lab")  # with results/ inside; another setting has a folder in there
 ALL_SEEDS = ("core", "control")  # families that run with every seed
 # How a run is scored: results that differ in one of these cannot be compared.
 _SCORED = ("split", "subjects", "styled", "hatted", "interventions", "curve_subjects",
@@ -357,8 +357,8 @@ def define_flags() -> None:
   flags.DEFINE_list("arms", [], "Arms or families of configs/lab.py's ARMS; all by default.")
   flags.DEFINE_integer("budget", None, "Training steps of every run; config.run.train.steps.")
   flags.DEFINE_string("split", None, "validation (default) or test: once, at the end.")
-  flags.DEFINE_string("workdir", "runs/lab", "Checkpoints and adapters of the runs.")
-  flags.DEFINE_string("results", None, f"Where results lie; {RESULTS} by default.")
+  flags.DEFINE_string("workdir", None, "Checkpoints and adapters of the runs; runs/lab by default.")
+  flags.DEFINE_string("results", None, f"Where results lie; {FIGURES}/results by default.")
   flags.DEFINE_string("figures", None, f"Where tables and figures go; {FIGURES} by default.")
   flags.DEFINE_string("checkpoint", None, "pictures: an adapter file or a run's folder.")
   flags.DEFINE_string("against", None, "pictures: another, beside it in the map of S+.")
@@ -369,9 +369,10 @@ def main(argv: Sequence[str]) -> None:
   del argv
   f = flags.FLAGS
   config = f.config
-  workdir = Path(f.workdir)
-  results = Path(f.results or (workdir / "results" if f.fast else RESULTS))
-  figures = Path(f.figures or (workdir / "figures" if f.fast else FIGURES))
+  own = "" if config.setting == "cut_outs" else config.setting
+  workdir = Path(f.workdir or Path("runs/lab", own))
+  results = Path(f.results or (workdir if f.fast else FIGURES / own) / "results")
+  figures = Path(f.figures or (workdir / "figures" if f.fast else FIGURES / own))
   if f.fast:
     table.fast(config)
     # Compiling is what takes the time: it does little, and no run repeats what another did.

@@ -5,9 +5,12 @@
     python -m cc_jax.lab --suite=ablation --arms=core,control   # families or single arms
     python -m cc_jax.lab --suite=ablation --budget=3000   # steps of every run (600)
     python -m cc_jax.lab --suite=ablation --arms=core --split=test   # finished arms, once
+    python -m cc_jax.lab --config=configs/lab.py:photographs --suite=ablation --arms=core
 
-A variant is one line of `ARMS`: a name, its family and what it changes in `run`. How long it all
-takes: docs/lab.md.
+The last one asks the same where subjects are shown as in photographs: references keep their
+background, and half of the captions name nothing but the class. A variant is one line of `ARMS`: a
+name, its family and what it changes in `run`. How long it all takes:
+docs/lab.md.
 """
 
 from typing import Any, NamedTuple
@@ -116,9 +119,16 @@ ARMS = {
 }
 
 
-def get_config() -> ml_collections.ConfigDict:
-  """The table of decisions, of `python -m cc_jax.lab --config=configs/lab.py`."""
+def get_config(setting: str = "cut_outs") -> ml_collections.ConfigDict:
+  """The table of decisions, of `python -m cc_jax.lab --config=configs/lab.py[:setting]`.
+
+  'cut_outs': references on white, captions that tell all of the context; 'photographs': neither.
+  Raises ValueError for another one.
+  """
+  if setting not in ("cut_outs", "photographs"):
+    raise ValueError(f"setting {setting!r} is unknown; configs/lab.py has cut_outs, photographs")
   c = ml_collections.ConfigDict()
+  c.setting = setting
   c.seeds = (0, 1, 2)  # of core arms and controls
   c.side_seeds = (0,)
 
@@ -127,7 +137,10 @@ def get_config() -> ml_collections.ConfigDict:
   # References show the subject where and as large as it stands in its frame, on white: re-centred
   # ones would hide size and place, and then no arm could leak them.
   c.run.data.reference_place = "in_place"
-  c.run.train.steps = 600  # the budget of a run: 7 minutes on 2 cores; --budget for more
+  if setting == "photographs":
+    c.run.data.reference_place = "frame"
+    c.run.data.terse_captions = 0.5
+  c.run.train.steps = 600 if setting == "cut_outs" else 400  # the budget; --budget for more
   c.run.train.sample_every = 200  # when a run is scored on its way
   c.run.train.gaps_every = 0
   c.run.train.max_bad_steps = 20  # a rate that is too high is a low score, not the suite's end

@@ -30,6 +30,8 @@ def get_config() -> ml_collections.ConfigDict:
   # 'random' size and place like positives, or the whole 'frame' with its background.
   c.data.reference_place = "centred"
   c.data.frames = "multi_view"  # 'self': the reference is the target's own frame (lab's control)
+  # Share of captions cut down to the class noun, "a teapot": photographs are rarely told in full.
+  c.data.terse_captions = 0.0
   c.data.group = "family"  # hard negatives: 'class' | 'family'
   c.data.group_share = 0.0  # share of the global batch drawn from one group
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from data_pipeline import sampling, tokens, triples
+from data_pipeline.errors import DataError
 
 # Every key of an example with its type; shapes are in `data_pipeline.make_loader`.
 SIGNATURE = dict(
@@ -26,6 +27,9 @@ class Maker:
     self.triple = triples.TripleConfig.from_config(data_config)
     self._frames = data_config.frames
     sampling.check_frames(self._frames)
+    self._terse = data_config.terse_captions
+    if not 0 <= self._terse <= 1:
+      raise DataError(f"data.terse_captions={self._terse} must lie between 0 and 1")
     self._group, self._group_share = data_config.group, data_config.group_share
     self._batch_size, self._seed = batch_size, seed
     encode = lambda caption, noun: tokens.encode_prompt(tokenizer, caption, noun, s_words)  # noqa: E731
@@ -73,6 +77,8 @@ class Maker:
   ) -> dict[str, np.ndarray]:
     """One row; `images` and `masks` are those of frames (i, j, k), `caption` is frame k's."""
     row = triples.make_triple(rng, images, masks, self.triple)
+    if rng.random() < self._terse:  # the row's last draw: no other one depends on the share
+      caption = f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
     row["input_ids"], row["slot"], row["noun_span"] = self.encode(caption, noun)
     row |= {name: column[subject] for name, column in table._asdict().items()}
     return {key: np.asarray(row[key], dtype) for key, dtype in SIGNATURE.items()}
