@@ -399,7 +399,7 @@ def main(argv: Sequence[str]) -> None:
                                  fast_arms() if f.fast else table.ARMS)
     suite(config, names, workdir=workdir, results=results, candidates=1 if f.fast else 0)
   if f.suite != "pictures":
-    lab_report.report(results, figures, split=config.score.split)
+    lab_report.report(results, figures, split=config.score.split, setting=config.setting)
   if f.suite == "pictures" or f.fast and f.suite == "ablation":
     checkpoint, against = f.checkpoint, f.against
     if f.fast and checkpoint is None:

@@ -27,8 +27,9 @@ _COLORS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b", "#e
            "#bcbd22", "#17becf")
 
 
-def report(results: Path, folder: Path, *, split: str = "validation") -> None:
-  """Writes `tables.md` and the figures to `folder`.
+def report(results: Path, folder: Path, *, split: str = "validation",
+           setting: str = "cut_outs") -> None:
+  """Writes `tables.md` and the figures to `folder`; `setting` is said in the tables' first line.
 
   Raises:
     UserError: no results of this split, or of different budgets or scorings.
@@ -36,7 +37,7 @@ def report(results: Path, folder: Path, *, split: str = "validation") -> None:
   arms = load(results, split)
   folder.mkdir(parents=True, exist_ok=True)
   ending = "" if split == "validation" else f"-{split}"
-  (folder / f"tables{ending}.md").write_text(tables(arms, split))
+  (folder / f"tables{ending}.md").write_text(tables(arms, split, setting))
   for name, draw in FIGURES.items():
     figure = draw(arms)
     if figure is not None:
@@ -136,12 +137,13 @@ def curve(rows: Sequence[Result], move: str) -> tuple[np.ndarray, np.ndarray]:
 # ---- tables
 
 
-def tables(arms: Arms, split: str) -> str:
+def tables(arms: Arms, split: str, setting: str) -> str:
   """The markdown file."""
+  options = f"--split={split} --config=configs/lab.py:{setting}"
   row = next(rows[0] for name, rows in arms.items() if name != BASE)
   parts = [
     "# Tables of the laboratory",
-    f"Made by `python -m cc_jax.lab --suite=report --split={split}` from `results/`: "
+    f"Made by `python -m cc_jax.lab --suite=report {options}` from `results/`: "
     f"{sum(map(len, arms.values()))} runs of {row['steps']} steps, {split} subjects, base "
     f"`{row['base']}`, world and scoring `{row['fingerprint']}`; {_machines(arms)}.",
     "## What is drawn", _scores(arms),

@@ -70,6 +70,16 @@ def test_a_wrong_arm_is_one_line(monkeypatch):
     lab.arm_config(table.get_config(), "typo", 0)
 
 
+def test_photographs_keep_their_ground_and_are_told_in_few_words():
+  one, other = table.get_config(), table.get_config("photographs")
+  differs = changed(one.run, other.run)
+  assert differs == {"data.reference_place", "data.terse_captions", "train.steps"}
+  assert other.run.data.reference_place == "frame" and 0 < other.run.data.terse_captions < 1
+  assert {key for key in one if key != "run" and one[key] != other[key]} == {"setting"}
+  with pytest.raises(ValueError, match="setting 'paintings' is unknown"):
+    table.get_config("paintings")
+
+
 def test_a_first_part_is_shorter_and_at_a_constant_rate():
   config = lab.arm_config(table.get_config(), "contrast_first", 0).run
   share, changes = table.ARMS["contrast_first"].first
@@ -207,8 +217,9 @@ def test_tables_and_figures_of_known_results(tmp_path):
   assert cells("self_reconstruction", 6)[1] == "0.100 ± 0.000"
   above = [line for line in text.splitlines() if line.endswith("| none |")]
   assert "| ip_adapter_plus | 0.300 / 0.800 | 0.300 / 0.800 | none |" in above
-  lab_report.report(results, tmp_path / "out", split="test")
-  assert "0.900" in (tmp_path / "out" / "tables-test.md").read_text()
+  lab_report.report(results, tmp_path / "out", split="test", setting="photographs")
+  tested = (tmp_path / "out" / "tables-test.md").read_text()
+  assert "0.900" in tested and "--split=test --config=configs/lab.py:photographs`" in tested
   lab.write(results / "cscl-0.json", made("cscl", mark="n"))
   with pytest.raises(UserError, match="2 different budgets"):
     lab_report.load(results, "validation")

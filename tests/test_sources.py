@@ -28,7 +28,7 @@ def config(**changes):
   fields = dict(
       source="folder", name="", data_dir="", image_size=32, reference_share=0.8,
       reference_jitter=0.0, positive_share=(0.4, 0.9), group="class", group_share=0.5,
-      reference_place="centred", frames="multi_view",
+      reference_place="centred", frames="multi_view", terse_captions=0.0,
   )  # fmt: skip
   return types.SimpleNamespace(**fields | changes)
 
@@ -283,6 +283,28 @@ def test_self_reconstruction_differs_in_the_reference_alone(tmp_path, tokenizer)
     assert not np.array_equal(several["reference"], one["reference"])
   with pytest.raises(data_pipeline.DataError, match="data.frames='twice' is unknown"):
     take(config(name=str(tmp_path), frames="twice"), tokenizer, 1)
+
+
+def test_terse_captions_name_the_class_alone(tmp_path, tokenizer):
+  nouns, share = write_folder(tmp_path), 0.4
+  whole, terse, none = (
+    take(config(name=str(tmp_path), group_share=0.0, terse_captions=share), tokenizer, 60)
+    for share in (0.0, share, 1.0)
+  )
+  cut = []
+  for full, some, bare in zip(whole, terse, none):
+    for row, subject in enumerate(full["subject_id"]):
+      texts = [tokenizer.decode(batch["input_ids"][row], skip_special_tokens=True).strip()
+               for batch in (full, some, bare)]
+      assert texts[2] == f"a {nouns[subject]}" != texts[0]
+      assert texts[1] in (texts[0], texts[2])
+      cut.append(texts[1] == texts[2])
+    for key in set(full) - {"input_ids", "slot", "noun_span"}:  # nothing else changes
+      np.testing.assert_array_equal(full[key], some[key], err_msg=key)
+    check_batch(some, tokenizer, nouns)
+  assert abs(np.mean(cut) - share) < 0.12
+  with pytest.raises(data_pipeline.DataError, match="data.terse_captions=1.5 must lie between"):
+    take(config(name=str(tmp_path), terse_captions=1.5), tokenizer, 1)
 
 
 def test_rendered_references_are_photos_without_hat():

@@ -82,30 +82,47 @@ def ridge_predictions(
 ) -> Float[np.ndarray, "n k"]:
   """Each picture's targets, predicted by a ridge regression that saw the other folds alone.
 
-  Closed form from one SVD per fold: features are standardised by the training part, and among
-  `_RIDGES` the one with the least generalised cross-validation error on it is taken, per target.
+  How strong the ridge is, of `_RIDGES`, the other folds decide among themselves, per target: each
+  is predicted from the rest. So a choice, too, is never made on views of a subject that was fitted,
+  as generalised cross-validation would (it takes pictures for independent, and overfits what the
+  views of a subject have in common).
+
+  Raises:
+    ValueError: fewer than three folds.
   """
   features, targets = np.asarray(features, np.float64), np.asarray(targets, np.float64)
+  names = np.unique(fold)
+  if len(names) < 3:
+    raise ValueError(f"{len(names)} folds; one is predicted, and two or more must choose the ridge")
   predicted = np.zeros_like(targets)
-  for here in np.unique(fold):
-    train, test = fold != here, fold == here
-    mean, scale = features[train].mean(0), features[train].std(0)
+  for here in names:
+    scale = features[fold != here].std(0)
     scale = np.where(scale > 1e-8 * max(scale.max(), 1e-12), scale, np.inf)
-    x, offset = (features[train] - mean) / scale, targets[train].mean(0)
-    y = targets[train] - offset
-    u, s, vt = np.linalg.svd(x, full_matrices=False)
-    n, inside = len(x), u.T @ y
-    best_error, weights = np.full(y.shape[1], np.inf), np.zeros((x.shape[1], y.shape[1]))
-    for ridge in _RIDGES * n:
-      keep = s**2 / (s**2 + ridge)
-      residual = y - u @ (keep[:, None] * inside)
-      error = np.mean(residual**2, 0) / (1 - keep.sum() / n) ** 2
-      better = error < best_error
-      best_error = np.where(better, error, best_error)
-      found = vt.T @ ((s / (s**2 + ridge))[:, None] * inside)
-      weights = np.where(better, found, weights)
-    predicted[test] = (features[test] - mean) / scale @ weights + offset
+    gram = (features / scale) @ (features / scale).T  # all that ridges need, and n is less than d
+    error = 0.0
+    for inner in names[names != here]:
+      tried = _ridges(gram, targets, (fold != here) & (fold != inner), fold == inner)
+      error = error + np.sum((tried - targets[fold == inner]) ** 2, axis=1)
+    outer = _ridges(gram, targets, fold != here, fold == here)
+    best = np.argmin(error, axis=0)  # [k]
+    predicted[fold == here] = np.take_along_axis(outer, best[None, None], axis=0)[0]
   return predicted
+
+
+def _ridges(gram, targets, train, test) -> Float[np.ndarray, "r t k"]:
+  """What each of `_RIDGES`, fitted to the rows `train`, predicts of the rows `test`.
+
+  By `gram` [n, n], the inner products of the features, which are centred here by the mean of
+  `train`; so are the targets.
+  """
+  fitted, asked = gram[np.ix_(train, train)], gram[np.ix_(test, train)]
+  middle = fitted.mean(0)
+  fitted, asked = (k - middle - k.mean(1, keepdims=True) + middle.mean() for k in (fitted, asked))
+  values, vectors = np.linalg.eigh(fitted)
+  offset = targets[train].mean(0)
+  inside = vectors.T @ (targets[train] - offset)
+  ridges = _RIDGES[:, None, None] * len(fitted)
+  return asked @ vectors @ (inside / (np.maximum(values, 0)[:, None] + ridges)) + offset
 
 
 def probes(
