@@ -355,6 +355,7 @@ def define_flags() -> None:
                     "What is done.")
   flags.DEFINE_bool("fast", False, "A toy base, two steps, one arm per family: does it all run?")
   flags.DEFINE_list("arms", [], "Arms or families of configs/lab.py's ARMS; all by default.")
+  flags.DEFINE_integer("candidates", 0, "Values tried of an arm that is tuned; 0 = all.")
   flags.DEFINE_integer("budget", None, "Training steps of every run; config.run.train.steps.")
   flags.DEFINE_string("split", None, "validation (default) or test: once, at the end.")
   flags.DEFINE_string("workdir", None, "Checkpoints and adapters of the runs; runs/lab by default.")
@@ -397,7 +398,7 @@ def main(argv: Sequence[str]) -> None:
   if f.suite in ("ablation", "sweep"):
     names = chosen_arms(f.arms) or list(config.score.sweep_arms if f.suite == "sweep" else
                                  fast_arms() if f.fast else table.ARMS)
-    suite(config, names, workdir=workdir, results=results, candidates=1 if f.fast else 0)
+    suite(config, names, workdir=workdir, results=results, candidates=1 if f.fast else f.candidates)
   if f.suite != "pictures":
     lab_report.report(results, figures, split=config.score.split, setting=config.setting)
   if f.suite == "pictures" or f.fast and f.suite == "ablation":
