@@ -362,7 +362,7 @@ def define_flags() -> None:
   flags.DEFINE_string("results", None, f"Where results lie; {FIGURES}/results by default.")
   flags.DEFINE_string("figures", None, f"Where tables and figures go; {FIGURES} by default.")
   flags.DEFINE_string("checkpoint", None, "pictures: an adapter file or a run's folder.")
-  flags.DEFINE_string("against", None, "pictures: another, beside it in the map of S+.")
+  flags.DEFINE_string("against", None, "pictures: another, beside it where two are shown.")
 
 
 def main(argv: Sequence[str]) -> None:

@@ -36,7 +36,9 @@ def pictures(
   config: ml_collections.ConfigDict, checkpoint: str | os.PathLike,
   against: str | os.PathLike | None, folder: Path,
 ) -> None:
-  """Writes every picture of `checkpoint` to `folder`; `against` stands beside it in the map of S+.
+  """Writes every picture of `checkpoint` to `folder`.
+
+  `against` stands beside it in the map of S+ and in the interventions.
 
   Raises:
     UserError: an adapter that does not exist or does not fit the base.
@@ -52,7 +54,7 @@ def pictures(
   s_plus_map(pipes, subjects=subjects, split=score.split, timestep=score.timestep).savefig(
     folder / "s_plus_map.png", dpi=110, bbox_inches="tight")
   drawn = {
-    "interventions": interventions(pipe, min(2, score.interventions), split=score.split,
+    "interventions": interventions(pipes, min(2, score.interventions), split=score.split,
                                    steps=steps),
     "location_maps": location_maps(pipe, trials, steps=steps),
     "two_subjects": two_subjects(pipe, trials, steps=steps),
@@ -105,23 +107,27 @@ def s_plus_map(
 
 
 def interventions(
-  pipe: generate.Pipeline, count: int = 2, *, split: str = "validation", steps: int = 20
+  pipes: dict[str, generate.Pipeline], count: int = 2, *, split: str = "validation",
+  steps: int = 20,
 ) -> Image.Image:
-  """A reference with one irrelevant factor moved at a time, and below what is drawn from each.
+  """A reference with one irrelevant factor moved at a time, and below what each adapter draws.
 
-  Prompt and noise are a row's: what changes in it has leaked (`cc_jax.metrics.leakage`).
+  Prompt and noise are a row's: what changes in it has leaked (`cc_jax.metrics.leakage`). The
+  adapters' trainings must have shown references alike.
   """
+  pipe, rows = next(iter(pipes.values())), range(count)
   what = evaluate.make_interventions(split, count, **pipe.shown)
-  names, rows = list(what.references), range(count)
+  names = list(what.references)
   references = np.concatenate([[what.references[name][i] for name in names] for i in rows])
   prompts, nouns = ([given[i] for i in rows for _ in names] for given in (what.prompts, what.nouns))
-  images, _ = draw(pipe, prompts, nouns, references,
-                   [SEED + i for i in rows for _ in names], steps=steps)
+  seeds = [SEED + i for i in rows for _ in names]
+  drawn = {name: draw(one, prompts, nouns, references, seeds, steps=steps)[0]
+           for name, one in pipes.items()}
   cells, sides = [], []
   for i in rows:
     row = slice(i * len(names), (i + 1) * len(names))
-    cells += [*references[row], *images[row]]
-    sides += ["reference", what.prompts[i]]
+    cells += [*references[row], *(cell for images in drawn.values() for cell in images[row])]
+    sides += [f"{what.nouns[i]}: reference", *(f"{name}: {what.prompts[i]}" for name in drawn)]
   heads = ["as it is", *(f"{name} moved" for name in names[1:])]
   return grid(cells, columns=len(names), column_headings=heads, row_headings=sides, scale=1.5)
 
