@@ -17,8 +17,8 @@ from cc_jax.metrics.statistics import Interval, at_equal, hierarchical_bootstrap
 Result = dict[str, Any]
 Arms = dict[str, list[Result]]  # by name, its seeds in order
 
-METHOD, BASE = "method", "base"
-AGAINST = ("self_reconstruction", "ip_adapter_plus")  # what the method is held against
+METHOD, SELF, BASE = "method", "self_reconstruction", "base"
+AGAINST = (SELF, "ip_adapter_plus")  # what the method is held against
 FACTORS = ("class_id", "color1", "color2", "pattern", "pattern_color", "scene", "style", "hat")
 MOVES = ("size", "place", "azimuth", "light", "scene")
 INTRINSIC = ("class_id", "color1", "color2", "pattern", "pattern_color", "wide", "tall", "ratio")
@@ -149,7 +149,11 @@ def tables(arms: Arms, split: str, setting: str) -> str:
     "## What is drawn", _scores(arms),
     "## The method less another arm, subject by subject",
     "95 % intervals: hierarchical bootstrap over seeds and subjects, same prompts and noise.",
-    _differences(arms, METHOD),
+    _differences([(name, arms[METHOD], rows) for name, rows in _trained(arms).items()
+                  if METHOD in arms and name != METHOD], "against"),
+    "## Arms with several seeds less self-reconstruction, in the same way",
+    _differences([(name, rows, arms[SELF]) for name, rows in _trained(arms).items()
+                  if SELF in arms and name != SELF and len(rows) > 1], "arm"),
     "## By the size of the subject in its reference",
     "Means of the smallest, middle and largest third of the references; in brackets the 95 % "
     "interval of the method less the arm.", _by_size(arms, split),
@@ -189,19 +193,16 @@ def _scores(arms: Arms) -> str:
   return markdown(head, lines)
 
 
-def _differences(arms: Arms, one: str) -> str:
-  head = ["against", "seeds", "fidelity", "control", *(f"leak {move}" for move in MOVES)]
+def _differences(pairs: Sequence[tuple[str, Sequence[Result], Sequence[Result]]], said: str) -> str:
+  """Paired differences: of each (name, one, other) what `one` has more than `other`."""
+  head = [said, "seeds", "fidelity", "control", *(f"leak {move}" for move in MOVES)]
   lines = []
-  for name, rows in arms.items():
-    if name in (one, BASE) or one not in arms:
-      continue
-    both = {row["seed"] for row in rows} & {row["seed"] for row in arms[one]}
-    cells = [name, str(len(both))]
+  for name, one, other in pairs:
+    cells = [name, str(len({row["seed"] for row in one} & {row["seed"] for row in other}))]
     for key in ("fidelity", "control"):
-      cells.append(_interval(paired(arms[one], rows, lambda r: _row(r["subjects"][key]))))  # noqa: B023
+      cells.append(_interval(paired(one, other, lambda r: _row(r["subjects"][key]))))  # noqa: B023
     for move in MOVES:
-      cells.append(_interval(
-        paired(arms[one], rows, lambda r: _row(r["leakage"].get(move, ())))))  # noqa: B023
+      cells.append(_interval(paired(one, other, lambda r: _row(r["leakage"].get(move, ())))))  # noqa: B023
     lines.append(cells)
   return markdown(head, lines)
 
@@ -426,6 +427,11 @@ FIGURES: dict[str, Callable[[Arms], Figure | None]] = {
   "tradeoff": tradeoff, "leakage_course": leakage_course, "leakage": leakage_bars,
   "likeness": likeness, "probes": probes,
 }
+
+
+def _trained(arms: Arms) -> Arms:
+  """All but the base."""
+  return {name: rows for name, rows in arms.items() if name != BASE}
 
 
 def _shown(arms: Arms) -> Arms:

@@ -210,6 +210,7 @@ def test_tables_and_figures_of_known_results(tmp_path):
   found = re.match(r"\*\*\+0.210 \[\+(0\.\d+), \+(0\.\d+)\]\*\*", less[2])
   assert found and 0.195 < float(found[1]) < float(found[2]) < 0.225
   assert less[4].startswith("**-0.700")
+  assert cells("method", 1)[1:3] == ["3", less[2]]  # and against self-reconstruction the same
   by_size = [cell.split()[0] for cell in cells("macl_none", 2)[1:4]]
   assert by_size == ["1.000", "0.000", "0.000"]
   equal = cells("self_reconstruction", 4)  # both reach 0.4: the method at 2/3 of its way
