@@ -301,7 +301,7 @@ def small(tmp_path_factory):
   config.run.sample.steps = 1
   config.score.update(
     subjects=2, styled=2, interventions=2, curve_subjects=2, curve_interventions=2,
-    probe_subjects=2, probe_views=4, batch=4, sweep_scales=(0.5,), sweep_subjects=1)
+    probe_subjects=4, probe_views=2, batch=4, sweep_scales=(0.5,), sweep_subjects=1)
   return folder, config
 
 

@@ -321,6 +321,7 @@ def test_rendered_references_are_photos_without_hat():
 
 
 def test_render_needs_no_tensorflow(tmp_path):
+  data = vars(config(source="render", image_size=16, group_share=0.0))
   script = f"""
 import sys, types
 sys.modules["tensorflow"] = sys.modules["tensorflow_datasets"] = None
@@ -331,10 +332,7 @@ from data_pipeline.subjects3d import factors, multi_view
 from test_triples import make_tokenizer
 table = factors.subjects("train")
 factors.subjects = lambda split: table.take(table.class_id == 2)
-data = types.SimpleNamespace(
-    source="render", image_size=16, reference_share=0.8, reference_jitter=0.0,
-    positive_share=(0.4, 0.9), group="class", group_share=0.0, reference_place="centred",
-    frames="multi_view")
+data = types.SimpleNamespace(**{data!r})
 tokenizer = make_tokenizer(Path({str(tmp_path)!r}) / "tokenizer", max_length=160)
 loader = data_pipeline.make_loader(data, tokenizer, batch_size=2, seed=0)
 assert next(loader)["target"].shape == (2, 16, 16, 3)
