@@ -220,7 +220,9 @@ def _by_size(arms: Arms, split: str) -> str:
     for key in ("fidelity", "control"):
       for third in thirds:
         get = lambda r: np.asarray(_row(r["subjects"][key]), float)[third]  # noqa: B023, E731
-        cells.append(f"{np.nanmean([get(row) for row in rows]):.3f}")
+        known = np.concatenate([get(row) for row in rows])
+        known = known[~np.isnan(known)]
+        cells.append(f"{known.mean():.3f}" if len(known) else "–")
         if METHOD in arms and name not in (METHOD, BASE):
           of = paired(arms[METHOD], rows, get)
           cells[-1] += "" if np.isnan(of.mean) else f" [{of.low:+.3f}, {of.high:+.3f}]"
