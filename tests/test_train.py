@@ -332,7 +332,7 @@ def test_gradients_do_not_depend_on_the_number_of_parts(setup):
   shares |= dict(cscl_temperature=0.3, macl_temperature=0.3, macl_soft_temperature=0.3)
   changes = {f"objective__{k}": v for k, v in shares.items()} | {"train__batch_size": 16}
   one, four = (setup.method(**changes, train__accumulate=n) for n in (1, 4))
-  rng = np.random.default_rng(1)
+  rng = np.random.default_rng(2)  # with 1, one bias nearly cancels (1.3e-5 on one processor)
   # As in run_sharded.py: gates are open, and queries far apart. No gradient is a sum that nearly
   # cancels, since that would show the rounding of a sum in another order.
   trainable = {
