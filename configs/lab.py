@@ -9,8 +9,7 @@
 
 The last one asks the same where subjects are shown as in photographs: references keep their
 background, and half of the captions name nothing but the class. A variant is one line of `ARMS`: a
-name, its family and what it changes in `run`. How long it all takes:
-docs/lab.md.
+name, its family and what it changes in `run`. How long it all takes: docs/lab.md.
 """
 
 from typing import Any, NamedTuple
