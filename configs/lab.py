@@ -87,11 +87,15 @@ ARMS = {
   "macl_per_token_head": Arm(
     "contrast", {"objective.macl_pooling": "per_token", "encoder.contrast_head": 128}),
   "cscl_cross_frame": Arm("contrast", {"objective.cscl_frame": "cross_frame"}),
+  "cscl_mild": Arm("contrast", {"objective.cscl_temperature": 0.3}),
   "location_off": Arm("injection", {"injection.location": False}),
   "form_visual_only": Arm("injection", {"injection.form": "visual_only"}),
   "form_shared": Arm("injection", {"injection.form": "shared"}),
   "visual_tokens": Arm("encoder", {"encoder.fusion": "visual_tokens"}),
   "no_timestep_layer": Arm("encoder", {"encoder.timestep_layer": "none"}),
+  "last_layer": Arm("encoder", {"encoder.image_layers": (-1,)}),
+  "depth_4": Arm("encoder", {"encoder.depth": 4}),
+  "textual_cls_last": Arm("encoder", {"encoder.textual_cls": "last"}),
   "s_plus_shared": Arm("s_plus", {"encoder.s_plus_space": "shared"}),
   "s_plus_none": Arm("s_plus", {"encoder.s_plus_space": "none"}),
   "s_words_1": Arm("s_plus", {"encoder.s_words": 1}),
@@ -106,6 +110,9 @@ ARMS = {
   "weight_10": Arm("weights", _weight(10.0)),
   "macl_weight_01": Arm("weights", {"objective.lambda_macl": 0.005}),
   "macl_weight_4": Arm("weights", {"objective.lambda_macl": 0.2}),
+  # Uniform timesteps and the same weight everywhere, as papers of adapters train.
+  "plain_diffusion": Arm(
+    "weights", {"objective.timestep_shift": 1.0, "objective.subject_weight": 0.0}),
   # Contrast outweighs the diffusion loss by far, which then finds features that are apart already.
   "contrast_first": Arm("warmup", first=(0.2, _weight(200))),
   # How the reference is shown: with its background the scene can leak, re-centred no size can.
