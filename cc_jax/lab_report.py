@@ -96,10 +96,14 @@ def paired(
 ) -> Interval:
   """The difference `one` - `other` of what each subject got, over the seeds that both have.
 
-  An arm with a single seed is compared with the same seed of the other.
+  An arm with a single seed is compared with every seed of the other: one lucky seed of the method
+  would make all of them look worse. What another seed of that arm would do is not in the interval.
   """
   by_seed = {row["seed"]: row for row in other}
-  pairs = [(row, by_seed[row["seed"]]) for row in one if row["seed"] in by_seed]
+  if 1 in (len(one), len(other)):
+    pairs = [(a, b) for a in one for b in other]
+  else:
+    pairs = [(row, by_seed[row["seed"]]) for row in one if row["seed"] in by_seed]
   rows = [np.asarray(get(a), float) - np.asarray(get(b), float) for a, b in pairs]
   if not rows or not rows[0].size:
     return Interval(*[float("nan")] * 3)
@@ -111,10 +115,11 @@ def at_equal_identity(
 ) -> tuple[float, float, float]:
   """(identity, leakage of `one`, of `other`) at the highest identity that both reach in training.
 
-  Curves are means over the seeds. NaN where a curve has fewer than one point.
+  Curves are means over the seeds. NaN where a curve has fewer than two points: nothing is known of
+  the course of runs that were scored at their end alone, as on the test subjects.
   """
   curves = [curve(rows, move) for rows in (one, other)]
-  if any(len(identity) == 0 for identity, _ in curves):
+  if any(len(identity) < 2 for identity, _ in curves):
     return (float("nan"),) * 3
   level = min(identity.max() for identity, _ in curves)
   return level, *(at_equal(identity, value, level) for identity, value in curves)
@@ -148,27 +153,36 @@ def tables(arms: Arms, split: str, setting: str) -> str:
     f"`{row['base']}`, world and scoring `{row['fingerprint']}`; {_machines(arms)}.",
     "## What is drawn", _scores(arms),
     "## The method less another arm, subject by subject",
-    "95 % intervals: hierarchical bootstrap over seeds and subjects, same prompts and noise.",
+    "95 % intervals: hierarchical bootstrap over seeds and subjects, same prompts and noise. An "
+    "arm with one seed is held against each seed of the method.",
     _differences([(name, arms[METHOD], rows) for name, rows in _trained(arms).items()
                   if METHOD in arms and name != METHOD], "against"),
     "## Arms with several seeds less self-reconstruction, in the same way",
     _differences([(name, rows, arms[SELF]) for name, rows in _trained(arms).items()
                   if SELF in arms and name != SELF and len(rows) > 1], "arm"),
+    "## Side arms: what each changes, and what comes of it",
+    "Likeness and recall@1 of the best layer of S+; in brackets the 95 % interval of the method "
+    "(all its seeds) less the arm.", _side(arms),
     "## By the size of the subject in its reference",
     "Means of the smallest, middle and largest third of the references; in brackets the 95 % "
     "interval of the method less the arm.", _by_size(arms, split),
-    "## Trade-off: swept over the adapter's scale", _swept(arms),
+    "## Trade-off: swept over the adapter's scale",
+    "First seed, the first subjects; the last column holds every point against the method at "
+    "scale 1 in the same sweep.", _swept(arms),
     "## Leakage at equal identity",
-    "Where the trainings first reach the identity that both reach; see `leakage_course.png`.",
-    _equal(arms),
+    "Where the trainings first reach the identity that both reach; see `leakage_course.png`. Their "
+    "ratio where the other arm leaks at all (0.05).", _equal(arms),
     "## Likeness: Spearman correlation of S+ with the real similarity of subjects",
     _per_layer(arms, lambda layer: layer["spearman"]),
     "## Retrieval: recall@1 from another view", _per_layer(arms, lambda layer: layer["recall"]),
-    "## Distance within a subject over distance between subjects",
-    _per_layer(arms, lambda layer: layer["ratio"]),
+    "## Distances of S+ within a subject and between subjects (1 less the cosine), and their ratio",
+    _per_layer(arms, lambda layer: layer["within"], lambda layer: layer["between"],
+               lambda layer: layer["ratio"]),
     "## Linear probes: what a layer knows, and what it should not know",
-    "Share of right answers (labels, azimuth in 8 bins) or R² (numbers); mean over S+'s layers.",
-    _probes(arms),
+    "Share of right answers (labels, azimuth in 8 bins) or R² (numbers); mean over S+'s layers. "
+    "How the ridge was chosen: by folds of subjects, or by generalised cross-validation (GCV, "
+    "until 27 November 2026), which overfits the numbers.", _probes(arms),
+    "## Linear probes of core arms, layer by layer", _probes_by_layer(arms),
   ]
   return "\n\n".join(parts) + "\n"
 
@@ -240,17 +254,41 @@ def _swept(arms: Arms) -> str:
   curves = {name: points for name, points in curves.items() if points}
   if not curves or METHOD not in arms:
     return "no arm was swept"
-  own = [float(np.mean(over_seeds(arms[METHOD], lambda r: r["scores"][key])))  # noqa: B023
-         for key in ("fidelity", "control")]
+  own = curves.get(METHOD, {}).get(1.0)
   scales = list(next(iter(curves.values())))
   lines = []
   for name, points in curves.items():
     above = [f"{s:g}" for s, (fidelity, control) in points.items()
-             if fidelity > own[0] and control > own[1]]
+             if own and fidelity > own[0] and control > own[1]]
     lines.append([name, *(f"{points[s][0]:.3f} / {points[s][1]:.3f}" for s in scales),
-                  ", ".join(above) or "none"])
+                  (", ".join(above) or "none") if own else "–"])
   head = ["fidelity / control at scale", *(f"{s:g}" for s in scales), "above the method on both"]
   return markdown(head, lines)
+
+
+def _side(arms: Arms) -> str:
+  head = ["family", "arm", "changes", "seeds", "fidelity", "control", "likeness", "recall@1"]
+  lines = []
+  for name, rows in arms.items():
+    if rows[0]["family"] in ("core", "control", "base") and name != METHOD:
+      continue
+    changes = json.dumps(rows[0]["changes"])[1:-1].replace('"', "")
+    cells = [rows[0]["family"], name, changes or "–", str(len(rows))]
+    for key in ("fidelity", "control"):
+      cells.append(f"{np.nanmean(over_seeds(rows, lambda r: r['scores'][key])):.3f}")  # noqa: B023
+      if METHOD in arms and name != METHOD:
+        of = paired(arms[METHOD], rows, lambda r: _row(r["subjects"][key]))  # noqa: B023
+        text = f"[{of.low:+.3f}, {of.high:+.3f}]"
+        cells[-1] += f" **{text}**" if of.excludes_zero else f" {text}"
+    for key in ("spearman", "recall"):
+      best = over_seeds(rows, lambda r: max(_of_s_plus(r, key), default=None))  # noqa: B023
+      cells.append(_number(best.mean()))
+    lines.append(cells)
+  return markdown(head, lines)
+
+
+def _of_s_plus(row: Result, key: str) -> list[float]:
+  return [value[key] for name, value in row["features"].items() if name.startswith("layer")]
 
 
 def sweep(rows: Sequence[Result]) -> dict[float, tuple[float, float]]:
@@ -272,19 +310,27 @@ def _equal(arms: Arms) -> str:
       continue
     for move in ("size", "place"):
       level, own, other = at_equal_identity(arms[METHOD], arms[name], move)
-      ratio = own / other if other and abs(other) > 1e-6 else float("nan")
-      lines.append([name, move, *(_number(value) for value in (level, own, other, ratio))])
-  return markdown(head, lines)
+      ratio = own / other if other > 0.05 else float("nan")
+      if not np.isnan(level):
+        lines.append([name, move, *(_number(value) for value in (level, own, other, ratio))])
+  return markdown(head, lines) if lines else "These runs were not scored on their way."
 
 
-def _per_layer(arms: Arms, get: Callable[[Mapping], float]) -> str:
+def _per_layer(arms: Arms, *gets: Callable[[Mapping], float]) -> str:
+  """A column per layer; of several numbers the means alone, with slashes between them."""
   names = _layers(arms)
   lines = []
   for name, rows in arms.items():
     if name == BASE:
       continue
-    values = [over_seeds(rows, lambda r: _layer(r, layer, get)) for layer in names]  # noqa: B023
-    lines.append([name, *map(_spread, values)])
+    cells = []
+    for layer in names:
+      values = [over_seeds(rows, lambda r: _layer(r, layer, get)) for get in gets]  # noqa: B023
+      if len(gets) == 1 or np.isnan(values[0]).all():
+        cells.append(_spread(values[0]))
+      else:
+        cells.append(" / ".join(f"{value.mean():.3f}" for value in values))
+    lines.append([name, *cells])
   return markdown(["arm", *names], lines)
 
 
@@ -311,15 +357,34 @@ def chance(arms: Arms, factor: str) -> float:
 
 def _probes(arms: Arms) -> str:
   factors = list(dict.fromkeys((*INTRINSIC, *IRRELEVANT)))
-  lines = [["chance", *(_number(chance(arms, factor)) for factor in factors)]]
-  some = next(rows[0] for name, rows in arms.items() if name != BASE)
-  frozen = some["features"]["image encoder"]["probes"]
-  lines.append(["image encoder", *(_number(frozen[factor]["score"]) for factor in factors)])
+  lines = [["chance", "–", *(_number(chance(arms, factor)) for factor in factors)]]
+  trained = [row for name, rows in arms.items() if name != BASE for row in rows]
+  for how, row in {ridge_by(row): row for row in trained[::-1]}.items():  # equal in all arms
+    frozen = row["features"]["image encoder"]["probes"]
+    lines.append(["image encoder", how, *(_number(frozen[factor]["score"]) for factor in factors)])
   for name, rows in arms.items():
     if name != BASE:
-      lines.append([name, *(_spread(over_seeds(rows, lambda r: probe(r, factor)))  # noqa: B023
-                            for factor in factors)])
-  return markdown(["arm", *factors], lines)
+      how = ", ".join(sorted({ridge_by(row) for row in rows}))
+      lines.append([name, how, *(_spread(over_seeds(rows, lambda r: probe(r, factor)))  # noqa: B023
+                                 for factor in factors)])
+  return markdown(["arm", "ridge by", *factors], lines)
+
+
+def ridge_by(row: Result) -> str:
+  """How the probes of a result chose their ridge; results that do not say it are old ones."""
+  return row.get("ridge_by", "GCV")
+
+
+def _probes_by_layer(arms: Arms) -> str:
+  factors = list(dict.fromkeys((*INTRINSIC, *IRRELEVANT)))
+  lines = []
+  for name, rows in arms.items():
+    for layer in _layers(arms) if rows[0]["family"] == "core" else ():
+      values = [over_seeds(rows, lambda r: _layer(r, layer, lambda x: x["probes"][factor]["score"]))  # noqa: B023
+                for factor in factors]
+      if not np.isnan(values[0]).all():
+        lines.append([name, layer, *(_number(value.mean()) for value in values)])
+  return markdown(["arm", "layer", *factors], lines)
 
 
 def markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
@@ -364,15 +429,20 @@ def tradeoff(arms: Arms) -> Figure:
     for scale, point in line.items():
       axes.annotate(f"{scale:g}", point, fontsize=7, color=color)
   axes.set(xlabel="text control", ylabel="subject fidelity",
-           title="Trade-off; lines: the adapter's scale")
+           title="Trade-off; lines: one seed, over the adapter's scale")
   axes.legend(fontsize=8)
   axes.grid(alpha=0.3)
   return figure
 
 
-def leakage_course(arms: Arms) -> Figure:
-  """Leakage against identity over the course of training: a slow adapter is no decoupled one."""
-  figure = Figure(figsize=(10, 4.4))
+def leakage_course(arms: Arms) -> Figure | None:
+  """Leakage against identity over the course of training: a slow adapter is no decoupled one.
+
+  None where no run was scored on its way.
+  """
+  if all(len(row["curve"]) < 2 for rows in arms.values() for row in rows):
+    return None
+  figure = Figure(figsize=(11, 4.4))
   for axes, move in zip(figure.subplots(1, 2), ("size", "place")):
     for color, (name, rows) in zip(_cycle(), _shown(arms).items()):
       identity, leaks = curve(rows, move)
@@ -381,7 +451,8 @@ def leakage_course(arms: Arms) -> Figure:
     axes.axhline(0, color="black", lw=0.8)
     axes.set(xlabel="subject fidelity", ylabel=f"leakage of {move}", title=f"{move}: 1 = copied")
     axes.grid(alpha=0.3)
-  axes.legend(fontsize=8)
+  axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.02, 1))
+  figure.tight_layout()
   return figure
 
 
@@ -401,7 +472,9 @@ def likeness(arms: Arms) -> Figure:
       continue
     shown = [layer for layer in names if all(layer in row["features"] for row in rows)]
     values = [np.mean([row["features"][layer]["spearman"] for row in rows]) for layer in shown]
-    axes.plot(shown, values, "o-", ms=4, label=name, color=color)
+    style = "o-" if rows[0]["family"] == "core" else "s--"
+    axes.plot(shown, values, style, ms=4, label=name, color=color)
+  axes.tick_params("x", rotation=20)
   axes.axhline(0.6, color="black", lw=0.8, ls=":")
   axes.set(ylabel="Spearman correlation", title="Learned similarity against real similarity")
   axes.legend(fontsize=7, ncols=2)
@@ -416,11 +489,12 @@ def probes(arms: Arms) -> Figure:
   for axes, (title, factors) in zip(figure.subplots(2, 1), groups):
     values = {name: {factor: over_seeds(rows, lambda r: probe(r, factor))  # noqa: B023
                      for factor in factors}
-              for name, rows in _shown(arms).items() if name != BASE}
+              for name, rows in _shown(arms).items()
+              if name != BASE and any(_of_s_plus(row, "recall") for row in rows)}
     _draw_bars(axes, values, title)
     for place, factor in enumerate(factors):
       axes.plot([place - 0.42, place + 0.42], [chance(arms, factor)] * 2, color="black", lw=1.2)
-    axes.set_ylim(bottom=-0.1)
+    axes.set_ylim(bottom=-0.1)  # R² below that is as worthless as 0
   figure.tight_layout()
   return figure
 

@@ -115,7 +115,7 @@ class Scorer:
     """Everything, of the trained model."""
     found = self.pictures(model, self.trials)
     found["leakage"] = self.leaks(model)
-    found["features"] = self.features(model)
+    found["features"], found["ridge_by"] = self.features(model), "folds"
     if sweep:
       some = self.trials.first(self.score.sweep_subjects)
       found["sweep"] = [

@@ -46,7 +46,7 @@ IP_ADAPTER = SELF | OFF | {
   "injection.form": "visual_only", "injection.location": False, "injection.gate_start": 1.0,
   "train.gate_rate": 0.0, "train.schedule": "constant",
 }  # fmt: skip
-RATES = ("train.learning_rate", (3e-3, 1e-3, 3e-4))  # the likeliest first: see --candidates
+RATES = ("train.learning_rate", (3e-3, 1e-3, 3e-4, 1e-2))  # the likeliest first: see --candidates
 
 
 def _weight(factor: float) -> dict[str, float]:
@@ -155,7 +155,7 @@ def get_config(setting: str = "cut_outs") -> ml_collections.ConfigDict:
   c.score.split = "validation"  # 'test' once, at the end
   c.score.subjects = 120
   c.score.styled = 4  # every so many prompts, one asks for a sketch or a watercolour too; 0 = none
-  c.score.hatted = 2  # and so many, one asks for a hat, which the base draws in 44 % of them
+  c.score.hatted = 2  # and so many, one asks for a hat, which the base draws in half of them
   c.score.interventions = 50  # subjects on which leakage is measured, 6 pictures each
   c.score.curve_subjects = 60  # on the way
   c.score.curve_interventions = 30

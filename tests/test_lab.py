@@ -1,7 +1,10 @@
 """The laboratory: its arms, its restarts, its tables; and the whole of it on the toy base."""
 
+import functools
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -188,12 +191,15 @@ def test_tables_and_figures_of_known_results(tmp_path):
   rows = [made(seed=s, fidelity=0.6, shift=0.01 * s, leak=0.1) for s in (0, 1, 2)]
   rows += [made("self_reconstruction", s, fidelity=0.4, leak=0.8, spearman=0.1) for s in (0, 1, 2)]
   rows += [made("ip_adapter_plus", 0, tuned=v, fidelity=v) for v in (0.2, 0.3)]
-  rows += [made("macl_none", 0, family="scaling"), made("base", 0, family="base", leak=0)]
+  rows += [made("macl_none", 0, family="scaling") | dict(changes={"macl_scaling": "none"})]
+  rows += [made("base", 0, family="base", leak=0)]
   size = evaluate.reference_factors("validation", 8)[0].size  # the three smallest alone are kept
   rows[-2]["subjects"]["fidelity"] = list((size <= np.sort(size)[2]).astype(float))
   for row in rows:
     lab.write(lab.result_file(results, row["arm"], row["seed"], "validation", row["tuned"]), row)
-  lab.write(results / "method-0-test.json", made(split="test", fidelity=0.9))
+  at_the_end = made(split="test", fidelity=0.9)
+  at_the_end["curve"] = at_the_end["curve"][-1:]
+  lab.write(results / "method-0-test.json", at_the_end)
   lab_report.report(results, tmp_path / "out")
   written = {file.name for file in (tmp_path / "out").iterdir()}
   assert written == {"tables.md", *(f"{name}.png" for name in lab_report.FIGURES)}
@@ -218,14 +224,37 @@ def test_tables_and_figures_of_known_results(tmp_path):
   assert cells("self_reconstruction", 6)[1] == "0.100 ± 0.000"
   above = [line for line in text.splitlines() if line.endswith("| none |")]
   assert "| ip_adapter_plus | 0.300 / 0.800 | 0.300 / 0.800 | none |" in above
+  # One seed is held against every seed of the method, which are 0, 0.01 and 0.02 above it.
+  side = cells("scaling | macl_none")
+  assert side[2:4] == ["macl_scaling: none", "1"] and side[4].startswith("0.500 [")
+  assert side[5:] == ["0.800 [+0.000, +0.020]", "0.500", "0.900"]
+  assert cells("method", 6)[1] == "0.100 / 0.400 / 0.250"
+  assert "| method | layer 1 | 0.400 |" in text and "| method | visual | 0.400 |" in text
   lab_report.report(results, tmp_path / "out", split="test", setting="photographs")
   tested = (tmp_path / "out" / "tables-test.md").read_text()
+  assert "These runs were not scored on their way." in tested
+  assert not (tmp_path / "out" / "leakage_course-test.png").exists()
   assert "0.900" in tested and "--split=test --config=configs/lab.py:photographs`" in tested
   lab.write(results / "cscl-0.json", made("cscl", mark="n"))
   with pytest.raises(UserError, match="2 different budgets"):
     lab_report.load(results, "validation")
   with pytest.raises(UserError, match="no results of the train subjects"):
     lab_report.load(results, "train")
+
+
+def test_the_command_reports(tmp_path):
+  """The command itself, on results of its own; and what it says of a split that has none."""
+  for row in (made(), made("base", family="base")):
+    lab.write(lab.result_file(tmp_path, row["arm"], 0, "validation"), row)
+  command = [sys.executable, "-m", "cc_jax.lab", "--suite=report", f"--results={tmp_path}"]
+  command += [f"--figures={tmp_path / 'out'}"]
+  run = functools.partial(subprocess.run, capture_output=True, text=True)
+  done = run(command)
+  assert done.returncode == 0 and "figures of 2 results" in done.stdout, done.stderr
+  assert "| method | core | 1 | 0.500 | 0.800 |" in (tmp_path / "out" / "tables.md").read_text()
+  failed = run([*command, "--split=test"])
+  assert failed.returncode == 1 and "has no results of the test subjects" in failed.stderr
+  assert "Traceback" not in failed.stderr
 
 
 # ---- from pictures to tables
@@ -376,26 +405,31 @@ def test_the_suite_goes_on_where_it_was_killed(small, loader, monkeypatch, capsy
   assert (results / "method-0-test.json").exists() and steps == [1]
 
 
-@pytest.mark.slow
-def test_pictures_of_a_checkpoint(small, tmp_path):
+@pytest.fixture(scope="module")
+def trained(small):
+  """The folder of a run of the method: the suite's, or one of its own where that did not run."""
   folder, config = small
   run = folder / "method-0"
   if not (run / "adapter.safetensors").exists():
-    pytest.skip("run it with the test of the suite, whose run it draws from")
-  lab_pictures.pictures(config, run, run, tmp_path)
+    lab.suite(config, ["method"], workdir=folder, results=folder / "results")
+  return run
+
+
+@pytest.mark.slow
+def test_pictures_of_a_checkpoint(small, trained, tmp_path):
+  _, config = small
+  lab_pictures.pictures(config, trained, trained, tmp_path)
   written = {file.name for file in tmp_path.iterdir()}
   assert written == {f"{name}.png" for name in (
     "s_plus_map", "interventions", "location_maps", "two_subjects", "between_subjects", "sheet")}
 
 
-def test_features_are_those_of_the_layers(small):
+def test_features_are_those_of_the_layers(small, trained):
   """`embed` against the module, picture by picture, whatever the batch."""
-  folder, config = small
-  if not (folder / "method-0" / "adapter.safetensors").exists():
-    pytest.skip("run it with the test of the suite, whose run it looks at")
   from cc_jax import generate
 
-  pipe = generate.load(folder / "method-0", config.run.base)
+  _, config = small
+  pipe = generate.load(trained, config.run.base)
   model = lab_pictures.model_of(pipe)
   rng = np.random.default_rng(0)
   pictures = rng.integers(0, 256, (3, 64, 64, 3), np.uint8)

@@ -84,8 +84,7 @@ def test_a_notebook_runs_from_top_to_bottom(name, toy, tmp_path, monkeypatch):
     assert "frozen base" in said and "activations" in said
   elif name.startswith("01"):
     assert "loss/macl" in said and Path("runs/notebook/adapter.safetensors").exists()
-  if pictures(committed):  # what is committed shows what a run shows
-    assert pictures(committed) == pictures(found)
+  assert pictures(committed) == pictures(found)  # what is committed shows what a run shows
 
 
 def test_notebooks_are_for_people():
