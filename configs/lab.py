@@ -80,6 +80,7 @@ ARMS = {
   "macl_complement": Arm("scaling", _sharp("complement")),
   "macl_two_minus": Arm("scaling", _sharp("two_minus")),
   "macl_log_complement": Arm("scaling", _sharp("log_complement")),
+  "macl_none_strong": Arm("scaling", {"objective.macl_scaling": "none"}),  # as strong as S's own
   "macl_soft_sharp": Arm("scaling", _sharp("soft_target")),
   "macl_symmetric": Arm("contrast", {"objective.macl_symmetric": True}),
   "macl_per_token": Arm("contrast", {"objective.macl_pooling": "per_token"}),
