@@ -77,7 +77,7 @@ def test_a_notebook_runs_from_top_to_bottom(name, toy, tmp_path, monkeypatch):
   monkeypatch.setitem(sys.modules, "ipywidgets", None)  # menus draw where nobody looks
   committed = runner.read(name)["cells"]
   found = runner.run(runner.read(name), small(name, *toy))["cells"]
-  assert len(pictures(found)) == dict(zip(runner.NOTEBOOKS, (3, 6, 1, 4)))[name]
+  assert len(pictures(found)) == dict(zip(runner.NOTEBOOKS, (3, 7, 1, 4)))[name]
   said = "".join(line for cell in found for output in cell.get("outputs", ())
                  for line in output.get("text", ()))
   if name.startswith("03"):
