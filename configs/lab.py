@@ -141,6 +141,7 @@ def get_config(setting: str = "cut_outs") -> ml_collections.ConfigDict:
 
   c.run = subjects3d.get_config()  # of every run, but for what its arm changes
   c.run.data.name = "subjects3d/full"  # 3,520 subjects; rendered on first use, a minute on 4 cores
+  c.run.encoder.s_words = 2  # as all arms were trained; `s_words_4` has since become the default
   # References show the subject where and as large as it stands in its frame, on white: re-centred
   # ones would hide size and place, and then no arm could leak them.
   c.run.data.reference_place = "in_place"
