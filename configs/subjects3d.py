@@ -2,8 +2,8 @@
 
   python -m cc_jax.train --config=configs/subjects3d.py --workdir=runs/first
 
-On 4 cores without accelerator: 10.5 minutes, 3.7 GB. Expect on 40 test subjects: scene 100 %, class
-98 %, main colour of the reference 80 % (the base: 2 %), second colour 80 % (8 %), pattern 35 %
+On 2 cores without accelerator: 16 minutes, 3.2 GB. Expect on 40 test subjects: scene 100 %, class
+98 %, main colour of the reference 75 % (the base: 2 %), second colour 78 % (8 %), pattern 30 %
 (11 %). A slice has nothing to do: on v5e:4x4 with 2 images a chip the plan says 0.134 of
 16 GiB and 0.84 ms a step (docs/scale.md).
 """
