@@ -24,7 +24,7 @@ MOVES = ("size", "place", "azimuth", "light", "scene")
 INTRINSIC = ("class_id", "color1", "color2", "pattern", "pattern_color", "wide", "tall", "ratio")
 IRRELEVANT = ("azimuth", "elevation", "roll", "size", "x", "y", "light_azimuth", "scene")
 _COLORS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b", "#e377c2", "#7f7f7f",
-           "#bcbd22", "#17becf")
+           "#bcbd22", "#17becf", "#000000", "#98df8a", "#ff9896", "#c5b0d5")
 
 
 def report(results: Path, folder: Path, *, split: str = "validation",
@@ -416,10 +416,14 @@ def _interval(interval: Interval) -> str:
 
 
 def tradeoff(arms: Arms) -> Figure:
-  """Identity over control, a point per seed, with the curves over the adapter's scale."""
+  """Identity over control, a point per seed, with the curves over the adapter's scale.
+
+  Of side arms those with several seeds are shown.
+  """
   figure = Figure(figsize=(7.5, 5.5))
   axes = figure.subplots()
-  for color, (name, rows) in zip(_cycle(), _shown(arms).items()):
+  several = {name: rows for name, rows in arms.items() if len(rows) > 1}
+  for color, (name, rows) in zip(_cycle(), (_shown(arms) | several).items()):
     x = over_seeds(rows, lambda r: r["scores"]["control"])
     y = over_seeds(rows, lambda r: r["scores"]["fidelity"])
     axes.scatter(x, y, color=color, s=26, label=name, marker="s" if name == BASE else "o")
