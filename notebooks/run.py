@@ -95,6 +95,7 @@ def display(value: Any, count: int) -> dict[str, Any]:
 def main(arguments: list[str]) -> None:
   given = dict(a.split("=", 1) for a in arguments if "=" in a)
   parameters = {key: ast.literal_eval(value) for key, value in given.items()}
+  sys.modules["ipywidgets"] = None  # menus, where it is installed, would draw where nobody looks
   for name in [a for a in arguments if "=" not in a] or NOTEBOOKS:
     found = run(read(name), parameters)
     (HERE / f"{name}.ipynb").write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")

@@ -74,7 +74,7 @@ def default_parts():
 def configs(**changes):
   c = subjects3d.get_config()
   c.encoder.update(image_layers=(1, 2), width=WIDTH, heads=2, depth=1, visual_queries=3)
-  c.encoder.update(textual_queries=3, s_plus_pooled="plain")
+  c.encoder.update(textual_queries=3, s_words=2, s_plus_pooled="plain")
   for key, value in changes.items():
     section = c.encoder if key in c.encoder else c.injection
     section[key] = value
