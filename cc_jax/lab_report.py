@@ -23,6 +23,7 @@ FACTORS = ("class_id", "color1", "color2", "pattern", "pattern_color", "scene", 
 MOVES = ("size", "place", "azimuth", "light", "scene")
 INTRINSIC = ("class_id", "color1", "color2", "pattern", "pattern_color", "wide", "tall", "ratio")
 IRRELEVANT = ("azimuth", "elevation", "roll", "size", "x", "y", "light_azimuth", "scene")
+PROBED = (*INTRINSIC, *IRRELEVANT)
 _COLORS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b", "#e377c2", "#7f7f7f",
            "#bcbd22", "#17becf", "#000000", "#98df8a", "#ff9896", "#c5b0d5")
 
@@ -281,14 +282,10 @@ def _side(arms: Arms) -> str:
         text = f"[{of.low:+.3f}, {of.high:+.3f}]"
         cells[-1] += f" **{text}**" if of.excludes_zero else f" {text}"
     for key in ("spearman", "recall"):
-      best = over_seeds(rows, lambda r: max(_of_s_plus(r, key), default=None))  # noqa: B023
+      best = over_seeds(rows, lambda r: max((x[key] for x in _s_plus(r)), default=None))  # noqa: B023
       cells.append(_number(best.mean()))
     lines.append(cells)
   return markdown(head, lines)
-
-
-def _of_s_plus(row: Result, key: str) -> list[float]:
-  return [value[key] for name, value in row["features"].items() if name.startswith("layer")]
 
 
 def sweep(rows: Sequence[Result]) -> dict[float, tuple[float, float]]:
@@ -343,9 +340,14 @@ def _layer(row: Result, layer: str, get: Callable[[Mapping], float]) -> float | 
   return get(row["features"][layer]) if layer in row["features"] else None
 
 
+def _s_plus(row: Result) -> list[Mapping[str, Any]]:
+  """What is known of each layer of S+; empty for an arm that has none."""
+  return [value for name, value in row["features"].items() if name.startswith("layer")]
+
+
 def probe(row: Result, factor: str) -> float | None:
   """A probe's score averaged over the layers of S+."""
-  layers = [value for name, value in row["features"].items() if name.startswith("layer")]
+  layers = _s_plus(row)
   return float(np.mean([layer["probes"][factor]["score"] for layer in layers])) if layers else None
 
 
@@ -356,18 +358,17 @@ def chance(arms: Arms, factor: str) -> float:
 
 
 def _probes(arms: Arms) -> str:
-  factors = list(dict.fromkeys((*INTRINSIC, *IRRELEVANT)))
-  lines = [["chance", "–", *(_number(chance(arms, factor)) for factor in factors)]]
+  lines = [["chance", "–", *(_number(chance(arms, factor)) for factor in PROBED)]]
   trained = [row for name, rows in arms.items() if name != BASE for row in rows]
   for how, row in {ridge_by(row): row for row in trained[::-1]}.items():  # equal in all arms
     frozen = row["features"]["image encoder"]["probes"]
-    lines.append(["image encoder", how, *(_number(frozen[factor]["score"]) for factor in factors)])
+    lines.append(["image encoder", how, *(_number(frozen[factor]["score"]) for factor in PROBED)])
   for name, rows in arms.items():
     if name != BASE:
       how = ", ".join(sorted({ridge_by(row) for row in rows}))
       lines.append([name, how, *(_spread(over_seeds(rows, lambda r: probe(r, factor)))  # noqa: B023
-                                 for factor in factors)])
-  return markdown(["arm", "ridge by", *factors], lines)
+                                 for factor in PROBED)])
+  return markdown(["arm", "ridge by", *PROBED], lines)
 
 
 def ridge_by(row: Result) -> str:
@@ -376,15 +377,14 @@ def ridge_by(row: Result) -> str:
 
 
 def _probes_by_layer(arms: Arms) -> str:
-  factors = list(dict.fromkeys((*INTRINSIC, *IRRELEVANT)))
   lines = []
   for name, rows in arms.items():
     for layer in _layers(arms) if rows[0]["family"] == "core" else ():
       values = [over_seeds(rows, lambda r: _layer(r, layer, lambda x: x["probes"][factor]["score"]))  # noqa: B023
-                for factor in factors]
+                for factor in PROBED]
       if not np.isnan(values[0]).all():
         lines.append([name, layer, *(_number(value.mean()) for value in values)])
-  return markdown(["arm", "layer", *factors], lines)
+  return markdown(["arm", "layer", *PROBED], lines)
 
 
 def markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
@@ -494,7 +494,7 @@ def probes(arms: Arms) -> Figure:
     values = {name: {factor: over_seeds(rows, lambda r: probe(r, factor))  # noqa: B023
                      for factor in factors}
               for name, rows in _shown(arms).items()
-              if name != BASE and any(_of_s_plus(row, "recall") for row in rows)}
+              if name != BASE and any(map(_s_plus, rows))}
     _draw_bars(axes, values, title)
     for place, factor in enumerate(factors):
       axes.plot([place - 0.42, place + 0.42], [chance(arms, factor)] * 2, color="black", lw=1.2)
