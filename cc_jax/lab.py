@@ -200,7 +200,11 @@ def run(config: ml_collections.ConfigDict, name: str, seed: int, tuned: Any, *, 
   """Trains and scores one arm with one seed, unless its result is there already; returns it.
 
   On the way it is scored at every multiple of train.sample_every; these points lie in the run's
-  folder, so that a run that goes on after a kill need not make them again.
+  folder, so that a run that goes on after a kill need not make them again. Other splits than
+  validation train nothing.
+
+  Raises:
+    UserError: the run failed, or is not there to be scored on another split.
   """
   file = result_file(results, name, seed, config.score.split, tuned)
   arm, mark = table.ARMS[name], fingerprint(config, base.hash)
@@ -209,6 +213,10 @@ def run(config: ml_collections.ConfigDict, name: str, seed: int, tuned: Any, *, 
     return read(file)
   own = arm_config(config, name, seed, tuned)
   place = workdir / result_file(Path(), name, seed, "validation", tuned).stem
+  if own.score.split != "validation" and saved_step(place) < own.run.train.steps:
+    raise UserError(
+      f"{place} has no checkpoint of step {own.run.train.steps}, and --split={own.score.split} "
+      f"trains nothing: run {name} on the validation subjects first, or give its --workdir")
   points = place / f"curve-{own.score.split}-{mark}"
   scorer: list[Scorer] = []
   began = time.time()
@@ -237,11 +245,15 @@ def run(config: ml_collections.ConfigDict, name: str, seed: int, tuned: Any, *, 
 
   if arm.first is not None:
     first = first_part(own.run, *arm.first)
-    saved = [int(p.name) for p in place.glob("checkpoints/*") if p.name.isdigit()]
-    if max(saved, default=0) < first.train.steps:
+    if saved_step(place) < first.train.steps:
       train(first, epath.Path(place))
   train(own.run, epath.Path(place), Views(on_the_way, at_the_end))
   return read(file)
+
+
+def saved_step(place: Path) -> int:
+  """The step of the last checkpoint in a run's folder, 0 where there is none."""
+  return max((int(p.name) for p in place.glob("checkpoints/*") if p.name.isdigit()), default=0)
 
 
 def changes_of(arm: table.Arm) -> dict[str, Any]:

@@ -19,6 +19,8 @@ Arms = dict[str, list[Result]]  # by name, its seeds in order
 
 METHOD, SELF, BASE = "method", "self_reconstruction", "base"
 AGAINST = (SELF, "ip_adapter_plus")  # what the method is held against
+# Arms and what is like them, but for the other frame and the contrast.
+TWINS = {"s_words_4": "self_s_words_4", "whole_frame": "whole_frame_self"}
 FACTORS = ("class_id", "color1", "color2", "pattern", "pattern_color", "scene", "style", "hat")
 MOVES = ("size", "place", "azimuth", "light", "scene")
 INTRINSIC = ("class_id", "color1", "color2", "pattern", "pattern_color", "wide", "tall", "ratio")
@@ -161,6 +163,9 @@ def tables(arms: Arms, split: str, setting: str) -> str:
     "## Arms with several seeds less self-reconstruction, in the same way",
     _differences([(name, rows, arms[SELF]) for name, rows in _trained(arms).items()
                   if SELF in arms and name != SELF and len(rows) > 1], "arm"),
+    "## Variants less self-reconstruction with the same variation",
+    _differences([(f"{name} less {twin}", arms[name], arms[twin]) for name, twin in _twins(arms)],
+                 "arm"),
     "## Side arms: what each changes, and what comes of it",
     "Likeness and recall@1 of the best layer of S+; in brackets the 95 % interval of the method "
     "(all its seeds) less the arm.", _side(arms),
@@ -186,6 +191,10 @@ def tables(arms: Arms, split: str, setting: str) -> str:
     "## Linear probes of core arms, layer by layer", _probes_by_layer(arms),
   ]
   return "\n\n".join(parts) + "\n"
+
+
+def _twins(arms: Arms) -> list[tuple[str, str]]:
+  return [pair for pair in TWINS.items() if arms.keys() >= set(pair)]
 
 
 def _machines(arms: Arms) -> str:
@@ -299,17 +308,17 @@ def sweep(rows: Sequence[Result]) -> dict[float, tuple[float, float]]:
 
 
 def _equal(arms: Arms) -> str:
-  head = ["against", "factor", "identity", METHOD, "other", "method over other"]
+  head = ["arm", "against", "factor", "identity", "arm", "other", "arm over other"]
+  pairs = [(METHOD, name) for name, rows in arms.items()
+           if METHOD in arms and name != METHOD and rows[0]["family"] in ("core", "control")]
   lines = []
-  for name in arms:
-    if name in (METHOD, BASE) or METHOD not in arms or arms[name][0]["family"] not in (
-      "core", "control"):
-      continue
+  for name, against in pairs + _twins(arms):
     for move in ("size", "place"):
-      level, own, other = at_equal_identity(arms[METHOD], arms[name], move)
+      level, own, other = at_equal_identity(arms[name], arms[against], move)
       ratio = own / other if other > 0.05 else float("nan")
       if not np.isnan(level):
-        lines.append([name, move, *(_number(value) for value in (level, own, other, ratio))])
+        numbers = (_number(value) for value in (level, own, other, ratio))
+        lines.append([name, against, move, *numbers])
   return markdown(head, lines) if lines else "These runs were not scored on their way."
 
 

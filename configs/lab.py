@@ -96,6 +96,7 @@ ARMS = {
   "no_timestep_layer": Arm("encoder", {"encoder.timestep_layer": "none"}),
   "last_layer": Arm("encoder", {"encoder.image_layers": (-1,)}),
   "depth_4": Arm("encoder", {"encoder.depth": 4}),
+  "textual_queries_16": Arm("encoder", {"encoder.textual_queries": 16}),
   "textual_cls_last": Arm("encoder", {"encoder.textual_cls": "last"}),
   "s_plus_shared": Arm("s_plus", {"encoder.s_plus_space": "shared"}),
   "s_plus_none": Arm("s_plus", {"encoder.s_plus_space": "none"}),

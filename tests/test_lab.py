@@ -192,9 +192,11 @@ def test_tables_and_figures_of_known_results(tmp_path):
   rows += [made("self_reconstruction", s, fidelity=0.4, leak=0.8, spearman=0.1) for s in (0, 1, 2)]
   rows += [made("ip_adapter_plus", 0, tuned=v, fidelity=v) for v in (0.2, 0.3)]
   rows += [made("macl_none", 0, family="scaling") | dict(changes={"macl_scaling": "none"})]
+  rows += [made("s_words_4", 0, family="s_plus", fidelity=0.7, leak=0.0)]
+  rows += [made("self_s_words_4", 0, family="s_plus", fidelity=0.5, leak=0.6)]
   rows += [made("base", 0, family="base", leak=0)]
   size = evaluate.reference_factors("validation", 8)[0].size  # the three smallest alone are kept
-  rows[-2]["subjects"]["fidelity"] = list((size <= np.sort(size)[2]).astype(float))
+  rows[-4]["subjects"]["fidelity"] = list((size <= np.sort(size)[2]).astype(float))
   for row in rows:
     lab.write(lab.result_file(results, row["arm"], row["seed"], "validation", row["tuned"]), row)
   at_the_end = made(split="test", fidelity=0.9)
@@ -205,8 +207,9 @@ def test_tables_and_figures_of_known_results(tmp_path):
   assert written == {"tables.md", *(f"{name}.png" for name in lab_report.FIGURES)}
   text = (tmp_path / "out" / "tables.md").read_text()
 
-  def cells(start, nth=0):
-    lines = [line for line in text.splitlines() if line.startswith(f"| {start}")]
+  def cells(start, nth=0, below="# Tables"):
+    lines = text[text.index(below):].splitlines()
+    lines = [line for line in lines if line.startswith(f"| {start}")]
     return [cell.strip() for cell in lines[nth].strip("|").split("|")]
 
   assert cells("method")[:5] == ["method", "core", "3", "0.600 ± 0.000", "0.800 ± 0.000"]
@@ -219,16 +222,19 @@ def test_tables_and_figures_of_known_results(tmp_path):
   assert cells("method", 1)[1:3] == ["3", less[2]]  # and against self-reconstruction the same
   by_size = [cell.split()[0] for cell in cells("macl_none", 2)[1:4]]
   assert by_size == ["1.000", "0.000", "0.000"]
-  equal = cells("self_reconstruction", 4)  # both reach 0.4: the method at 2/3 of its way
-  assert equal[1:] == ["size", "0.400", "0.067", "0.800", "0.083"]
-  assert cells("self_reconstruction", 6)[1] == "0.100 ± 0.000"
+  twins = cells("s_words_4 less self_s_words_4")
+  assert twins[1] == "1" and twins[2].startswith("**+0.200 [") and twins[4].startswith("**-0.600 [")
+  equal = cells("method | self_reconstruction")  # both reach 0.4: the method at 2/3 of its way
+  assert equal[2:] == ["size", "0.400", "0.067", "0.800", "0.083"]
+  assert cells("s_words_4 | self_s_words_4")[2:4] == ["size", "0.500"]
+  assert cells("self_reconstruction", below="## Likeness")[1] == "0.100 ± 0.000"
   above = [line for line in text.splitlines() if line.endswith("| none |")]
   assert "| ip_adapter_plus | 0.300 / 0.800 | 0.300 / 0.800 | none |" in above
   # One seed is held against every seed of the method, which are 0, 0.01 and 0.02 above it.
   side = cells("scaling | macl_none")
   assert side[2:4] == ["macl_scaling: none", "1"] and side[4].startswith("0.500 [")
   assert side[5:] == ["0.800 [+0.000, +0.020]", "0.500", "0.900"]
-  assert cells("method", 6)[1] == "0.100 / 0.400 / 0.250"
+  assert cells("method |", below="## Distances")[1] == "0.100 / 0.400 / 0.250"
   assert "| method | layer 1 | 0.400 |" in text and "| method | visual | 0.400 |" in text
   lab_report.report(results, tmp_path / "out", split="test", setting="photographs")
   tested = (tmp_path / "out" / "tables-test.md").read_text()
@@ -403,6 +409,8 @@ def test_the_suite_goes_on_where_it_was_killed(small, loader, monkeypatch, capsy
   config.score.split = "test"
   lab.suite(config, ["method"], **places)
   assert (results / "method-0-test.json").exists() and steps == [1]
+  with pytest.raises(UserError, match="self_mcl-0 has no checkpoint of step 2, and --split=test"):
+    lab.suite(config, ["self_mcl"], **places)
 
 
 @pytest.fixture(scope="module")
