@@ -66,10 +66,13 @@ class Trials(NamedTuple):
 
 
 def make_trials(split: str, count: int, *, share: float = 0.8, size: int = 64,
-                place: str = "centred", styled: int = 0, hatted: int = 0) -> Trials:
+                place: str = "centred", styled: int = 0, hatted: int = 0,
+                rounds: int = 1) -> Trials:
   """`count` subjects of a split, as evenly over the classes as it goes; always the same ones.
 
   Args:
+    rounds: how often each subject comes, every time with another reference and prompt: the trials
+      of one round after those of another, [rounds * count]. The first is the same with any number.
     share, size, place: how references are shown (config.data.reference_share, image_size and
       reference_place).
     styled: every so many prompts, one asks for a sketch or a watercolour besides; 0 = none.
@@ -79,17 +82,31 @@ def make_trials(split: str, count: int, *, share: float = 0.8, size: int = 64,
   Raises:
     UserError: the split has fewer subjects.
   """
-  factors, rng = reference_factors(split, count)
+  if rounds > 1:
+    several = [_round(split, count, number, share=share, size=size, place=place, styled=styled,
+                      hatted=hatted) for number in range(rounds)]
+    *columns, factors, seen = zip(*several)
+    joined = [sum(column, ()) if isinstance(column[0], tuple) else np.concatenate(column)
+              for column in columns]
+    return Trials(*joined, world.concatenate(factors),
+                  {name: np.concatenate([one[name] for one in seen]) for name in seen[0]})
+  return _round(split, count, 0, share=share, size=size, place=place, styled=styled, hatted=hatted)
+
+
+def _round(split: str, count: int, number: int, *, share: float, size: int, place: str,
+           styled: int, hatted: int) -> Trials:
+  """Round `number` of `make_trials`."""
+  factors, rng = reference_factors(split, count, number)
+  nth = np.arange(number, number + count)  # so that each subject is asked for other things
   rendered = render_many(factors, resolution=size, progress=False)
   scenes = (factors.scene + rng.integers(1, len(world.SCENES), count)) % len(world.SCENES)
   styles = np.zeros(count, np.int32)
   if styled:
-    nth = np.arange(count) // styled
-    styles = np.where(np.arange(count) % styled == 0, 1 + nth % (len(world.STYLES) - 1), 0)
+    styles = np.where(nth % styled == 0, 1 + nth // styled % (len(world.STYLES) - 1), 0)
   hats = np.zeros(count, np.int32)
   if hatted:  # in the main colour it would be hard to see
     other = (factors.color1 + rng.integers(1, len(world.COLORS), count)) % len(world.COLORS)
-    hats = np.where(np.arange(count) % hatted == hatted - 1, 1 + other, 0)
+    hats = np.where(nth % hatted == hatted - 1, 1 + other, 0)
   asked = factors._replace(scene=scenes.astype(factors.scene.dtype),
                            style=styles.astype(factors.style.dtype),
                            hat=hats.astype(factors.hat.dtype))
@@ -107,9 +124,13 @@ def make_trials(split: str, count: int, *, share: float = 0.8, size: int = 64,
   )
 
 
-def reference_factors(split: str, count: int) -> tuple[world.Factors, np.random.Generator]:
-  """The references of `make_trials` before they are rendered, and what to draw on with."""
+def reference_factors(
+  split: str, count: int, number: int = 0
+) -> tuple[world.Factors, np.random.Generator]:
+  """The references of a round of `make_trials` unrendered, and what to draw on with."""
   subjects, rng = choose_subjects(split, count)
+  if number:
+    rng = np.random.Generator(np.random.Philox(key=[_SEED, 1000 * number + _index(split)]))
   return world.sample_factors(rng, subjects, hat=0, style=0), rng
 
 
@@ -121,13 +142,17 @@ def choose_subjects(split: str, count: int) -> tuple[world.Subjects, np.random.G
   table = world.subjects(split)
   if not 1 <= count <= len(table.subject_id):
     raise UserError(f"{count} subjects asked for; {split} has 1 to {len(table.subject_id)}")
-  rng = np.random.Generator(np.random.Philox(key=[_SEED, world.SPLITS.index(split)]))
+  rng = np.random.Generator(np.random.Philox(key=[_SEED, _index(split)]))
   order = rng.permutation(len(table.subject_id))
   rank = np.zeros_like(order)  # of a subject among its class, in random order
   for class_id in range(len(world.CLASSES)):
     members = order[table.class_id[order] == class_id]
     rank[members] = np.arange(len(members))
   return table.take(np.lexsort((table.class_id, rank))[:count]), rng
+
+
+def _index(split: str) -> int:
+  return world.SPLITS.index(split)
 
 
 def show(rendered, *, share: float, size: int, place: str) -> UInt8[np.ndarray, "n s s 3"]:

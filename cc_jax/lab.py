@@ -136,6 +136,8 @@ def fingerprint(config: ml_collections.ConfigDict, base_hash: str) -> str:
   judge = hashlib.sha256(judging.SHIPPED.read_bytes()).hexdigest()
   shared = dict(
     base=base_hash, world=VERSION, judge=judge, score={key: score[key] for key in _SCORED})
+  if score.rounds != 1:  # older marks do not know it
+    shared["score"]["rounds"] = score.rounds
   for section in ("data", "encoder", "injection", "objective", "train", "sample"):
     shared[section] = run[section].to_dict()
   for section, keys in (("data", ("data_dir",)),

@@ -12,7 +12,12 @@ from matplotlib.figure import Figure
 
 from cc_jax import evaluate
 from cc_jax.errors import UserError
-from cc_jax.metrics.statistics import Interval, at_equal, hierarchical_bootstrap
+from cc_jax.metrics.statistics import (
+  Interval,
+  at_equal,
+  hierarchical_bootstrap,
+  mean_of_known,
+)
 
 Result = dict[str, Any]
 Arms = dict[str, list[Result]]  # by name, its seeds in order
@@ -166,6 +171,7 @@ def tables(arms: Arms, split: str, setting: str) -> str:
     "## Variants less self-reconstruction with the same variation",
     _differences([(f"{name} less {twin}", arms[name], arms[twin]) for name, twin in _twins(arms)],
                  "arm"),
+    *_rounds(arms),
     "## Side arms: what each changes, and what comes of it",
     "Likeness and recall@1 of the best layer of S+; in brackets the 95 % interval of the method "
     "(all its seeds) less the arm.", _side(arms),
@@ -178,6 +184,18 @@ def tables(arms: Arms, split: str, setting: str) -> str:
     "## Leakage at equal identity",
     "Where the trainings first reach the identity that both reach; see `leakage_course.png`. Their "
     "ratio where the other arm leaks at all (0.05).", _equal(arms),
+    *(_features(arms) if _looked_at(arms) else ()),
+  ]
+  return "\n\n".join(parts) + "\n"
+
+
+def _twins(arms: Arms) -> list[tuple[str, str]]:
+  return [pair for pair in TWINS.items() if arms.keys() >= set(pair)]
+
+
+def _features(arms: Arms) -> list[str]:
+  """The tables of what S+ knows."""
+  return [
     "## Likeness: Spearman correlation of S+ with the real similarity of subjects",
     _per_layer(arms, lambda layer: layer["spearman"]),
     "## Retrieval: recall@1 from another view", _per_layer(arms, lambda layer: layer["recall"]),
@@ -190,11 +208,6 @@ def tables(arms: Arms, split: str, setting: str) -> str:
     "until 27 November 2026), which overfits the numbers.", _probes(arms),
     "## Linear probes of core arms, layer by layer", _probes_by_layer(arms),
   ]
-  return "\n\n".join(parts) + "\n"
-
-
-def _twins(arms: Arms) -> list[tuple[str, str]]:
-  return [pair for pair in TWINS.items() if arms.keys() >= set(pair)]
 
 
 def _machines(arms: Arms) -> str:
@@ -231,8 +244,30 @@ def _differences(pairs: Sequence[tuple[str, Sequence[Result], Sequence[Result]]]
   return markdown(head, lines)
 
 
+def _rounds(arms: Arms) -> list[str]:
+  """The same differences round by round, where subjects were drawn more than once."""
+  count = min(len(row.get("rounds", ())) for rows in arms.values() for row in rows)
+  if count < 2:
+    return []
+  parts = {"all": slice(None), "the first": slice(1), "the others": slice(1, None)}
+  lines = []
+  for name, twin in _twins(arms):
+    for said, part in parts.items():
+      cells = [f"{name} less {twin}", said]
+      for key in ("fidelity", "control"):
+        get = lambda r: mean_of_known(np.asarray(  # noqa: E731
+          [_row(one[key]) for one in r["rounds"][part]], float))  # noqa: B023
+        cells.append(_interval(paired(arms[name], arms[twin], get)))
+      lines.append(cells)
+  return ["## The same, of some of the rounds",
+          f"Each subject was drawn {count} times, with other references, prompts and noise.",
+          markdown(["arm", "rounds", "fidelity", "control"], lines)]
+
+
 def _by_size(arms: Arms, split: str) -> str:
   """Does an arm keep or obey less where the reference is small, or large?"""
+  if any("rounds" in row for rows in arms.values() for row in rows):
+    return "Not told: each subject was drawn from several references."
   count = len(next(iter(arms.values()))[0]["subjects"]["fidelity"])
   size = evaluate.reference_factors(split, count)[0].size
   thirds = np.array_split(np.argsort(size, kind="stable"), 3)
@@ -343,6 +378,11 @@ def _per_layer(arms: Arms, *gets: Callable[[Mapping], float]) -> str:
 def _layers(arms: Arms) -> list[str]:
   rows = [row for name, rows in arms.items() if name != BASE for row in rows]
   return list(dict.fromkeys(layer for row in rows for layer in row["features"]))
+
+
+def _looked_at(arms: Arms) -> bool:
+  """Whether these runs were scored by their features, too."""
+  return any(row["features"] for rows in arms.values() for row in rows)
 
 
 def _layer(row: Result, layer: str, get: Callable[[Mapping], float]) -> float | None:
@@ -469,15 +509,17 @@ def leakage_course(arms: Arms) -> Figure | None:
   return figure
 
 
-def leakage_bars(arms: Arms) -> Figure:
-  """Leakage of every factor at the end."""
-  return _bars({name: {move: over_seeds(rows, lambda r: leak(r, move)) for move in MOVES}  # noqa: B023
-                for name, rows in _shown(arms).items() if name != BASE},
-               "leakage by intervention (0 = not copied, 1 = copied)")
+def leakage_bars(arms: Arms) -> Figure | None:
+  """Leakage of every factor at the end; None where it was not measured."""
+  values = {name: {move: over_seeds(rows, lambda r: leak(r, move)) for move in MOVES}  # noqa: B023
+            for name, rows in _trained(_shown(arms)).items()}
+  return _bars(values, "leakage by intervention (0 = not copied, 1 = copied)") if values else None
 
 
-def likeness(arms: Arms) -> Figure:
-  """Spearman correlation with real similarity, per layer."""
+def likeness(arms: Arms) -> Figure | None:
+  """Spearman correlation with real similarity, per layer; None where no features were looked at."""
+  if not _looked_at(arms):
+    return None
   figure = Figure(figsize=(8, 4.4))
   axes, names = figure.subplots(), _layers(arms)
   for color, (name, rows) in zip(_cycle(), arms.items()):
@@ -495,8 +537,10 @@ def likeness(arms: Arms) -> Figure:
   return figure
 
 
-def probes(arms: Arms) -> Figure:
-  """What linear probes read in S+, with chance as a line."""
+def probes(arms: Arms) -> Figure | None:
+  """What linear probes read in S+, with chance as a line; None as for `likeness`."""
+  if not _looked_at(arms):
+    return None
   figure = Figure(figsize=(11, 7))
   groups = (("intrinsic: high is good", INTRINSIC), ("irrelevant: chance is good", IRRELEVANT))
   for axes, (title, factors) in zip(figure.subplots(2, 1), groups):

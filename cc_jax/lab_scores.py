@@ -23,6 +23,7 @@ from cc_jax.diffusion.schedule import NoiseSchedule
 from cc_jax.drawer import Drawer, bundle
 from cc_jax.metrics import factors as judging
 from cc_jax.metrics import features, leakage
+from cc_jax.metrics.statistics import mean_of_known
 from data_pipeline.subjects3d import factors as world
 from data_pipeline.subjects3d.renderer import render_many
 
@@ -50,7 +51,7 @@ class Scorer:
   def trials(self) -> evaluate.Trials:
     score = self.score
     return _trials(score.split, score.subjects, styled=score.styled, hatted=score.hatted,
-                   **self.shown)
+                   rounds=score.rounds, **self.shown)
 
   @property
   def interventions(self) -> evaluate.Interventions:
@@ -74,7 +75,10 @@ class Scorer:
       s_words=self.run.encoder.s_words, batch_size=self.score.batch, progress=False)
 
   def pictures(self, model: nnx.Module, trials: evaluate.Trials, scale: float = 1.0) -> dict:
-    """`subjects`: identity and control of each; `scores`: their means and those of each factor."""
+    """`subjects`: identity and control of each; `scores`: their means and those of each factor.
+
+    Of several rounds `subjects` has each subject's mean, and `rounds` the rows of each round.
+    """
     images = self.draw(trials, model, scale)
     reading = judging.read(self.judge, images)
     rows = dict(fidelity=evaluate.identity(reading, trials),
@@ -82,8 +86,14 @@ class Scorer:
     means = {name: mean(row) for name, row in rows.items()}
     parts = judging.agreement(reading, trials.factors, trials.seen)
     parts |= evaluate.followed(reading, trials)
-    return dict(subjects={name: listed(row) for name, row in rows.items()},
-                scores=means | {name: mean(part) for name, part in parts.items()})
+    found = dict(scores=means | {name: mean(part) for name, part in parts.items()})
+    count = min(self.score.subjects, len(images))
+    by_round = {name: row.reshape(-1, count) for name, row in rows.items()}
+    if len(images) > count:
+      found["rounds"] = [{name: listed(row[number]) for name, row in by_round.items()}
+                         for number in range(len(images) // count)]
+    return dict(subjects={name: listed(mean_of_known(row)) for name, row in by_round.items()},
+                **found)
 
   def leaks(self, model: nnx.Module, *, count: int | None = None, moves=None) -> dict:
     """Leakage of each subject, {factor: [n]}; of the first `count` subjects and some moves only."""
@@ -108,14 +118,16 @@ class Scorer:
     """The curve's last point, from what `at_the_end` found: the same subjects, not drawn again."""
     some, few = self.score.curve_subjects, self.score.curve_interventions
     scores = {name: mean(known(row[:some])) for name, row in found["subjects"].items()}
-    leaks = {name: mean(known(found["leakage"][name][:few])) for name in ON_THE_WAY}
+    leaks = {name: mean(known(found["leakage"][name][:few])) for name in ON_THE_WAY
+             if name in found["leakage"]}
     return dict(step=step, **scores, leakage=leaks)
 
   def at_the_end(self, model: CustomContrast, *, sweep: bool) -> dict:
     """Everything, of the trained model."""
     found = self.pictures(model, self.trials)
-    found["leakage"] = self.leaks(model)
-    found["features"], found["ridge_by"] = self.features(model), "folds"
+    found["leakage"] = self.leaks(model) if self.score.interventions else {}
+    found["features"] = self.features(model) if self.score.probe_subjects else {}
+    found["ridge_by"] = "folds"
     if sweep:
       some = self.trials.first(self.score.sweep_subjects)
       found["sweep"] = [

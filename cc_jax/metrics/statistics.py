@@ -50,6 +50,13 @@ def _means(values: Float[np.ndarray, "draws seeds subjects"]) -> Float[np.ndarra
   return np.where(count > 0, total / np.maximum(count, 1), np.nan)
 
 
+def mean_of_known(rows: Float[np.ndarray, "k n"]) -> Float[np.ndarray, " n"]:
+  """The mean over the rows of what is known (not NaN); NaN where nothing is."""
+  known = ~np.isnan(rows)
+  total = np.where(known, rows, 0).sum(0)
+  return np.where(known.any(0), total / np.maximum(known.sum(0), 1), np.nan)
+
+
 def at_equal(
   identity: Float[np.ndarray, " steps"], value: Float[np.ndarray, " steps"], level: float
 ) -> float:
