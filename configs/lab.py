@@ -161,10 +161,10 @@ def get_config(setting: str = "cut_outs") -> ml_collections.ConfigDict:
   c.score.styled = 4  # every so many prompts, one asks for a sketch or a watercolour too; 0 = none
   c.score.hatted = 2  # and so many, one asks for a hat, which the base draws in half of them
   c.score.rounds = 1  # how often each is drawn, every time with another reference and prompt
-  c.score.interventions = 50  # subjects on which leakage is measured, 6 pictures each; 0 = it is not
+  c.score.interventions = 50  # subjects on which leakage is measured, 6 pictures each; or 0
   c.score.curve_subjects = 60  # on the way
   c.score.curve_interventions = 30
-  c.score.probe_subjects = 200  # whose features are looked at; 0 = none are
+  c.score.probe_subjects = 200  # whose features are looked at; or 0
   c.score.probe_views = 4
   c.score.timestep = 500  # at which S+ is looked at
   c.score.batch = 48  # pictures at once

@@ -45,6 +45,23 @@ def test_some_prompts_ask_for_more_than_a_scene():
   assert (trials.factors.hat == 0).all()  # no reference wears one
 
 
+def test_every_round_shows_the_same_subjects_otherwise():
+  how = dict(styled=4, hatted=2)
+  once, twice = (evaluate.make_trials("test", 4, rounds=rounds, **how) for rounds in (1, 2))
+  first = twice.first(4)
+  np.testing.assert_array_equal(first.references, once.references)
+  assert first.prompts == once.prompts and first.seen.keys() == once.seen.keys()
+  for name, column in once.seen.items():
+    np.testing.assert_array_equal(first.seen[name], column)
+  assert len(twice.references) == len(twice.prompts) == len(twice.factors.size) == 8
+  np.testing.assert_array_equal(twice.factors.subject_id, np.tile(once.factors.subject_id, 2))
+  assert (twice.factors.size[4:] != once.factors.size).all()
+  assert not (twice.references[4:] == once.references).all((1, 2, 3)).any()
+  assert twice.nouns[4:] == once.nouns and set(twice.prompts[4:]).isdisjoint(once.prompts)
+  assert (twice.hats > 0).tolist() == [False, True, False, True, True, False, True, False]
+  assert (twice.styles > 0).tolist() == [True, *[False] * 6, True]
+
+
 def test_scores_count_agreement_where_the_reference_shows_it(trials, monkeypatch):
   f = trials.factors
   reading = {name: getattr(f, name).copy() for name in judging.CATEGORIES}

@@ -248,6 +248,37 @@ def test_tables_and_figures_of_known_results(tmp_path):
     lab_report.load(results, "train")
 
 
+def test_rounds_are_averaged_per_subject_and_told_apart(tmp_path, monkeypatch):
+  scorer = object.__new__(lab_scores.Scorer)
+  scorer.score, scorer.judge = table.get_config().score, None
+  scorer.score.update(subjects=2, rounds=2)
+  trials = evaluate.Trials(np.zeros((4, 1)), (), (), *[None] * 5)  # two subjects, twice
+  monkeypatch.setattr(scorer, "draw", lambda trials, model, scale: trials.references)
+  monkeypatch.setattr(lab_scores.judging, "read", lambda judge, images: None)
+  monkeypatch.setattr(lab_scores.judging, "agreement", lambda *args: {"class_id": np.ones(4)})
+  monkeypatch.setattr(evaluate, "followed", lambda *args: {})
+  monkeypatch.setattr(evaluate, "identity", lambda *args: np.array([0.2, 0.4, 0.6, np.nan]))
+  monkeypatch.setattr(evaluate, "control", lambda *args: np.array([1, 0, 0, 0]))
+  found = scorer.pictures(None, trials)
+  assert found["subjects"] == dict(fidelity=[0.4, 0.4], control=[0.5, 0.0])
+  assert found["rounds"] == [dict(fidelity=[0.2, 0.4], control=[1.0, 0.0]),
+                             dict(fidelity=[0.6, None], control=[0.0, 0.0])]
+  assert found["scores"] == dict(fidelity=0.4, control=0.25, class_id=1.0)
+
+  for name, rounds in (("s_words_4", (0.5, 0.9)), ("self_s_words_4", (0.4, 0.6))):
+    row = made(name, family="s_plus", split="test", fidelity=np.mean(rounds))
+    row |= dict(features={}, leakage={}, sweep=[], curve=[], rounds=[
+      dict(fidelity=[value] * 8, control=[0.5] * 8) for value in rounds])
+    lab.write(lab.result_file(tmp_path, name, 0, "test"), row)
+  lab_report.report(tmp_path, tmp_path / "out", split="test")
+  lines = (tmp_path / "out" / "tables-test.md").read_text().splitlines()
+  told = [line.split(" | ")[1:3] for line in lines if line.startswith("| s_words_4 less self")]
+  assert [(said, number.strip("*")[:6]) for said, number in told[1:]] == [
+    ("all", "+0.200"), ("the first", "+0.100"), ("the others", "+0.300")]
+  assert {file.name for file in (tmp_path / "out").iterdir()} == {
+    "tables-test.md", "tradeoff-test.png"}  # nothing else was measured
+
+
 def test_the_command_reports(tmp_path):
   """The command itself, on results of its own; and what it says of a split that has none."""
   for row in (made(), made("base", family="base")):
