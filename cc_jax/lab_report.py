@@ -266,26 +266,36 @@ def _rounds(arms: Arms) -> list[str]:
 
 def _by_size(arms: Arms, split: str) -> str:
   """Does an arm keep or obey less where the reference is small, or large?"""
-  if any("rounds" in row for rows in arms.values() for row in rows):
-    return "Not told: each subject was drawn from several references."
-  count = len(next(iter(arms.values()))[0]["subjects"]["fidelity"])
-  size = evaluate.reference_factors(split, count)[0].size
-  thirds = np.array_split(np.argsort(size, kind="stable"), 3)
-  head = ["arm", *(f"{key}, {third}" for key in ("fidelity", "control")
-                   for third in ("small", "middle", "large"))]
+  first = next(iter(arms.values()))[0]
+  count, rounds = len(first["subjects"]["fidelity"]), len(first.get("rounds", [1]))
+  size = np.stack([evaluate.reference_factors(split, count, n)[0].size for n in range(rounds)])
+  third = np.empty(size.size, int)
+  for number, rows in enumerate(np.array_split(np.argsort(size, axis=None, kind="stable"), 3)):
+    third[rows] = number
+  third = third.reshape(size.shape)
+
+  def get(row: Result, key: str, number: int) -> np.ndarray:
+    """Each subject's mean over those of its references that belong to this third."""
+    values = [_row(one[key]) for one in row.get("rounds", [row["subjects"]])]
+    return mean_of_known(np.where(third == number, np.asarray(values, float), np.nan))
+
+  columns = [(key, number) for key in ("fidelity", "control") for number in range(3)]
+  head = ["arm", *(f"{key}, {('small', 'middle', 'large')[number]}" for key, number in columns)]
   lines = []
   for name, rows in arms.items():
     cells = [name]
-    for key in ("fidelity", "control"):
-      for third in thirds:
-        get = lambda r: np.asarray(_row(r["subjects"][key]), float)[third]  # noqa: B023, E731
-        known = np.concatenate([get(row) for row in rows])
-        known = known[~np.isnan(known)]
-        cells.append(f"{known.mean():.3f}" if len(known) else "–")
-        if METHOD in arms and name not in (METHOD, BASE):
-          of = paired(arms[METHOD], rows, get)
-          cells[-1] += "" if np.isnan(of.mean) else f" [{of.low:+.3f}, {of.high:+.3f}]"
+    for column in columns:
+      known = np.concatenate([get(row, *column) for row in rows])
+      known = known[~np.isnan(known)]
+      cells.append(f"{known.mean():.3f}" if len(known) else "–")
+      if METHOD in arms and name not in (METHOD, BASE):
+        of = paired(arms[METHOD], rows, lambda r: get(r, *column))  # noqa: B023
+        cells[-1] += "" if np.isnan(of.mean) else f" [{of.low:+.3f}, {of.high:+.3f}]"
     lines.append(cells)
+  for name, twin in _twins(arms):
+    lines.append([f"{name} less {twin}", *(
+      _interval(paired(arms[name], arms[twin], lambda r: get(r, *column)))  # noqa: B023
+      for column in columns)])
   return markdown(head, lines)
 
 
