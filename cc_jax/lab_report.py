@@ -24,8 +24,9 @@ Arms = dict[str, list[Result]]  # by name, its seeds in order
 
 METHOD, SELF, BASE = "method", "self_reconstruction", "base"
 AGAINST = (SELF, "ip_adapter_plus")  # what the method is held against
-# Arms and what is like them, but for the other frame and the contrast.
-TWINS = {"s_words_4": "self_s_words_4", "whole_frame": "whole_frame_self"}
+# Side arms that are held against another arm than the method; two words in one would be unfair.
+PAIRS = (("s_words_4", "self_s_words_4"), ("s_words_4", "ip_adapter_plus"),
+         ("whole_frame", "whole_frame_self"))
 FACTORS = ("class_id", "color1", "color2", "pattern", "pattern_color", "scene", "style", "hat")
 MOVES = ("size", "place", "azimuth", "light", "scene")
 INTRINSIC = ("class_id", "color1", "color2", "pattern", "pattern_color", "wide", "tall", "ratio")
@@ -168,9 +169,9 @@ def tables(arms: Arms, split: str, setting: str) -> str:
     "## Arms with several seeds less self-reconstruction, in the same way",
     _differences([(name, rows, arms[SELF]) for name, rows in _trained(arms).items()
                   if SELF in arms and name != SELF and len(rows) > 1], "arm"),
-    "## Variants less self-reconstruction with the same variation",
-    _differences([(f"{name} less {twin}", arms[name], arms[twin]) for name, twin in _twins(arms)],
-                 "arm"),
+    "## Other pairs, in the same way",
+    _differences([(f"{name} less {other}", arms[name], arms[other])
+                  for name, other in _pairs(arms)], "arms"),
     *_rounds(arms),
     "## Side arms: what each changes, and what comes of it",
     "Likeness and recall@1 of the best layer of S+; in brackets the 95 % interval of the method "
@@ -189,8 +190,9 @@ def tables(arms: Arms, split: str, setting: str) -> str:
   return "\n\n".join(parts) + "\n"
 
 
-def _twins(arms: Arms) -> list[tuple[str, str]]:
-  return [pair for pair in TWINS.items() if arms.keys() >= set(pair)]
+def _pairs(arms: Arms) -> list[tuple[str, str]]:
+  """Those of PAIRS whose arms are both there."""
+  return [pair for pair in PAIRS if arms.keys() >= set(pair)]
 
 
 def _features(arms: Arms) -> list[str]:
@@ -251,13 +253,13 @@ def _rounds(arms: Arms) -> list[str]:
     return []
   parts = {"all": slice(None), "the first": slice(1), "the others": slice(1, None)}
   lines = []
-  for name, twin in _twins(arms):
+  for name, other in _pairs(arms):
     for said, part in parts.items():
-      cells = [f"{name} less {twin}", said]
+      cells = [f"{name} less {other}", said]
       for key in ("fidelity", "control"):
         get = lambda r: mean_of_known(np.asarray(  # noqa: E731
           [_row(one[key]) for one in r["rounds"][part]], float))  # noqa: B023
-        cells.append(_interval(paired(arms[name], arms[twin], get)))
+        cells.append(_interval(paired(arms[name], arms[other], get)))
       lines.append(cells)
   return ["## The same, of some of the rounds",
           f"Each subject was drawn {count} times, with other references, prompts and noise.",
@@ -292,9 +294,9 @@ def _by_size(arms: Arms, split: str) -> str:
         of = paired(arms[METHOD], rows, lambda r: get(r, *column))  # noqa: B023
         cells[-1] += "" if np.isnan(of.mean) else f" [{of.low:+.3f}, {of.high:+.3f}]"
     lines.append(cells)
-  for name, twin in _twins(arms):
-    lines.append([f"{name} less {twin}", *(
-      _interval(paired(arms[name], arms[twin], lambda r: get(r, *column)))  # noqa: B023
+  for name, other in _pairs(arms):
+    lines.append([f"{name} less {other}", *(
+      _interval(paired(arms[name], arms[other], lambda r: get(r, *column)))  # noqa: B023
       for column in columns)])
   return markdown(head, lines)
 
@@ -357,7 +359,7 @@ def _equal(arms: Arms) -> str:
   pairs = [(METHOD, name) for name, rows in arms.items()
            if METHOD in arms and name != METHOD and rows[0]["family"] in ("core", "control")]
   lines = []
-  for name, against in pairs + _twins(arms):
+  for name, against in pairs + _pairs(arms):
     for move in ("size", "place"):
       level, own, other = at_equal_identity(arms[name], arms[against], move)
       ratio = own / other if other > 0.05 else float("nan")

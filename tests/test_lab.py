@@ -222,8 +222,8 @@ def test_tables_and_figures_of_known_results(tmp_path):
   assert cells("method", 1)[1:3] == ["3", less[2]]  # and against self-reconstruction the same
   by_size = [cell.split()[0] for cell in cells("macl_none", 2)[1:4]]
   assert by_size == ["1.000", "0.000", "0.000"]
-  twins = cells("s_words_4 less self_s_words_4")
-  assert twins[1] == "1" and twins[2].startswith("**+0.200 [") and twins[4].startswith("**-0.600 [")
+  pair = cells("s_words_4 less self_s_words_4")
+  assert pair[1] == "1" and pair[2].startswith("**+0.200 [") and pair[4].startswith("**-0.600 [")
   equal = cells("method | self_reconstruction")  # both reach 0.4: the method at 2/3 of its way
   assert equal[2:] == ["size", "0.400", "0.067", "0.800", "0.083"]
   assert cells("s_words_4 | self_s_words_4")[2:4] == ["size", "0.500"]
