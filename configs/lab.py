@@ -102,6 +102,7 @@ ARMS = {
   "s_plus_none": Arm("s_plus", {"encoder.s_plus_space": "none"}),
   "s_words_1": Arm("s_plus", {"encoder.s_words": 1}),
   "s_words_4": Arm("s_plus", {"encoder.s_words": 4}),
+  "multi_view_s_words_4": Arm("s_plus", OFF | {"encoder.s_words": 4}),
   "self_s_words_4": Arm("s_plus", SELF | OFF | {"encoder.s_words": 4}),
   "s_plus_free_norm": Arm("s_plus", {"encoder.s_plus_norm": "free"}),
   "plain_pooled": Arm("s_plus", {"encoder.s_plus_pooled": "plain"}),
