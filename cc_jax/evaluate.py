@@ -82,15 +82,13 @@ def make_trials(split: str, count: int, *, share: float = 0.8, size: int = 64,
   Raises:
     UserError: the split has fewer subjects.
   """
-  if rounds > 1:
-    several = [_round(split, count, number, share=share, size=size, place=place, styled=styled,
-                      hatted=hatted) for number in range(rounds)]
-    *columns, factors, seen = zip(*several)
-    joined = [sum(column, ()) if isinstance(column[0], tuple) else np.concatenate(column)
-              for column in columns]
-    return Trials(*joined, world.concatenate(factors),
-                  {name: np.concatenate([one[name] for one in seen]) for name in seen[0]})
-  return _round(split, count, 0, share=share, size=size, place=place, styled=styled, hatted=hatted)
+  parts = [_round(split, count, number, share=share, size=size, place=place, styled=styled,
+                  hatted=hatted) for number in range(rounds)]
+  *columns, factors, seen = zip(*parts)
+  joined = [sum(column, ()) if isinstance(column[0], tuple) else np.concatenate(column)
+            for column in columns]
+  return Trials(*joined, world.concatenate(factors),
+                {name: np.concatenate([one[name] for one in seen]) for name in seen[0]})
 
 
 def _round(split: str, count: int, number: int, *, share: float, size: int, place: str,

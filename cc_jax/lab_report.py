@@ -257,9 +257,8 @@ def _rounds(arms: Arms) -> list[str]:
     for said, part in parts.items():
       cells = [f"{name} less {other}", said]
       for key in ("fidelity", "control"):
-        get = lambda r: mean_of_known(np.asarray(  # noqa: E731
-          [_row(one[key]) for one in r["rounds"][part]], float))  # noqa: B023
-        cells.append(_interval(paired(arms[name], arms[other], get)))
+        cells.append(_interval(paired(
+          arms[name], arms[other], lambda r: mean_of_known(_by_round(r, key)[part]))))  # noqa: B023
       lines.append(cells)
   return ["## The same, of some of the rounds",
           f"Each subject was drawn {count} times, with other references, prompts and noise.",
@@ -268,8 +267,7 @@ def _rounds(arms: Arms) -> list[str]:
 
 def _by_size(arms: Arms, split: str) -> str:
   """Does an arm keep or obey less where the reference is small, or large?"""
-  first = next(iter(arms.values()))[0]
-  count, rounds = len(first["subjects"]["fidelity"]), len(first.get("rounds", [1]))
+  rounds, count = _by_round(next(iter(arms.values()))[0], "fidelity").shape
   size = np.stack([evaluate.reference_factors(split, count, n)[0].size for n in range(rounds)])
   third = np.empty(size.size, int)
   for number, rows in enumerate(np.array_split(np.argsort(size, axis=None, kind="stable"), 3)):
@@ -278,8 +276,7 @@ def _by_size(arms: Arms, split: str) -> str:
 
   def get(row: Result, key: str, number: int) -> np.ndarray:
     """Each subject's mean over those of its references that belong to this third."""
-    values = [_row(one[key]) for one in row.get("rounds", [row["subjects"]])]
-    return mean_of_known(np.where(third == number, np.asarray(values, float), np.nan))
+    return mean_of_known(np.where(third == number, _by_round(row, key), np.nan))
 
   columns = [(key, number) for key in ("fidelity", "control") for number in range(3)]
   head = ["arm", *(f"{key}, {('small', 'middle', 'large')[number]}" for key, number in columns)]
@@ -299,6 +296,11 @@ def _by_size(arms: Arms, split: str) -> str:
       _interval(paired(arms[name], arms[other], lambda r: get(r, *column)))  # noqa: B023
       for column in columns)])
   return markdown(head, lines)
+
+
+def _by_round(row: Result, key: str) -> np.ndarray:
+  """What each subject got, [rounds, n]."""
+  return np.asarray([_row(one[key]) for one in row.get("rounds", [row["subjects"]])], float)
 
 
 def _row(values: Sequence[float | None]) -> list[float]:

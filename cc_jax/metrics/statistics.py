@@ -36,25 +36,20 @@ def hierarchical_bootstrap(
   rng = np.random.default_rng(seed)
   of_seed = rng.integers(seeds, size=(draws, seeds, 1))
   of_subject = rng.integers(subjects, size=(draws, 1, subjects))
-  means = _means(values[of_seed, of_subject])
+  means = mean_of_known(values[of_seed, of_subject], (1, 2))
   means = means[~np.isnan(means)]
   low, high = np.percentile(means, [2.5, 97.5]) if len(means) else (np.nan, np.nan)
-  return Interval(float(_means(values[None])[0]), float(low), float(high))
+  return Interval(float(mean_of_known(values, (0, 1))), float(low), float(high))
 
 
-def _means(values: Float[np.ndarray, "draws seeds subjects"]) -> Float[np.ndarray, " draws"]:
-  """Over what is known; NaN where nothing is."""
+def mean_of_known(
+  values: Float[np.ndarray, ...], axis: int | tuple[int, ...] = 0
+) -> Float[np.ndarray, ...]:
+  """The mean over `axis` of what is known (not NaN); NaN where nothing is."""
   known = ~np.isnan(values)
-  count = known.sum((1, 2))
-  total = np.where(known, values, 0).sum((1, 2))
+  count = known.sum(axis)
+  total = np.where(known, values, 0).sum(axis)
   return np.where(count > 0, total / np.maximum(count, 1), np.nan)
-
-
-def mean_of_known(rows: Float[np.ndarray, "k n"]) -> Float[np.ndarray, " n"]:
-  """The mean over the rows of what is known (not NaN); NaN where nothing is."""
-  known = ~np.isnan(rows)
-  total = np.where(known, rows, 0).sum(0)
-  return np.where(known.any(0), total / np.maximum(known.sum(0), 1), np.nan)
 
 
 def at_equal(
