@@ -106,7 +106,9 @@ def generate_work(config: ml_collections.ConfigDict, mesh: Mesh) -> Work:
 def _method(config: ml_collections.ConfigDict) -> tuple[Method, Any, Any, hub.Base]:
   """(method, abstract trainable and frozen parameters, base) of a config, without weights."""
   config, base, (definition, trainable, frozen) = train.without_weights(config)
-  # The words do not matter here, and known architectures come without a tokenizer.
+  if base.tokenizers:  # then the program is training's to the letter, and compiled once for both
+    return train.make_method(config, definition, base), trainable, frozen, base
+  # Known architectures come without a tokenizer; the words matter to no plan.
   empty = (0,) * base.text_encoders[0].config.max_position_embeddings
   schedule = NoiseSchedule.from_config(base.scheduler_config)
   frozen_config = ml_collections.FrozenConfigDict(config)

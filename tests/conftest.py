@@ -46,12 +46,15 @@ def tiny_folder(tmp_path_factory):
 def quick_compile(tmp_path_factory):
   """A test compiles more than it computes: few optimizations, and never the same program twice.
 
-  Returns the folder of compiled programs, for processes that the test starts.
+  Returns the folder of compiled programs, for processes that the test starts. It is that of all
+  workers; what one has half written, another compiles for itself.
   """
   import jax
   from jax.experimental.compilation_cache import compilation_cache
 
-  folder = tmp_path_factory.mktemp("compiled")
+  base = tmp_path_factory.getbasetemp()
+  folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "compiled"
+  folder.mkdir(exist_ok=True)
   changes = {
     "jax_disable_most_optimizations": (True, False),
     "jax_compilation_cache_dir": (str(folder), None),

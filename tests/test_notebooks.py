@@ -8,13 +8,12 @@ import sys
 import types
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 from PIL import Image
 
 from cc_jax import hub, lab, notebook, train
-from cc_jax.assemble import assemble
+from cc_jax.assemble import abstractly, assemble
 from cc_jax.customcontrast.adapter_file import save_adapter
 from configs import subjects3d
 
@@ -35,16 +34,18 @@ TOY = {
 
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory):
-  """(a toy base, an adapter of it that no training has touched)."""
+  """(a toy base, a random adapter of it, a folder of subjects to train on)."""
   folder = tmp_path_factory.mktemp("toy")
   base_folder, adapter = lab.toy_base(folder / "base"), folder / "adapter.safetensors"
   config = subjects3d.get_config()
   config.update_from_flattened_dict(TOY)
   base, (encoder, injection) = hub.load_base(base_folder), train.networks(config)
-  _, trainable, _ = assemble(base, encoder, injection)
-  save_adapter(adapter, jax.device_get(trainable), encoder=encoder, injection=injection,
+  _, trainable, _ = assemble(base, encoder, injection, transform=abstractly)
+  rng = np.random.default_rng(0)
+  values = {name: rng.normal(0, 0.05, x.shape).astype(x.dtype) for name, x in trainable.items()}
+  save_adapter(adapter, values, encoder=encoder, injection=injection,
                base_name=str(base_folder), base_hash=base.hash)
-  return str(base_folder), str(adapter)
+  return str(base_folder), str(adapter), str(notebook.example_subjects(folder / "subjects"))
 
 
 def pictures(cells) -> list[int]:
@@ -59,11 +60,13 @@ def pictures(cells) -> list[int]:
   return found
 
 
-def small(name: str, base: str, adapter: str) -> dict:
+def small(name: str, base: str, adapter: str, subjects: str) -> dict:
   """The parameters with which a notebook takes seconds."""
   where = dict(CHECKPOINT=adapter, BASE=base, STEPS=2)
   return {
-    "01_first_run": where | dict(SUBJECTS=2, TRAIN=TOY | {"data.source": "render"}),
+    # Of a folder: to render a batch, the program of nearly every class would be compiled.
+    "01_first_run": where | dict(
+      SUBJECTS=2, TRAIN=TOY | {"data.source": "folder", "data.name": subjects}),
     "02_decoupling": where | dict(SUBJECTS=1, VIEWS=3),
     "03_plan_a_tpu_run": dict(CONFIG="subjects3d", TOPOLOGIES=["local"],
                               CHANGES=TOY | {"base": base}),

@@ -96,10 +96,13 @@ def batches(
 
   first = start_step * len(rows)
   data = tf.data.Dataset.range(first, np.iinfo(np.int64).max)
-  data = data.map(load, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+  # Rows are partly Python, which runs in one thread at a time: many threads would be in the way.
+  data = data.map(load, num_parallel_calls=min(16, os.cpu_count() or 1), deterministic=True)
   data = data.batch(len(rows)).prefetch(2)
   options = tf.data.Options()
   options.deterministic = True
+  # Nothing is left to tune, and its thread looks up every 10 s only: the end would wait for it.
+  options.autotune.enabled = False
   iterator = iter(data.with_options(options).as_numpy_iterator())
   return _with_own_errors(tf, iterator, failures)
 
