@@ -284,6 +284,36 @@ def test_rounds_are_averaged_per_subject_and_told_apart(tmp_path, monkeypatch):
     "tables-test.md", "tradeoff-test.png"}  # nothing else was measured
 
 
+def test_the_table_of_defaults_says_what_the_runs_said():
+  """docs/lab.md's table of each [R] is a choice from *Side arms* of tables.md; none is left out."""
+  docs = Path(__file__).parents[1] / "docs"
+  text = (docs / "lab.md").read_text()
+  table_of_defaults = re.search("<!-- side arms -->(.*)<!-- end -->", text, re.DOTALL)[1]
+  number = r"(\d\.\d{3})([↓↑]?)"
+  told = re.findall(rf"`(\w+)`(?: ×(\d))? {number} / {number} / (\d\.\d\d)", table_of_defaults)
+  rows = (docs / "lab" / "tables.md").read_text().split("## Side arms", 1)[1].split("\n## ")[0]
+  rows = [line.strip("| ").split(" | ") for line in rows.splitlines() if line.startswith("| ")]
+  found = {row[1]: row for row in rows[3:]}  # after the heads and the method
+
+  def read(cell):  # the method less the arm, bold where its interval leaves out 0
+    arrow = "↓" if "**[+" in cell else "↑" if "**[-" in cell else ""
+    return cell.split()[0], arrow
+
+  twins = {"multi_view_s_words_4", "self_s_words_4"}  # of s_words_4, which the text is about
+  assert {name for name, *_ in told} == found.keys() - twins
+  for name, seeds, *scores, likeness in told:
+    row = found[name]
+    assert (seeds or "1") == row[3], name
+    assert tuple(scores) == read(row[4]) + read(row[5]), name
+    assert abs(float(likeness) - float(row[6])) < 0.0051, name
+  not_run = re.search(r"Not run: ([^.]*)\.", text)[1]
+  listed = set(re.findall(r"`(\w+)`", not_run))
+  if {"weight_01", "weight_10"} <= listed:  # "`weight_01` to `weight_10`"
+    listed |= {"weight_03", "weight_3"}
+  core = {name for name, arm in table.ARMS.items() if arm.family in lab.ALL_SEEDS}
+  assert listed == table.ARMS.keys() - found.keys() - core
+
+
 def test_the_command_reports(tmp_path):
   """The command itself, on results of its own; and what it says of a split that has none."""
   for row in (made(), made("base", family="base")):
