@@ -26,7 +26,8 @@ METHOD, SELF, BASE = "method", "self_reconstruction", "base"
 AGAINST = (SELF, "ip_adapter_plus")  # what the method is held against
 # Side arms that are held against another arm than the method; two words in one would be unfair.
 PAIRS = (("s_words_4", "self_s_words_4"), ("s_words_4", "multi_view_s_words_4"),
-         ("s_words_4", "ip_adapter_plus"), ("whole_frame", "whole_frame_self"))
+         ("multi_view_s_words_4", "self_s_words_4"), ("s_words_4", "ip_adapter_plus"),
+         ("whole_frame", "whole_frame_self"))
 FACTORS = ("class_id", "color1", "color2", "pattern", "pattern_color", "scene", "style", "hat")
 MOVES = ("size", "place", "azimuth", "light", "scene")
 INTRINSIC = ("class_id", "color1", "color2", "pattern", "pattern_color", "wide", "tall", "ratio")
