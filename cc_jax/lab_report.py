@@ -498,7 +498,8 @@ def tradeoff(arms: Arms) -> Figure:
       axes.annotate(f"{scale:g}", point, fontsize=7, color=color)
   axes.set(xlabel="text control", ylabel="subject fidelity",
            title="Trade-off; lines: one seed, over the adapter's scale")
-  axes.legend(fontsize=8)
+  if axes.has_data():
+    axes.legend(fontsize=8)
   axes.grid(alpha=0.3)
   return figure
 
