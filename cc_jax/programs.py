@@ -22,7 +22,6 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from cc_jax import chips, drawing, hub, sharding, train
 from cc_jax.chips import Chip
 from cc_jax.diffusion.samplers import adds_noise, step_table
-from cc_jax.diffusion.schedule import NoiseSchedule
 from cc_jax.errors import UserError
 from cc_jax.step import Method, init_state, make_train_step
 
@@ -106,13 +105,7 @@ def generate_work(config: ml_collections.ConfigDict, mesh: Mesh) -> Work:
 def _method(config: ml_collections.ConfigDict) -> tuple[Method, Any, Any, hub.Base]:
   """(method, abstract trainable and frozen parameters, base) of a config, without weights."""
   config, base, (definition, trainable, frozen) = train.without_weights(config)
-  if base.tokenizers:  # then the program is training's to the letter, and compiled once for both
-    return train.make_method(config, definition, base), trainable, frozen, base
-  # Known architectures come without a tokenizer; the words matter to no plan.
-  empty = (0,) * base.text_encoders[0].config.max_position_embeddings
-  schedule = NoiseSchedule.from_config(base.scheduler_config)
-  frozen_config = ml_collections.FrozenConfigDict(config)
-  return Method(definition, schedule, frozen_config, empty), trainable, frozen, base
+  return train.make_method(config, definition, base), trainable, frozen, base
 
 
 def _layers(trainable: Mapping[str, Any]) -> list[str]:

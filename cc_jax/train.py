@@ -273,7 +273,10 @@ def make_method(
   config: ml_collections.ConfigDict, definition: nnx.GraphDef, base: hub.Base
 ) -> Method:
   """What the step knows besides arrays."""
-  empty = tuple(int(i) for i in empty_prompt(base.tokenizers[0]))
+  if base.tokenizers:
+    empty = tuple(int(i) for i in empty_prompt(base.tokenizers[0]))
+  else:  # known architectures have none (`without_weights`); the words matter to no plan
+    empty = (0,) * base.text_encoders[0].config.max_position_embeddings
   schedule = NoiseSchedule.from_config(base.scheduler_config)
   return Method(definition, schedule, ml_collections.FrozenConfigDict(config), empty)
 
