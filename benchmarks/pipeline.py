@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image
 
 import data_pipeline
-from cc_jax.models.tokenizer import train_tokenizer
+from cc_jax.bases.tokenizer import train_tokenizer
 from configs.subjects3d import get_config
 from data_pipeline.sources.tf_data import import_tensorflow
 from data_pipeline.subjects3d import captions, multi_view

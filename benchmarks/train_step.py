@@ -22,8 +22,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cc_jax import hub, sharding, step, train
-from cc_jax.assemble import assemble
+from cc_jax import train
+from cc_jax.bases import base as hub
+from cc_jax.customcontrast.build import assemble
+from cc_jax.parallel import rules as sharding
+from cc_jax.training import step
 
 
 def main() -> None:

@@ -4,7 +4,7 @@
   python -m cc_jax.evaluate --checkpoint=runs/first --workdir=runs/first/eval
   python -m cc_jax.evaluate --what=base                        # the base, 200 prompts
 
-The judge reads each drawn picture (`cc_jax.metrics.factors`). Beside every score of the adapter
+The judge reads each drawn picture (`cc_jax.lab.judge`). Beside every score of the adapter
 stands the base's: the same prompts and the same noise, without reference. Prompts name class and
 scene, never colour or pattern.
 """
@@ -24,14 +24,16 @@ from absl import flags
 from etils import epath
 from jaxtyping import UInt8
 
-from cc_jax import errors, hub, sharding
+from cc_jax import errors
+from cc_jax.bases import base as hub
 from cc_jax.customcontrast.model import CustomContrast
 from cc_jax.diffusion.schedule import NoiseSchedule
-from cc_jax.drawer import Drawer, bundle, encode_prompts
 from cc_jax.errors import UserError
-from cc_jax.metrics import factors as judging
-from cc_jax.metrics import leakage
-from cc_jax.pictures import grid
+from cc_jax.lab import judge as judging
+from cc_jax.lab import leakage
+from cc_jax.parallel import rules as sharding
+from cc_jax.sampling.images import grid
+from cc_jax.sampling.sampler import Drawer, bundle, encode_prompts
 from data_pipeline.subjects3d import factors as world
 from data_pipeline.subjects3d.captions import caption
 from data_pipeline.subjects3d.renderer import render_many

@@ -29,14 +29,16 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 from tqdm import tqdm
 
-from cc_jax import errors, hub, sharding
-from cc_jax.assemble import abstractly, assemble, join
+from cc_jax import errors
+from cc_jax.bases import base as hub
 from cc_jax.customcontrast.adapter_file import Adapter, apply_adapter, load_adapter
+from cc_jax.customcontrast.build import abstractly, assemble, join
 from cc_jax.diffusion.samplers import SAMPLERS
 from cc_jax.diffusion.schedule import NoiseSchedule
-from cc_jax.drawer import Drawer, Prompts, bundle, check_guidance, encode_prompts
 from cc_jax.errors import UserError
-from cc_jax.pictures import METADATA, read_reference, read_start, save
+from cc_jax.parallel import rules as sharding
+from cc_jax.sampling.images import METADATA, read_reference, read_start, save
+from cc_jax.sampling.sampler import Drawer, Prompts, bundle, check_guidance, encode_prompts
 
 __all__ = [
   "METADATA", "Drawer", "Pipeline", "Prompts", "bundle", "encode_prompts", "load", "read_reference"

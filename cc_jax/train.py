@@ -6,7 +6,7 @@
 
 The same command again goes on where the run stopped, on any number of devices and processes.
 `--abstract` needs no weights: it prints the parameter table and ends. On several machines the same
-command runs on each (cc_jax.sharding.join). Read from the top down: `train` is the whole story.
+command runs on each (cc_jax.parallel.rules.join). Read from the top down: `train` is the whole story.
 """
 
 from __future__ import annotations
@@ -30,18 +30,22 @@ from flax import nnx
 from ml_collections import config_flags
 
 import data_pipeline
-from cc_jax import errors, gaps, hub, preemption, sharding
-from cc_jax.assemble import Params, abstractly, assemble
-from cc_jax.checkpoint import Checkpoints, config_changes, jsonable
+from cc_jax import errors
+from cc_jax.bases import base as hub
 from cc_jax.customcontrast.adapter_file import save_adapter
+from cc_jax.customcontrast.build import Params, abstractly, assemble
 from cc_jax.customcontrast.injection import InjectionConfig
 from cc_jax.customcontrast.ip_adapter import warm_start
 from cc_jax.customcontrast.mfi_encoder import MFIEncoderConfig
 from cc_jax.customcontrast.model import CustomContrast
 from cc_jax.diffusion.schedule import NoiseSchedule
 from cc_jax.errors import UserError
-from cc_jax.step import Method, TrainState, init_state, make_train_step
-from cc_jax.telemetry import Profile, Telemetry, align
+from cc_jax.parallel import rules as sharding
+from cc_jax.training import preemption
+from cc_jax.training import prompt_sensitivity as gaps
+from cc_jax.training.checkpoint import Checkpoints, config_changes, jsonable
+from cc_jax.training.step import Method, TrainState, init_state, make_train_step
+from cc_jax.training.telemetry import Profile, Telemetry, align
 from data_pipeline.subjects3d.factors import SCENES
 from data_pipeline.tokens import empty_prompt
 
@@ -248,7 +252,10 @@ def look(view: Callable | None, config, base, model: Callable, place: epath.Path
 
 def count_work(log: Telemetry, step: Any, mesh: jax.sharding.Mesh) -> None:
   """Tells the log what utilisation is measured by, where the chip's peak is known."""
-  from cc_jax import chips, hlo  # lazily: only accelerators need them
+  from cc_jax.plan import (
+    chips,  # lazily: only accelerators need them
+    hlo,
+  )
 
   chip = chips.find(mesh.devices.flat[0].device_kind)
   if chip is not None:

@@ -122,7 +122,7 @@ def get_config() -> ml_collections.ConfigDict:
 
   c.mesh = ml_collections.ConfigDict()
   # Devices along each axis, one of them -1 = those that are left. The batch is cut over data and
-  # fsdp, parameters with optimizer and average over fsdp and tensor (cc_jax.sharding.RULES).
+  # fsdp, parameters with optimizer and average over fsdp and tensor (cc_jax.parallel.rules.RULES).
   c.mesh.data = -1
   c.mesh.fsdp = 1
   c.mesh.tensor = 1

@@ -20,12 +20,12 @@ import numpy as np  # noqa: E402
 from jax.sharding import AxisType, NamedSharding  # noqa: E402
 from jax.sharding import PartitionSpec as P  # noqa: E402
 
-from cc_jax import step  # noqa: E402
 from cc_jax.objectives import infonce  # noqa: E402
 from cc_jax.objectives.contrast import NAIVE, Contrast  # noqa: E402
 from cc_jax.objectives.cscl import cscl  # noqa: E402
 from cc_jax.objectives.macl import SCALINGS, macl  # noqa: E402
 from cc_jax.objectives.pairs import PairLoss, clipped  # noqa: E402
+from cc_jax.training import step  # noqa: E402
 
 DEVICES = 8
 N, L, Q, D, E = 40, 2, 2, 5, 4  # 5 rows a device

@@ -10,7 +10,14 @@ sys.path.insert(0, str(Path(__file__).parent))
 import jax  # noqa: E402
 import tiny  # noqa: E402
 
-from cc_jax import chips, cost, hlo, plan, programs, sharding  # noqa: E402
+from cc_jax.parallel import rules as sharding
+from cc_jax.plan import __main__ as plan
+from cc_jax.plan import (
+  chips,  # noqa: E402
+  hlo,
+)
+from cc_jax.plan import estimate as cost
+from cc_jax.plan import lower as programs
 
 DEVICES = 8
 # config, slice, images a chip, overrides: the plans of docs/scale.md.

@@ -19,9 +19,12 @@ import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 import tiny  # noqa: E402
 
-from cc_jax import hub, sharding, step, train  # noqa: E402
-from cc_jax.assemble import assemble  # noqa: E402
-from cc_jax.checkpoint import Checkpoints, flat, jsonable  # noqa: E402
+from cc_jax import train  # noqa: E402
+from cc_jax.bases import base as hub
+from cc_jax.customcontrast.build import assemble  # noqa: E402
+from cc_jax.parallel import rules as sharding
+from cc_jax.training import step
+from cc_jax.training.checkpoint import Checkpoints, flat, jsonable  # noqa: E402
 
 SIZE, STEPS = 16, 5
 # data, fsdp, tensor: how the contrastive losses go through the pairs, parts of the batch, what is

@@ -32,7 +32,9 @@ import tiny  # noqa: E402
 from ml_collections import config_flags  # noqa: E402
 
 import data_pipeline  # noqa: E402
-from cc_jax import errors, sharding, telemetry, train  # noqa: E402
+from cc_jax import errors, train  # noqa: E402
+from cc_jax.parallel import rules as sharding
+from cc_jax.training import telemetry
 
 KILL, _, AT = os.environ.get("KILL", "").partition(":")
 SLOW = float(os.environ.get("SLOW", "0"))

@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 from etils import epath
 
-from cc_jax import optimizer, telemetry
-from cc_jax.checkpoint import Checkpoints, config_changes, jsonable
 from cc_jax.errors import UserError
+from cc_jax.training import optimizer, telemetry
+from cc_jax.training.checkpoint import Checkpoints, config_changes, jsonable
 
 BASE = "b" * 64
 ROOT = Path(__file__).parent.parent
@@ -197,7 +197,7 @@ def test_a_full_and_a_read_only_disk(tmp_path):
     """
     import os, subprocess, sys
     import jax.numpy as jnp, ml_collections, numpy as np
-    from cc_jax.checkpoint import Checkpoints
+    from cc_jax.training.checkpoint import Checkpoints
     from cc_jax.errors import UserError
 
     disk = sys.argv[1]
@@ -240,7 +240,8 @@ def test_a_bucket_that_does_not_answer(tmp_path):
   with socket.create_server(("localhost", 0)) as silent:
     proxy = f"http://localhost:{silent.getsockname()[1]}"
     body = """
-    from cc_jax import checkpoint, errors
+    from cc_jax import errors
+    from cc_jax.training import checkpoint
     checkpoint.ANSWER_TIMEOUT = 3
     errors.run(lambda argv: checkpoint.Checkpoints("gs://nobody/run/checkpoints", keep=1))
     """

@@ -10,11 +10,11 @@ import transformers
 from flax import nnx
 from torch_parity import abstract, assert_same, assert_same_names, randomise, relative_error
 
+from cc_jax.bases.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
+from cc_jax.bases.weights import load_weights
 from cc_jax.errors import UserError
 from cc_jax.models.clip_text import CLIPTextConfig, CLIPTextModel
 from cc_jax.models.clip_vision import CLIPVisionConfig, CLIPVisionModel
-from cc_jax.models.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
-from cc_jax.models.weights import load_weights
 
 # An epsilon as large as this shows in the numbers when another one is taken.
 SMALL = dict(

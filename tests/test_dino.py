@@ -9,7 +9,7 @@ import torch
 import transformers
 from torch_parity import assert_same, assert_same_names, randomise
 
-from cc_jax import hub
+from cc_jax.bases import base as hub
 from cc_jax.errors import UserError
 from cc_jax.models.dino import Dino, DinoConfig
 

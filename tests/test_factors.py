@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from cc_jax.errors import UserError
-from cc_jax.metrics import factors as judging
+from cc_jax.lab import judge as judging
 from data_pipeline.subjects3d import factors as world
 
 

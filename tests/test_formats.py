@@ -30,20 +30,21 @@ from test_hub import assert_bitwise, tensors
 from test_unet import REAL as REAL_UNETS
 from torch_parity import abstract, randomise
 
-from cc_jax import generate, hub
-from cc_jax.assemble import abstractly, assemble
+from cc_jax import generate
+from cc_jax.bases import base as hub
+from cc_jax.bases import ldm_names
+from cc_jax.bases.lora import Lora
+from cc_jax.bases.tokenizer import train_tokenizer
+from cc_jax.bases.torch_names import torch_shapes
+from cc_jax.customcontrast.build import abstractly, assemble
 from cc_jax.customcontrast.injection import InjectionConfig, LayerCondition, inject
 from cc_jax.customcontrast.ip_adapter import _layers, read_ip_adapter, warm_start
 from cc_jax.customcontrast.mfi_encoder import MFIEncoderConfig
 from cc_jax.diffusion.samplers import SAMPLERS, step_table
 from cc_jax.diffusion.schedule import NoiseSchedule
 from cc_jax.errors import UserError
-from cc_jax.models import ldm_names
 from cc_jax.models.clip_text import CLIPTextConfig, CLIPTextModel
 from cc_jax.models.keys import Keys
-from cc_jax.models.lora import Lora
-from cc_jax.models.tokenizer import train_tokenizer
-from cc_jax.models.torch_names import torch_shapes
 from cc_jax.models.unet import UNet2DCondition, cross_attention_layers
 from cc_jax.models.unet_config import UNetConfig
 from cc_jax.models.vae import AutoencoderKL, AutoencoderKLConfig
@@ -1106,7 +1107,8 @@ def test_what_does_not_fit_is_left(family, tmp_path):
 MEASURE = """
 import sys, threading, time
 import jax, jax.numpy as jnp
-from cc_jax import generate, hub
+from cc_jax import generate
+from cc_jax.bases import base as hub
 
 def anonymous():
   for line in open("/proc/self/status"):

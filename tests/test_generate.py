@@ -19,15 +19,17 @@ from diffusers import DDIMScheduler
 from flax import nnx
 from PIL import Image
 
-from cc_jax import generate, hub, pictures
+from cc_jax import generate
+from cc_jax.bases import base as hub
 from cc_jax.customcontrast.adapter_file import adapter_tensors, load_adapter, save_adapter
 from cc_jax.customcontrast.injection import InjectionConfig
 from cc_jax.customcontrast.mfi_encoder import MFIEncoderConfig
 from cc_jax.customcontrast.model import CustomContrast
 from cc_jax.diffusion.schedule import NoiseSchedule
-from cc_jax.drawer import Drawer, bundle, encode_prompts
 from cc_jax.errors import UserError
 from cc_jax.models.abstract import abstract
+from cc_jax.sampling import images as pictures
+from cc_jax.sampling.sampler import Drawer, bundle, encode_prompts
 from data_pipeline.errors import DataError
 
 STEPS = 3

@@ -16,11 +16,12 @@ import transformers
 from flax import nnx
 from torch_parity import randomise, relative_error
 
-from cc_jax import hub, layout
+from cc_jax.bases import base as hub
+from cc_jax.bases import files as layout
+from cc_jax.bases.tokenizer import train_tokenizer
+from cc_jax.bases.torch_names import to_torch
 from cc_jax.errors import UserError
 from cc_jax.models.clip_text import CLIPTextModel
-from cc_jax.models.tokenizer import train_tokenizer
-from cc_jax.models.torch_names import to_torch
 from cc_jax.models.vae import AutoencoderKL
 
 UNET = dict(

@@ -13,10 +13,14 @@ import pytest
 import tiny
 
 import data_pipeline
-from cc_jax import evaluate, lab, lab_pictures, lab_report, lab_scores, train
+from cc_jax import evaluate, train
 from cc_jax.customcontrast.injection import InjectionConfig
 from cc_jax.customcontrast.mfi_encoder import MFIEncoderConfig
 from cc_jax.errors import UserError
+from cc_jax.lab import __main__ as lab
+from cc_jax.lab import pictures as lab_pictures
+from cc_jax.lab import scorer as lab_scores
+from cc_jax.lab import tables as lab_report
 from configs import lab as table
 from data_pipeline import sampling
 from data_pipeline.subjects3d import factors as world

@@ -5,8 +5,9 @@ import pytest
 import scipy.stats
 
 from cc_jax import evaluate
-from cc_jax.metrics import factors as judging
-from cc_jax.metrics import features, leakage
+from cc_jax.lab import judge as judging
+from cc_jax.lab import leakage
+from cc_jax.metrics import features
 from cc_jax.metrics.statistics import at_equal, hierarchical_bootstrap
 from data_pipeline.subjects3d import factors as world
 

@@ -12,9 +12,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cc_jax import hub, lab, notebook, train
-from cc_jax.assemble import abstractly, assemble
+from cc_jax import train
+from cc_jax.bases import base as hub
 from cc_jax.customcontrast.adapter_file import save_adapter
+from cc_jax.customcontrast.build import abstractly, assemble
+from cc_jax.lab import __main__ as lab
+from cc_jax.lab import notebook
 from configs import subjects3d
 
 pytestmark = pytest.mark.usefixtures("quick_compile")

@@ -16,8 +16,12 @@ import numpy as np
 import pytest
 import run_plan
 
-from cc_jax import chips, cost, hlo, plan, programs, train
+from cc_jax import train
 from cc_jax.errors import UserError
+from cc_jax.plan import __main__ as plan
+from cc_jax.plan import chips, hlo
+from cc_jax.plan import estimate as cost
+from cc_jax.plan import lower as programs
 from configs import subjects3d
 
 ROOT = Path(__file__).parent.parent

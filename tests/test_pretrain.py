@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from cc_jax import fitting, pretrain, sharding
 from cc_jax.errors import UserError
-from cc_jax.metrics import factors as judging
+from cc_jax.lab import judge as judging
 from cc_jax.models.clip_vision import CLIPVisionConfig, CLIPVisionModel
 from cc_jax.models.vae import AutoencoderKL, AutoencoderKLConfig
+from cc_jax.parallel import rules as sharding
+from cc_jax.pretrain import __main__ as pretrain
+from cc_jax.pretrain import loop as fitting
 from configs import subjects3d_base
 from data_pipeline.subjects3d import factors as world
 from data_pipeline.subjects3d import prerender

@@ -15,8 +15,8 @@ import pytest
 import tiny
 from orbax.checkpoint import v1 as ocp
 
-from cc_jax import telemetry
-from cc_jax.models.tokenizer import load_tokenizer
+from cc_jax.bases.tokenizer import load_tokenizer
+from cc_jax.training import telemetry
 
 SCRIPT = Path(__file__).parent / "run_train.py"
 SIZE, STEPS = 16, 8
@@ -185,7 +185,8 @@ def test_a_process_that_never_calls_is_an_error_in_time():
   script = """if True:
     import sys
     import ml_collections
-    from cc_jax import errors, sharding
+    from cc_jax import errors
+    from cc_jax.parallel import rules as sharding
     sharding.JOIN_TIMEOUT = 3
     errors.run(lambda argv: sharding.join(ml_collections.ConfigDict({"processes": 2})))
   """

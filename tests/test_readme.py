@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from cc_jax.metrics import factors
+from cc_jax.lab import judge as factors
 from data_pipeline.subjects3d.factors import CLASSES, SCENES
 
 README = Path(__file__).parents[1] / "README.md"

@@ -14,9 +14,15 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractMesh
 
-from cc_jax import cost, hub, plan, programs, sharding, step, train
-from cc_jax.assemble import abstractly, assemble
+from cc_jax import train
+from cc_jax.bases import base as hub
+from cc_jax.customcontrast.build import abstractly, assemble
 from cc_jax.errors import UserError
+from cc_jax.parallel import rules as sharding
+from cc_jax.plan import __main__ as plan
+from cc_jax.plan import estimate as cost
+from cc_jax.plan import lower as programs
+from cc_jax.training import step
 
 SCRIPT = Path(__file__).parent / "run_sharded.py"
 MESHES = ("1x1x1", "8x1x1", "1x8x1", "2x2x2")

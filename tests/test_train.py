@@ -24,13 +24,17 @@ from orbax.checkpoint import v1 as ocp
 from PIL import Image
 
 import data_pipeline
-from cc_jax import evaluate, gaps, hub, sharding, step, telemetry, train
-from cc_jax.assemble import abstractly, assemble
-from cc_jax.checkpoint import Checkpoints
+from cc_jax import evaluate, train
+from cc_jax.bases import base as hub
 from cc_jax.customcontrast.adapter_file import load_adapter
+from cc_jax.customcontrast.build import abstractly, assemble
 from cc_jax.customcontrast.model import CustomContrast
 from cc_jax.errors import UserError
 from cc_jax.objectives import macl as macl_lib
+from cc_jax.parallel import rules as sharding
+from cc_jax.training import prompt_sensitivity as gaps
+from cc_jax.training import step, telemetry
+from cc_jax.training.checkpoint import Checkpoints
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.usefixtures("quick_compile")

@@ -9,15 +9,16 @@ from flax import nnx
 from PIL import Image
 from test_customcontrast import BOS, EOS, B, L, T, configs, split
 
-from cc_jax import generate, hub
+from cc_jax import generate
+from cc_jax.bases import base as hub
 from cc_jax.customcontrast.adapter_file import adapter_tensors, save_adapter
 from cc_jax.customcontrast.injection import InjectionConfig
 from cc_jax.customcontrast.mfi_encoder import MFIEncoderConfig
 from cc_jax.customcontrast.model import CustomContrast, Subject
-from cc_jax.drawer import encode_prompts
-from cc_jax.drawing import _with_copies
 from cc_jax.errors import UserError
 from cc_jax.models.abstract import abstract
+from cc_jax.sampling.sample import _with_copies
+from cc_jax.sampling.sampler import encode_prompts
 from data_pipeline.errors import DataError
 
 pytestmark = pytest.mark.usefixtures("quick_compile")

@@ -11,12 +11,12 @@ from diffusers import UNet2DConditionModel
 from flax import nnx
 from torch_parity import TOLERANCE, assert_same, randomise, relative_error
 
-from cc_jax import hub
+from cc_jax.bases import base as hub
+from cc_jax.bases.torch_names import from_torch, torch_name, torch_shapes
 from cc_jax.errors import UserError
 from cc_jax.models.abstract import abstract
 from cc_jax.models.attention import Attention, Masked
 from cc_jax.models.layers import GroupNorm, LayerNorm
-from cc_jax.models.torch_names import from_torch, torch_name, torch_shapes
 from cc_jax.models.unet import UNet2DCondition, UNetConfig, cross_attention_layers
 
 torch.set_num_threads(2)

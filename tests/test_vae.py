@@ -20,10 +20,11 @@ from torch_parity import (
   to_nchw,
 )
 
-from cc_jax import generate, hub
+from cc_jax import generate
+from cc_jax.bases import base as hub
+from cc_jax.bases.weights import load_weights
 from cc_jax.errors import UserError
 from cc_jax.models.vae import AutoencoderKL, AutoencoderKLConfig
-from cc_jax.models.weights import load_weights
 
 MINI = dict(
   block_out_channels=[16, 32, 32],

@@ -85,10 +85,10 @@ SCHEDULER = dict(
 
 def tiny_base(folder: str | Path, seed: int = 0) -> Path:
   """Writes the base to `folder` and returns it. Other seeds have other weights, same shapes."""
-  from cc_jax import hub
+  from cc_jax.bases import base as hub
+  from cc_jax.bases.tokenizer import train_tokenizer
   from cc_jax.models.clip_text import CLIPTextConfig, CLIPTextModel
   from cc_jax.models.clip_vision import CLIPVisionConfig, CLIPVisionModel
-  from cc_jax.models.tokenizer import train_tokenizer
   from cc_jax.models.unet import UNet2DCondition
   from cc_jax.models.unet_config import UNetConfig
   from cc_jax.models.vae import AutoencoderKL, AutoencoderKLConfig

@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from flax import nnx
 
+from cc_jax.bases.torch_names import to_torch, torch_shapes
 from cc_jax.models.keys import Keys
-from cc_jax.models.torch_names import to_torch, torch_shapes
 
 TOLERANCE = 1e-4
 

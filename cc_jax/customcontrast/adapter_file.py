@@ -41,7 +41,7 @@ class Adapter:
 
 
 def adapter_tensors(model: nnx.Module) -> dict[str, Any]:
-  """The trainable tensors of a CustomContrast, by dotted path (as in cc_jax.step.split)."""
+  """The trainable tensors of a CustomContrast, by dotted path (as in cc_jax.training.step.split)."""
   state = nnx.state(model, is_trainable)
   return {".".join(map(str, path)): leaf.get_value() for path, leaf in nnx.to_flat_state(state)}
 

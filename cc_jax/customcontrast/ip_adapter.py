@@ -29,8 +29,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from cc_jax.bases.weights import open_tensors, refuse_pickle
 from cc_jax.errors import UserError
-from cc_jax.models.weights import open_tensors, refuse_pickle
 
 # Prefixes of published files, and of what IP-Adapter's own training writes.
 _PREFIXES = {
@@ -134,7 +134,7 @@ def warm_start(
   The gates stay at zero, so that the model still starts as its base.
 
   Args:
-    trainable: dotted path -> array (cc_jax.assemble).
+    trainable: dotted path -> array (cc_jax.customcontrast.build).
     source: see `read_ip_adapter`.
 
   Returns:

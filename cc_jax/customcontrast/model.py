@@ -65,7 +65,7 @@ class Subject:
 class CustomContrast(nnx.Module):
   """Frozen base (image encoder, text encoders, VAE, UNet) and the trainable adapter.
 
-  `base` is a `cc_jax.hub.Base`, whose UNet gets its attn2 swapped in place. The model holds no
+  `base` is a `cc_jax.bases.base.Base`, whose UNet gets its attn2 swapped in place. The model holds no
   random state. Under jit: `graphdef, trainable, frozen = nnx.split(model, is_trainable, ...)`.
 
   Image tokens [R]: each chosen hidden state is normalised per token (mean 0, variance 1, no

@@ -20,11 +20,11 @@ from matplotlib.lines import Line2D
 from PIL import Image
 
 from cc_jax import evaluate, generate
-from cc_jax.drawer import encode_prompts
 from cc_jax.errors import UserError
-from cc_jax.lab_scores import embed, make_views
+from cc_jax.lab.scorer import embed, make_views
 from cc_jax.metrics import features
-from cc_jax.pictures import grid
+from cc_jax.sampling.images import grid
+from cc_jax.sampling.sampler import encode_prompts
 from data_pipeline.subjects3d import factors as world
 
 MARKERS = "os^Dv*P<X>hp"  # one for each subject
@@ -112,7 +112,7 @@ def interventions(
 ) -> Image.Image:
   """A reference with one irrelevant factor moved at a time, and below what each adapter draws.
 
-  Prompt and noise are a row's: what changes in it has leaked (`cc_jax.metrics.leakage`). The
+  Prompt and noise are a row's: what changes in it has leaked (`cc_jax.lab.leakage`). The
   adapters' trainings must have shown references alike.
   """
   pipe, rows = next(iter(pipes.values())), range(count)

@@ -19,10 +19,10 @@ from typing import Any
 
 import numpy as np
 
+from cc_jax.bases.weights import Convert
 from cc_jax.errors import UserError
 from cc_jax.models.clip_layers import tower_name
 from cc_jax.models.unet_config import UNetConfig
-from cc_jax.models.weights import Convert
 
 Shapes = Mapping[str, tuple[int, ...]]
 Entries = dict[str, tuple[str, Convert | None]]

@@ -1,6 +1,6 @@
 """The device part of generation: prompts, references and noise in, pictures and maps out.
 
-`draw` is one pure function, for one batch; `cc_jax.drawer` compiles it and feeds it. With a
+`draw` is one pure function, for one batch; `cc_jax.sampling.sampler` compiles it and feeds it. With a
 `CustomContrast` model it draws subjects, with a plain base it is Stable Diffusion.
 """
 

@@ -1,6 +1,6 @@
 """One training step of CustomContrast as a pure function, and the state that it turns over.
 
-The adapter and the frozen base come as flat dictionaries (`cc_jax.assemble`); a module exists only
+The adapter and the frozen base come as flat dictionaries (`cc_jax.customcontrast.build`); a module exists only
 inside `loss`, where its methods are called.
 """
 
@@ -19,17 +19,18 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
-from cc_jax import optimizer, sharding
-from cc_jax.assemble import Params, join
+from cc_jax.customcontrast.build import Params, join
 from cc_jax.customcontrast.model import CustomContrast
 from cc_jax.diffusion.schedule import NoiseSchedule
-from cc_jax.drawing import encode
 from cc_jax.errors import UserError
 from cc_jax.models.remat import check_policies, set_policies
 from cc_jax.objectives.contrast import NAIVE, Contrast
 from cc_jax.objectives.cscl import cscl
 from cc_jax.objectives.diffusion import diffusion_loss, min_snr_weights
 from cc_jax.objectives.macl import macl
+from cc_jax.parallel import rules as sharding
+from cc_jax.sampling.sample import encode
+from cc_jax.training import optimizer
 
 Batch = Mapping[str, Array]
 Metrics = dict[str, Float[Array, ""]]

@@ -21,16 +21,19 @@ from flax import nnx
 from jaxtyping import Float
 from ml_collections import config_flags
 
-from cc_jax import errors, fitting, hub, sharding
+from cc_jax import errors
+from cc_jax.bases import base as hub
+from cc_jax.bases import tokenizer as tokenizer_lib
 from cc_jax.diffusion.schedule import NoiseSchedule
-from cc_jax.metrics import factors as factors_judge
-from cc_jax.models import tokenizer as tokenizer_lib
+from cc_jax.lab import judge as factors_judge
 from cc_jax.models.clip_text import CLIPTextConfig, CLIPTextModel
 from cc_jax.models.clip_vision import CLIPVisionConfig, CLIPVisionModel
 from cc_jax.models.unet import UNet2DCondition, UNetConfig
 from cc_jax.models.vae import AutoencoderKL, AutoencoderKLConfig
 from cc_jax.objectives.cscl import cscl
 from cc_jax.objectives.infonce import l2_normalize
+from cc_jax.parallel import rules as sharding
+from cc_jax.pretrain import loop as fitting
 from data_pipeline.subjects3d import captions as captions_lib
 from data_pipeline.subjects3d import factors as factors_lib
 from data_pipeline.subjects3d.prerender import Pictures, prerender

@@ -27,7 +27,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from cc_jax.errors import UserError
-from cc_jax.telemetry import align
+from cc_jax.training.telemetry import align
 
 AXES = ("data", "fsdp", "tensor")
 _BATCH = PartitionSpec(("data", "fsdp"))

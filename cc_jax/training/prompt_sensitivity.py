@@ -16,10 +16,10 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float
 
-from cc_jax import sharding
-from cc_jax.assemble import Params
+from cc_jax.customcontrast.build import Params
 from cc_jax.objectives.diffusion import per_sample_mse
-from cc_jax.step import Batch, Draws, Method, denoise, unit
+from cc_jax.parallel import rules as sharding
+from cc_jax.training.step import Batch, Draws, Method, denoise, unit
 
 NOISE_LEVEL = 0.85  # t / T: late enough that the picture itself says little (lab.md's value)
 NumpyBatch = dict[str, np.ndarray]

@@ -7,11 +7,11 @@
   scheduler/          scheduler_config.json
   image_encoder/      a CLIP vision tower, with feature_extractor/preprocessor_config.json
 
-A single .safetensors file in the original key format (cc_jax.models.ldm_names) holds the networks
+A single .safetensors file in the original key format (cc_jax.bases.ldm_names) holds the networks
 only. Tokenizers, and a scheduler's config if there is one, are looked for in the folder named like
 the file without its suffix, in the file's own folder, and then in the published model on the hub.
 
-cc_jax.hub makes networks of what is found here.
+cc_jax.bases.base makes networks of what is found here.
 """
 
 from __future__ import annotations
@@ -26,10 +26,11 @@ from typing import Any
 from absl import logging
 from flax import nnx
 
-from cc_jax import downloads
+from cc_jax.bases import download as downloads
+from cc_jax.bases import ldm_names
+from cc_jax.bases.weights import open_tensors
 from cc_jax.diffusion.schedule import NoiseSchedule
 from cc_jax.errors import UserError
-from cc_jax.models import ldm_names
 from cc_jax.models.clip_pixels import CLIP_PROCESSOR, processor_from_dict
 from cc_jax.models.clip_text import CLIPTextConfig, CLIPTextModel
 from cc_jax.models.clip_vision import CLIPVisionConfig, CLIPVisionModel
@@ -37,9 +38,8 @@ from cc_jax.models.dino import Dino, DinoConfig
 from cc_jax.models.unet import UNet2DCondition
 from cc_jax.models.unet_config import UNetConfig
 from cc_jax.models.vae import AutoencoderKL, AutoencoderKLConfig
-from cc_jax.models.weights import open_tensors
 
-ASSETS = Path(__file__).parent / "assets"
+ASSETS = Path(__file__).parents[1] / "assets"
 
 # Ours, its config, the file its weights are in, and the classes of model_index.json that it is.
 NETWORKS = {
@@ -66,7 +66,7 @@ def resolve_base(name: str | Path) -> Path:
   """The folder or file of a base: a path, the name of one inside the package, or a hub id.
 
   A hub id, `owner/name[@revision]` or `owner/name/file.safetensors[@revision]`, is downloaded, or
-  taken from the hub's cache (cc_jax.downloads).
+  taken from the hub's cache (cc_jax.bases.download).
 
   Raises:
     UserError: it is none of these.

@@ -34,10 +34,12 @@ from etils import epath
 from flax import nnx
 from ml_collections import config_flags
 
-from cc_jax import errors, hub, sharding
+from cc_jax import errors
+from cc_jax.bases import base as hub
 from cc_jax.errors import UserError
-from cc_jax.lab_scores import Scorer, of_base
-from cc_jax.metrics import factors as judging
+from cc_jax.lab import judge as judging
+from cc_jax.lab.scorer import Scorer, of_base
+from cc_jax.parallel import rules as sharding
 from cc_jax.train import Views, keep_compiled, train
 from configs import lab as table
 from data_pipeline.subjects3d.factors import SPLITS, VERSION
@@ -401,7 +403,8 @@ def main(argv: Sequence[str]) -> None:
   config.score.split = f.split or config.score.split
   if config.score.split not in SPLITS:
     raise UserError(f"--split={config.score.split} is unknown; use one of {', '.join(SPLITS)}")
-  from cc_jax import lab_pictures, lab_report  # lazily: matplotlib
+  from cc_jax.lab import pictures as lab_pictures  # lazily: matplotlib
+  from cc_jax.lab import tables as lab_report
 
   if f.suite != "report":
     sharding.set_cpu_devices(config.run.mesh, config.run.train.batch_size)

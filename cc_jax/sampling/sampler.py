@@ -11,7 +11,6 @@ from flax import nnx
 from jaxtyping import Bool, Float, Int, UInt8
 from tqdm import tqdm
 
-from cc_jax import sharding
 from cc_jax.customcontrast.model import CustomContrast
 from cc_jax.diffusion.samplers import (
   StepTable,
@@ -21,9 +20,10 @@ from cc_jax.diffusion.samplers import (
   step_table,
 )
 from cc_jax.diffusion.schedule import NoiseSchedule
-from cc_jax.drawing import Plan, Prompts, Request, branches, bundle, draw
 from cc_jax.errors import UserError
-from cc_jax.pictures import to_uint8
+from cc_jax.parallel import rules as sharding
+from cc_jax.sampling.images import to_uint8
+from cc_jax.sampling.sample import Plan, Prompts, Request, branches, bundle, draw
 from data_pipeline.tokens import encode_prompt
 
 __all__ = ["Drawer", "Prompts", "bundle", "check_guidance", "encode_prompts"]

@@ -1,6 +1,6 @@
 """Stable Diffusion bases, read from a folder, a file or a hub id, and written as a folder.
 
-PyTorch's diffusers loads what is written here. cc_jax.layout knows where the parts are.
+PyTorch's diffusers loads what is written here. cc_jax.bases.files knows where the parts are.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ import jax.numpy as jnp
 from absl import logging
 from flax import nnx
 
-from cc_jax.errors import UserError
-from cc_jax.layout import (
+from cc_jax.bases import ldm_names
+from cc_jax.bases.files import (
   ASSETS,
   COMPONENTS,
   NETWORKS,
@@ -32,19 +32,19 @@ from cc_jax.layout import (
   read_json,
   resolve_base,
 )
-from cc_jax.models import ldm_names
+from cc_jax.bases.lora import Lora, Merged
+from cc_jax.bases.tokenizer import load_tokenizer, save_tokenizer
+from cc_jax.bases.torch_names import torch_shapes
+from cc_jax.bases.weights import load_weights, replacing, save_weights
+from cc_jax.errors import UserError
 from cc_jax.models.abstract import abstract
 from cc_jax.models.clip_pixels import CLIP_PROCESSOR, clip_pixels, processor_to_dict
 from cc_jax.models.clip_text import CLIPTextModel
 from cc_jax.models.clip_vision import CLIPVisionModel
 from cc_jax.models.keys import Keys
-from cc_jax.models.lora import Lora, Merged
-from cc_jax.models.tokenizer import load_tokenizer, save_tokenizer
-from cc_jax.models.torch_names import torch_shapes
 from cc_jax.models.unet import UNet2DCondition
 from cc_jax.models.unet_config import UNetConfig
 from cc_jax.models.vae import AutoencoderKL
-from cc_jax.models.weights import load_weights, replacing, save_weights
 
 __all__ = [
   "ASSETS", "CLIP_PROCESSOR", "Base", "abstract_base", "clip_pixels", "finish_base", "load_base",
@@ -57,7 +57,7 @@ _PER_BLOCK = (
   "layers_per_block", "cross_attention_dim", "transformer_layers_per_block", "attention_head_dim"
 )  # fmt: skip
 
-# (dotted path as in cc_jax.assemble, shape in our layout) -> where a parameter shall lie.
+# (dotted path as in cc_jax.customcontrast.build, shape in our layout) -> where a parameter shall lie.
 Sharding = Callable[[str, tuple[int, ...]], jax.sharding.Sharding | None]
 
 
@@ -98,14 +98,14 @@ def load_base(
   """Reads a base.
 
   Args:
-    name: see `cc_jax.layout.resolve_base`.
+    name: see `cc_jax.bases.files.resolve_base`.
     dtype: of the computation.
     param_dtype: in which the parameters are held, whatever the files store.
     image_encoder: the folder of a CLIP vision tower (a path or a hub id), for a base without one or
       instead of its own.
     lora: files (paths or hub ids) and the scales with which they are merged into the base.
     sharding: where each parameter shall lie; default the first device. Its path is the one in
-      cc_jax.assemble's frozen part, e.g. 'unet.conv_in.kernel' or 'text_encoders.0.<...>'.
+      cc_jax.customcontrast.build's frozen part, e.g. 'unet.conv_in.kernel' or 'text_encoders.0.<...>'.
 
   Raises:
     UserError: a folder or file is missing, unreadable, or not what its config.json says; a LoRA is

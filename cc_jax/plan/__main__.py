@@ -30,11 +30,12 @@ import numpy as np
 from absl import flags
 from ml_collections import config_flags
 
-from cc_jax import errors, sharding
-from cc_jax.cost import REACHED, TRUST, Overflow, Plan, all_bytes, chip_bytes, make_plan
+from cc_jax import errors
 from cc_jax.errors import UserError
-from cc_jax.programs import Slice, Work, find_slice, generate_work, train_work
-from cc_jax.telemetry import align
+from cc_jax.parallel import rules as sharding
+from cc_jax.plan.estimate import REACHED, TRUST, Overflow, Plan, all_bytes, chip_bytes, make_plan
+from cc_jax.plan.lower import Slice, Work, find_slice, generate_work, train_work
+from cc_jax.training.telemetry import align
 
 WHATS = ("train", "generate", "state")
 

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 
 import jax
 
-from cc_jax import hlo
-from cc_jax.chips import Chip
-from cc_jax.programs import Slice, Work
+from cc_jax.plan import hlo
+from cc_jax.plan.chips import Chip
+from cc_jax.plan.lower import Slice, Work
 
 # A share of the published memory bandwidth that programs reach; from the recipe of `Estimate`.
 REACHED = 0.9

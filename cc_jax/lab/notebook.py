@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
-from cc_jax.pictures import grid, to_image
+from cc_jax.sampling.images import grid, to_image
 
 
 def choose(draw: Callable[..., Any], **choices: Sequence) -> Any:
@@ -85,10 +85,10 @@ def memory_bars(works: Mapping[str, Any], limit: float) -> Figure:
   """What lies on one chip between two steps, a bar for each way to lay it out; the line is `limit`.
 
   Args:
-    works: label -> `cc_jax.programs.Work`.
+    works: label -> `cc_jax.plan.lower.Work`.
     limit: a chip's memory in bytes.
   """
-  from cc_jax.cost import chip_bytes
+  from cc_jax.plan.estimate import chip_bytes
 
   figure = Figure(figsize=(2.5 + len(works), 3.6))
   axes, bottom = figure.subplots(), np.zeros(len(works))

@@ -17,13 +17,16 @@ import numpy as np
 from flax import nnx
 from jaxtyping import UInt8
 
-from cc_jax import evaluate, hub, sharding
+from cc_jax import evaluate
+from cc_jax.bases import base as hub
 from cc_jax.customcontrast.model import CustomContrast
 from cc_jax.diffusion.schedule import NoiseSchedule
-from cc_jax.drawer import Drawer, bundle
-from cc_jax.metrics import factors as judging
-from cc_jax.metrics import features, leakage
+from cc_jax.lab import judge as judging
+from cc_jax.lab import leakage
+from cc_jax.metrics import features
 from cc_jax.metrics.statistics import mean_of_known
+from cc_jax.parallel import rules as sharding
+from cc_jax.sampling.sampler import Drawer, bundle
 from data_pipeline.subjects3d import factors as world
 from data_pipeline.subjects3d.renderer import render_many
 

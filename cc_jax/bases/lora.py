@@ -23,9 +23,9 @@ from pathlib import Path
 
 import numpy as np
 
+from cc_jax.bases.weights import open_tensors
 from cc_jax.errors import UserError
 from cc_jax.models.clip_layers import tower_name
-from cc_jax.models.weights import open_tensors
 
 # Ends of keys, and which factor they are; `mid` is the kernel of a convolution in three factors.
 _FACTORS = (

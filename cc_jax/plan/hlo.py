@@ -14,7 +14,7 @@ import re
 from collections.abc import Callable, Iterator
 
 from cc_jax.errors import UserError
-from cc_jax.hlo_text import Computation, Instruction, Shape, padded_bytes, parse
+from cc_jax.plan.hlo_text import Computation, Instruction, Shape, padded_bytes, parse
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute",
                "ragged-all-to-all", "collective-broadcast")  # fmt: skip

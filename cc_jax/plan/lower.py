@@ -19,11 +19,15 @@ import ml_collections
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from cc_jax import chips, drawing, hub, sharding, train
-from cc_jax.chips import Chip
+from cc_jax import train
+from cc_jax.bases import base as hub
 from cc_jax.diffusion.samplers import adds_noise, step_table
 from cc_jax.errors import UserError
-from cc_jax.step import Method, init_state, make_train_step
+from cc_jax.parallel import rules as sharding
+from cc_jax.plan import chips
+from cc_jax.plan.chips import Chip
+from cc_jax.sampling import sample as drawing
+from cc_jax.training.step import Method, init_state, make_train_step
 
 
 class Work(NamedTuple):

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from cc_jax.metrics import factors as judging
+from cc_jax.lab import judge as judging
 from data_pipeline.subjects3d import factors as world
 
 # Per factor its columns with (start, end). Ends stay inside the canvas for the largest subjects.

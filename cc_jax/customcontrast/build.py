@@ -17,10 +17,10 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array
 
+from cc_jax.bases.base import Base
 from cc_jax.customcontrast.injection import InjectionConfig
 from cc_jax.customcontrast.mfi_encoder import MFIEncoderConfig
 from cc_jax.customcontrast.model import CustomContrast, is_trainable
-from cc_jax.hub import Base
 from cc_jax.models.keys import Keys
 
 Params = dict[str, Array]

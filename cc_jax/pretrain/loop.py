@@ -20,9 +20,10 @@ import optax
 from safetensors.numpy import load_file, save_file
 from tqdm import tqdm
 
-from cc_jax import optimizer, sharding
+from cc_jax.bases.weights import replacing
 from cc_jax.errors import UserError
-from cc_jax.models.weights import replacing
+from cc_jax.parallel import rules as sharding
+from cc_jax.training import optimizer
 
 Tree = Any
 

@@ -22,8 +22,8 @@ import safetensors
 import safetensors.numpy
 from flax import nnx
 
+from cc_jax.bases.torch_names import from_torch, to_torch
 from cc_jax.errors import UserError
-from cc_jax.models.torch_names import from_torch, to_torch
 
 Module = TypeVar("Module", bound=nnx.Module)
 Convert = Callable[[np.ndarray], np.ndarray]

@@ -1,0 +1,1 @@
+"""Stable Diffusion bases: finding, downloading, reading and writing them."""

@@ -1,0 +1,1 @@
+"""The laboratory: experiments on the rendered world, whose factors are all known."""

@@ -1,0 +1,1 @@
+"""Devices: processes, the mesh, and how arrays are sharded over it."""

@@ -1,0 +1,1 @@
+"""The planner: what a run costs on devices that are not there."""

@@ -1,0 +1,1 @@
+"""Generation: from prompts and references to pictures."""

@@ -1,0 +1,1 @@
+"""Training: the loop, the step that runs on the devices, its state, log and checkpoints."""
