@@ -22,11 +22,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cc_jax import train
-from cc_jax.bases import base as hub
-from cc_jax.customcontrast.build import assemble
-from cc_jax.parallel import rules as sharding
+from cc_jax.bases.base import load_base, random_base
+from cc_jax.bases.files import resolve_base
+from cc_jax.customcontrast.build import build_customcontrast
+from cc_jax.parallel.distributed import set_cpu_devices
+from cc_jax.parallel.mesh import make_mesh, shard_batch
+from cc_jax.parallel.rules import shard_params
 from cc_jax.training import step
+from cc_jax.training.setup import adapter_configs, base_options, make_step_context, step_seed
 
 
 def main() -> None:
@@ -42,20 +45,20 @@ def main() -> None:
   config.train.batch_size = arguments.batch_size or config.train.batch_size
 
   size = config.train.batch_size
-  sharding.set_cpu_devices(config.mesh, size)
-  mesh = sharding.make_mesh(config.mesh, size)
-  weights = any(hub.resolve_base(config.base).glob("unet/*.safetensors"))
-  base = (hub.load_base if weights else hub.random_base)(config.base, **train.storage(config))
-  definition, trainable, frozen = assemble(
-    base, *train.networks(config), dtype=config.train.dtype, seed=config.seed
+  set_cpu_devices(config.mesh, size)
+  mesh = make_mesh(config.mesh, size)
+  weights = any(resolve_base(config.base).glob("unet/*.safetensors"))
+  base = (load_base if weights else random_base)(config.base, **base_options(config))
+  definition, trainable, frozen = build_customcontrast(
+    base, *adapter_configs(config), dtype=config.train.dtype, seed=config.seed
   )
-  method = train.make_method(config, definition, base)
-  state = sharding.put(step.init_state(trainable, config), mesh)
-  frozen = sharding.put(frozen, mesh)
-  batch = sharding.put_batch(noise(size, config.data.image_size, len(method.empty_prompt)), mesh)
+  method = make_step_context(config, definition, base)
+  state = shard_params(step.init_state(trainable, config), mesh)
+  frozen = shard_params(frozen, mesh)
+  batch = shard_batch(noise(size, config.data.image_size, len(method.empty_prompt)), mesh)
 
   began = time.perf_counter()
-  seed = sharding.put(train.seed_of(config), mesh)
+  seed = shard_params(step_seed(config), mesh)
   compiled = step.make_train_step(method, mesh, state, frozen)
   compiled = compiled.lower(state, frozen, batch, seed).compile()
   print(f"{mesh.size} x {mesh.devices.flat[0].device_kind}, batch {size}, {config.train.dtype}")
@@ -72,7 +75,7 @@ def main() -> None:
   print(f"throughput {size / middle:8.1f} images/s")
   assert jnp.isfinite(metrics["loss"])
   if jax.default_backend() == "cpu" and weights:
-    peer = diffusers_unet(hub.resolve_base(config.base), size, arguments.steps)
+    peer = diffusers_unet(resolve_base(config.base), size, arguments.steps)
     if peer:
       print(f"diffusers' UNet alone, forward and backward: {1e3 * peer:.1f} ms; "
             f"our whole step takes {middle / peer:.2f} times that")

@@ -14,11 +14,10 @@ jnp.float32 = jnp.float64  # where the program names the precision of losses, no
 
 import optax  # noqa: E402
 
-from cc_jax import train  # noqa: E402
-from cc_jax.parallel import rules as sharding  # noqa: E402
-from cc_jax.training import optimizer  # noqa: E402
+from cc_jax.parallel import report, rules  # noqa: E402
+from cc_jax.training import optimizer, setup  # noqa: E402
 
 optimizer.make_optimizer = lambda settings: optax.trace(decay=0.0)  # its state is the gradient
-sharding.RULES = tuple(rule._replace(above=2) for rule in sharding.RULES)
-sharding.MAX_WHOLE = 1.0  # the tiny networks' sides are odd on purpose
-train.DTYPES = (*train.DTYPES, "float64")
+rules.RULES = tuple(rule._replace(above=2) for rule in rules.RULES)
+report.MAX_REPLICATED_RATIO = 1.0  # the tiny networks' sides are odd on purpose
+setup.DTYPES = (*setup.DTYPES, "float64")

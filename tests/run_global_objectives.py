@@ -25,7 +25,8 @@ from cc_jax.objectives.contrast import NAIVE, Contrast  # noqa: E402
 from cc_jax.objectives.cscl import cscl  # noqa: E402
 from cc_jax.objectives.macl import SCALINGS, macl  # noqa: E402
 from cc_jax.objectives.pairs import PairLoss, clipped  # noqa: E402
-from cc_jax.training import step  # noqa: E402
+from cc_jax.training.accumulation import merge_microbatches, split_microbatches
+from cc_jax.training.contrastive import Embeddings
 
 DEVICES = 8
 N, L, Q, D, E = 40, 2, 2, 5, 4  # 5 rows a device
@@ -147,8 +148,8 @@ def cutting():
   x = jax.ShapeDtypeStruct((64, 6), jnp.float32, sharding=placed(AXES))
 
   def parts(x):
-    seen = jax.lax.map(lambda part: jnp.tanh(part), step.cut(x, 4))
-    return step.paste(step.Embeddings(visual_cls=seen)).visual_cls
+    seen = jax.lax.map(lambda part: jnp.tanh(part), split_microbatches(x, 4))
+    return merge_microbatches(Embeddings(visual_cls=seen)).visual_cls
 
   text = jax.jit(parts, out_shardings=x.sharding).lower(x).compile().as_text()
   yield "cutting/collectives", len(re.findall(r"all-|collective-|reduce-scatter", text))

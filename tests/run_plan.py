@@ -10,14 +10,15 @@ sys.path.insert(0, str(Path(__file__).parent))
 import jax  # noqa: E402
 import tiny  # noqa: E402
 
-from cc_jax.parallel import rules as sharding
+from cc_jax.parallel.distributed import set_cpu_devices
 from cc_jax.plan import __main__ as plan
 from cc_jax.plan import (
   chips,  # noqa: E402
   hlo,
 )
 from cc_jax.plan import estimate as cost
-from cc_jax.plan import lower as programs
+from cc_jax.plan.report import describe_truth
+from cc_jax.plan.topology import Slice
 
 DEVICES = 8
 # config, slice, images a chip, overrides: the plans of docs/scale.md.
@@ -31,13 +32,13 @@ FULL = [
 
 def main(base: str, out: str) -> None:
   jax.config.update("jax_disable_most_optimizations", True)
-  sharding.set_cpu_devices(tiny.tiny_config(base, mesh__cpu_devices=DEVICES).mesh, DEVICES)
+  set_cpu_devices(tiny.tiny_config(base, mesh__cpu_devices=DEVICES).mesh, DEVICES)
   devices, chip, results = jax.devices(), chips.find("v5e"), {}
   assert len(devices) == DEVICES
 
   for count in (4, 8):
     config = tiny.tiny_config(base)
-    place = programs.Slice(devices[:count], chip, (count,))
+    place = Slice(devices[:count], chip, (count,))
     found, work = plan.plan_for(config, place, "train", 1)
     kinds = hlo.by_kind(found.program.collectives)
     results[f"data {count}"] = {kind: size for kind, (_, size) in kinds.items()}
@@ -47,10 +48,10 @@ def main(base: str, out: str) -> None:
   results["keys of a sample"] = 4 * (2 * width + 2 * layers * width + embed + 1)
 
   truth = plan.run_here(found, work, steps=1)
-  results["measured"] = {**truth, "told": plan.describe_truth(found, truth)}
+  results["measured"] = {**truth, "told": describe_truth(found, truth)}
 
   config = tiny.tiny_config(base, sample__steps=4)
-  found, _ = plan.plan_for(config, programs.Slice(devices, chip, (DEVICES,)), "generate", 1)
+  found, _ = plan.plan_for(config, Slice(devices, chip, (DEVICES,)), "generate", 1)
   numbers = found.numbers()
   results["generate"] = {key: numbers[key] for key in ("images", "fits", "flops")}
   turns: dict[float, float] = {}

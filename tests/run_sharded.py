@@ -19,12 +19,14 @@ import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 import tiny  # noqa: E402
 
-from cc_jax import train  # noqa: E402
-from cc_jax.bases import base as hub
-from cc_jax.customcontrast.build import assemble  # noqa: E402
-from cc_jax.parallel import rules as sharding
+from cc_jax.bases.base import load_base
+from cc_jax.customcontrast.build import build_customcontrast
+from cc_jax.parallel.distributed import set_cpu_devices
+from cc_jax.parallel.mesh import make_mesh, shard_batch
+from cc_jax.parallel.rules import abstract_params, init_sharded, param_sharding_fn, shard_params
 from cc_jax.training import step
 from cc_jax.training.checkpoint import Checkpoints, flat, jsonable  # noqa: E402
+from cc_jax.training.setup import adapter_configs, make_step_context, step_seed
 
 SIZE, STEPS = 16, 5
 # data, fsdp, tensor: how the contrastive losses go through the pairs, parts of the batch, what is
@@ -65,17 +67,17 @@ def configure(base, sizes, contrast, parts, remat):
 
 def steps(config, base, definition, trainable, frozen, mesh):
   """(the state after the last step, what is compared, the compiled program's text)."""
-  state = sharding.put(step.init_state(trainable, config), mesh)
-  frozen = sharding.put(frozen, mesh)
-  method = train.make_method(config, definition, base)
+  state = shard_params(step.init_state(trainable, config), mesh)
+  frozen = shard_params(frozen, mesh)
+  method = make_step_context(config, definition, base)
   batches = tiny.batches(base.tokenizers[0], SIZE)
   found, compiled = {}, None
   for number in range(STEPS):
     batch = next(batches)
     batch["subject_id"][-3:] = -1
-    batch = sharding.put_batch(batch, mesh)
+    batch = shard_batch(batch, mesh)
     if compiled is None:
-      seed = sharding.put(train.seed_of(config), mesh)
+      seed = shard_params(step_seed(config), mesh)
       compiled = step.make_train_step(method, mesh, state, frozen)
       compiled = compiled.lower(state, frozen, batch, seed).compile()
     state, metrics = compiled(state, frozen, batch, seed)
@@ -92,16 +94,16 @@ def main(folder: str, out: Path) -> None:
   jax.config.update("jax_disable_most_optimizations", True)
   configs = {sizes: configure(folder, sizes, *how) for sizes, how in MESHES.items()}
   config = configs[1, 8, 1]
-  sharding.set_cpu_devices(config.mesh, SIZE)
-  meshes = {sizes: sharding.make_mesh(c.mesh, SIZE) for sizes, c in configs.items()}
+  set_cpu_devices(config.mesh, SIZE)
+  meshes = {sizes: make_mesh(c.mesh, SIZE) for sizes, c in configs.items()}
   assert all(mesh.devices.shape == sizes for sizes, mesh in meshes.items())
   # Made on one of the meshes, as training does; the same values go to all.
   mesh = meshes[1, 8, 1]
-  base = hub.load_base(
-    folder, dtype=jnp.float64, param_dtype=jnp.float64, sharding=sharding.by_name(mesh)
+  base = load_base(
+    folder, dtype=jnp.float64, param_dtype=jnp.float64, sharding=param_sharding_fn(mesh)
   )
-  parts = assemble(
-    base, *train.networks(config), dtype=jnp.float64, transform=sharding.born(mesh)
+  parts = build_customcontrast(
+    base, *adapter_configs(config), dtype=jnp.float64, transform=init_sharded(mesh)
   )
   definition, trainable, frozen = parts[0], *jax.device_get(parts[1:])
   rng = np.random.default_rng(7)
@@ -128,7 +130,7 @@ def main(folder: str, out: Path) -> None:
   checkpoints.wait()
   before = {key: np.asarray(value) for key, value in flat(saved).items()}
   for sizes in ((2, 2, 2), (1, 1, 1)):
-    state = sharding.placed(saved, meshes[sizes])
+    state = abstract_params(saved, meshes[sizes])
     restored, _ = checkpoints.restore(state, base_hash=base.hash, config=config)
     same = [
       value.sharding == wanted.sharding and np.asarray(value).tobytes() == before[key].tobytes()

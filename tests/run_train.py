@@ -32,9 +32,8 @@ import tiny  # noqa: E402
 from ml_collections import config_flags  # noqa: E402
 
 import data_pipeline  # noqa: E402
-from cc_jax import errors, train  # noqa: E402
-from cc_jax.parallel import rules as sharding
-from cc_jax.training import telemetry
+from cc_jax import errors  # noqa: E402
+from cc_jax.training import loop, telemetry  # noqa: E402
 
 KILL, _, AT = os.environ.get("KILL", "").partition(":")
 SLOW = float(os.environ.get("SLOW", "0"))
@@ -62,9 +61,9 @@ class Deadly(telemetry.Telemetry):
 
 
 def shards_are_kept(folder):
-  put, count = sharding.put_batch, iter(range(10**6))
+  put, count = loop.shard_batch, iter(range(10**6))
 
-  def put_batch(batch, mesh):
+  def shard_batch(batch, mesh):
     arrays, number = put(batch, mesh), next(count)
     shards = {
       f"{key}/{shard.index[0].start or 0}": np.asarray(shard.data)
@@ -74,12 +73,12 @@ def shards_are_kept(folder):
     np.savez(Path(folder) / f"{number}.{jax.process_index()}.npz", **shards)
     return arrays
 
-  sharding.put_batch = put_batch
+  loop.shard_batch = shard_batch
 
 
 def main(argv):
   data_pipeline.make_loader = loader
-  train.Telemetry = Deadly
+  loop.Telemetry = Deadly
   if SHARDS:
     shards_are_kept(SHARDS)
   if KILL in ("save", "termsave"):
@@ -94,7 +93,7 @@ def main(argv):
       return await finalize(self, *args, **kwargs)
 
     atomicity.AtomicRenameTemporaryPath.finalize = finalize_or_die
-  train.train(_CONFIG.value, workdir)
+  loop.train(_CONFIG.value, workdir)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from etils import epath
 from cc_jax.errors import UserError
 from cc_jax.training import optimizer, telemetry
 from cc_jax.training.checkpoint import Checkpoints, config_changes, jsonable
+from cc_jax.training.telemetry import read_log
 
 BASE = "b" * 64
 ROOT = Path(__file__).parent.parent
@@ -290,7 +291,7 @@ def test_a_log_that_was_cut_equals_one_that_was_not(tmp_path):
   with (tmp_path / "b" / "metrics.jsonl").open("a") as file:
     file.write('{"step": 9, "lo')
   follow(tmp_path / "b", 7, 10, sums)
-  a, b = (telemetry.read(tmp_path / x / "metrics.jsonl") for x in "ab")
+  a, b = (read_log(tmp_path / x / "metrics.jsonl") for x in "ab")
   assert a == b
   assert [line["step"] for line in a] == [4, 8]
   assert a[1]["loss"] == pytest.approx(0.65) and a[1]["learning_rate"] == 8
@@ -358,8 +359,8 @@ def test_adamw_and_ema_against_numpy():
   state = tx.init(ours)
   for n, g in enumerate(gradients):
     directions, state = tx.update(jax.tree.map(jnp.asarray, g), state, ours)
-    ours, change = optimizer.apply(ours, directions, optimizer.learning_rate(train, n), 4.0)
-    average = optimizer.ema(average, ours, train.ema, n)
+    ours, change = optimizer.apply_update(ours, directions, optimizer.learning_rate(train, n), 4.0)
+    average = optimizer.update_ema(average, ours, train.ema, n)
 
   m = {k: 0.0 for k in params}
   v = {k: 0.0 for k in params}

@@ -9,7 +9,8 @@ import torch
 import transformers
 from torch_parity import assert_same, assert_same_names, randomise
 
-from cc_jax.bases import base as hub
+from cc_jax.bases.base import load_module
+from cc_jax.bases.save import save_module
 from cc_jax.errors import UserError
 from cc_jax.models.dino import Dino, DinoConfig
 
@@ -41,7 +42,7 @@ def dinov2():
 def test_parity(make, shape, tmp_path):
   theirs = randomise(make())
   theirs.save_pretrained(tmp_path)
-  ours = hub.load_module(tmp_path, Dino)
+  ours = load_module(tmp_path, Dino)
   pixels = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
   interpolate = {"interpolate_pos_encoding": True} if make is vit else {}
 
@@ -61,7 +62,7 @@ def test_saved_folder_is_transformers_own(make, tmp_path):
   """PyTorch, given what we saved, has every parameter back but those that DINO does not use."""
   theirs = randomise(make())
   theirs.save_pretrained(tmp_path / "theirs")
-  hub.save_module(hub.load_module(tmp_path / "theirs", Dino), tmp_path / "ours")
+  save_module(load_module(tmp_path / "theirs", Dino), tmp_path / "ours")
   again, report = type(theirs).from_pretrained(tmp_path / "ours", output_loading_info=True)
   assert not report["unexpected_keys"]
   assert all(name.startswith("pooler.") for name in report["missing_keys"])
@@ -113,4 +114,4 @@ def test_configs_that_are_not_implemented_are_refused_by_name(values, named):
 def test_less_than_a_patch(tmp_path):
   vit().save_pretrained(tmp_path)
   with pytest.raises(ValueError, match="a patch has 4"):
-    jax.eval_shape(hub.load_module(tmp_path, Dino), np.zeros((1, 3, 9, 3), np.float32))
+    jax.eval_shape(load_module(tmp_path, Dino), np.zeros((1, 3, 9, 3), np.float32))

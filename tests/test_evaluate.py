@@ -4,15 +4,17 @@ import ml_collections
 import numpy as np
 import pytest
 
-from cc_jax import evaluate
 from cc_jax.errors import UserError
+from cc_jax.evaluate import score_test_subjects
 from cc_jax.lab import judge as judging
+from cc_jax.lab.scoring import score_images
+from cc_jax.lab.trials import base_prompts, make_trials
 from data_pipeline.subjects3d import factors as world
 
 
 @pytest.fixture(scope="module")
 def trials():
-  return evaluate.make_trials("test", 2)
+  return make_trials("test", 2)
 
 
 def test_trials_are_unseen_subjects_in_another_scene(trials):
@@ -28,13 +30,13 @@ def test_trials_are_unseen_subjects_in_another_scene(trials):
   assert (trials.factors.hat == 0).all() and (trials.factors.style == 0).all()
   border = np.concatenate([trials.references[:, 0], trials.references[:, -1]])
   assert (border == 255).all()  # cut out, on white
-  again = evaluate.make_trials("test", 2)
+  again = make_trials("test", 2)
   np.testing.assert_array_equal(again.references, trials.references)
   assert again.prompts == trials.prompts
 
 
 def test_some_prompts_ask_for_more_than_a_scene():
-  trials = evaluate.make_trials("test", 8, styled=4, hatted=2)
+  trials = make_trials("test", 8, styled=4, hatted=2)
   assert (trials.styles > 0).tolist() == [True, False, False, False] * 2
   assert (trials.hats > 0).tolist() == [False, True] * 4
   for i, prompt in enumerate(trials.prompts):
@@ -47,7 +49,7 @@ def test_some_prompts_ask_for_more_than_a_scene():
 
 def test_every_round_shows_the_same_subjects_otherwise():
   how = dict(styled=4, hatted=2)
-  once, twice = (evaluate.make_trials("test", 4, rounds=rounds, **how) for rounds in (1, 2))
+  once, twice = (make_trials("test", 4, rounds=rounds, **how) for rounds in (1, 2))
   first = twice.first(4)
   np.testing.assert_array_equal(first.references, once.references)
   assert first.prompts == once.prompts and first.seen.keys() == once.seen.keys()
@@ -71,19 +73,19 @@ def test_scores_count_agreement_where_the_reference_shows_it(trials, monkeypatch
   reading |= {name: -getattr(f, name) for name in judging.CONTINUOUS}
   monkeypatch.setattr(judging, "read", lambda judge, images: reading)
   hidden = {**trials.seen, "color1": np.array([True, False])}
-  scores = evaluate.score(trials.references, trials._replace(seen=hidden), None)
+  scores = score_images(trials.references, trials._replace(seen=hidden), None)
   assert scores["scene"] == 0.5 and scores["class_id"] == 1 and scores["color1"] == 1
-  assert evaluate.score(trials.references, trials, None)["color1"] == 0.5
+  assert score_images(trials.references, trials, None)["color1"] == 0.5
   assert scores["copied_size"] == pytest.approx(-1)
 
 
 def test_errors():
   with pytest.raises(UserError, match="test has 1 to"):
-    evaluate.make_trials("test", 10**6)
+    make_trials("test", 10**6)
 
 
 def test_base_prompts_spread_over_all_values():
-  texts, factors = evaluate.base_prompts(110)
+  texts, factors = base_prompts(110)
   assert (np.bincount(factors.class_id) == 11).all() and (np.bincount(factors.color1) == 10).all()
   for i, text in enumerate(texts):
     assert world.COLORS[factors.color1[i]] in text.split()
@@ -92,5 +94,5 @@ def test_base_prompts_spread_over_all_values():
 
 def test_other_data_are_not_scored(tmp_path, capsys):
   config = ml_collections.ConfigDict(dict(data=dict(source="folder", name="mine"), base="b"))
-  assert evaluate.finish(config, None, None, tmp_path) is None
+  assert score_test_subjects(config, None, None, tmp_path) is None
   assert "the judge knows subjects3d only" in capsys.readouterr().out

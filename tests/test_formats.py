@@ -30,13 +30,14 @@ from test_hub import assert_bitwise, tensors
 from test_unet import REAL as REAL_UNETS
 from torch_parity import abstract, randomise
 
-from cc_jax import generate
-from cc_jax.bases import base as hub
 from cc_jax.bases import ldm_names
+from cc_jax.bases.base import abstract_base, load_base
+from cc_jax.bases.files import ASSETS, resolve_base
 from cc_jax.bases.lora import Lora
+from cc_jax.bases.save import save_base
 from cc_jax.bases.tokenizer import train_tokenizer
 from cc_jax.bases.torch_names import torch_shapes
-from cc_jax.customcontrast.build import abstractly, assemble
+from cc_jax.customcontrast.build import build_customcontrast, eval_shape_only
 from cc_jax.customcontrast.injection import InjectionConfig, LayerCondition, inject
 from cc_jax.customcontrast.ip_adapter import _layers, read_ip_adapter, warm_start
 from cc_jax.customcontrast.mfi_encoder import MFIEncoderConfig
@@ -44,10 +45,11 @@ from cc_jax.diffusion.samplers import SAMPLERS, step_table
 from cc_jax.diffusion.schedule import NoiseSchedule
 from cc_jax.errors import UserError
 from cc_jax.models.clip_text import CLIPTextConfig, CLIPTextModel
-from cc_jax.models.keys import Keys
+from cc_jax.models.keys import StatelessRngs
 from cc_jax.models.unet import UNet2DCondition, cross_attention_layers
 from cc_jax.models.unet_config import UNetConfig
 from cc_jax.models.vae import AutoencoderKL, AutoencoderKLConfig
+from cc_jax.sampling.pipeline import load
 
 TOKENS = 12
 PROMPT = "a red teapot"
@@ -260,13 +262,13 @@ def assert_images(base, pipeline, **more):
 def test_single_file_as_diffusers_reads_it(kind, family):
   """Identical parameters, and the same picture, from the same file; the folder's very hash."""
   _, folder, file = family(kind)
-  base = hub.load_base(file)
+  base = load_base(file)
   cls = diffusers.StableDiffusionXLPipeline if kind == "sdxl" else diffusers.StableDiffusionPipeline
   more = {} if kind == "sdxl" else dict(safety_checker=None)
   theirs = cls.from_single_file(str(file), config=str(folder), local_files_only=True, **more)
   for name, module in base.networks.items():
     assert_bitwise(tensors(module), getattr(theirs, name))
-  assert base.hash == hub.load_base(folder).hash
+  assert base.hash == load_base(folder).hash
   assert_images(base, theirs)
   assert base.scheduler_config["prediction_type"] == theirs.scheduler.config.prediction_type
   expected = {"betas", "model_ema.*"}
@@ -284,7 +286,7 @@ def test_single_file_as_diffusers_reads_it(kind, family):
 def test_architecture_from_shapes_is_the_folders(kind, family):
   """Every field that the networks read, found without a config file."""
   _, folder, file = family(kind)
-  ours, wanted = hub.abstract_base(file).networks, hub.abstract_base(folder).networks
+  ours, wanted = abstract_base(file).networks, abstract_base(folder).networks
   assert ours.keys() == wanted.keys()
   for name, module in ours.items():
     got, config = vars(module.config), vars(wanted[name].config)
@@ -396,7 +398,7 @@ def test_real_single_files(kind):
   # Whatever the sampler, its numbers are those of the published folder.
   folder = {"sd1": "stable-diffusion-v1-5", "sd2": "stable-diffusion-2-1"}
   folder = folder.get(kind, "stable-diffusion-xl-base-1.0")
-  shipped = hub.ASSETS / "architectures" / folder / "scheduler" / "scheduler_config.json"
+  shipped = ASSETS / "architectures" / folder / "scheduler" / "scheduler_config.json"
   for sampler in (*SAMPLERS, "default"):
     wanted, *ours = (
       step_table(NoiseSchedule.from_config(config), steps=7, sampler=sampler)
@@ -440,7 +442,7 @@ def test_bad_single_files(change, message, family, tmp_path):
   shutil.copytree(file.with_suffix(""), tmp_path / "bad")
   bad = resave(file, tmp_path / "bad.safetensors", change)
   with pytest.raises(UserError, match=message) as error:
-    hub.load_base(bad)
+    load_base(bad)
   assert "\n" not in str(error.value) and str(bad) in str(error.value)
 
 
@@ -456,15 +458,15 @@ def test_unreadable_single_files(family, tmp_path):
   file = family("sd1")[2]
   (tmp_path / "short.safetensors").write_bytes(file.read_bytes()[:-100])
   with pytest.raises(UserError, match="truncated"):
-    hub.load_base(tmp_path / "short.safetensors")
+    load_base(tmp_path / "short.safetensors")
   stored = safetensors.torch.load_file(file)
   torch.save({"state_dict": stored, "epoch": 3}, tmp_path / "old.ckpt")
   with pytest.raises(UserError, match="old.ckpt is a pickle") as error:
-    hub.load_base(tmp_path / "old.ckpt")
+    load_base(tmp_path / "old.ckpt")
   assert converted(error.value, tmp_path / "old.ckpt").keys() == stored.keys()
   alone = shutil.copy(file, tmp_path / "alone.safetensors")
   with pytest.raises(UserError, match="needs a tokenizer.*stable-diffusion-v1-5"):
-    hub.load_base(alone)
+    load_base(alone)
 
 
 def test_single_file_with_its_own_scheduler(family, tmp_path):
@@ -473,7 +475,7 @@ def test_single_file_with_its_own_scheduler(family, tmp_path):
   shutil.copytree(folder / "scheduler", tmp_path / "scheduler")
   config = tmp_path / "scheduler" / "scheduler_config.json"
   config.write_text(json.dumps(json.loads(config.read_text()) | {"prediction_type": "epsilon"}))
-  base = hub.load_base(shutil.copy(file, tmp_path / "m.safetensors"))
+  base = load_base(shutil.copy(file, tmp_path / "m.safetensors"))
   assert base.scheduler_config["prediction_type"] == "epsilon"
 
 
@@ -482,15 +484,15 @@ def test_a_single_file_and_its_scheduler_that_contradict_each_other(family, tmp_
   _, folder, file = family("sd1")
   marked = resave(file, tmp_path / "m.safetensors", lambda s: s.update(v_pred=np.zeros(1)))
   shutil.copytree(folder / "tokenizer", tmp_path / "tokenizer")
-  assert hub.abstract_base(marked).scheduler_config["prediction_type"] == "v_prediction"
+  assert abstract_base(marked).scheduler_config["prediction_type"] == "v_prediction"
   shutil.copytree(folder / "scheduler", tmp_path / "scheduler")
   own = tmp_path / "scheduler" / "scheduler_config.json"
   with pytest.raises(UserError, match=f"{own}: contradicting prediction types: epsilon .*v_pred"):
-    hub.abstract_base(marked)
+    abstract_base(marked)
   config = json.loads(own.read_text())
   del config["prediction_type"]
   own.write_text(json.dumps(config))
-  assert hub.abstract_base(marked).scheduler_config["prediction_type"] == "v_prediction"
+  assert abstract_base(marked).scheduler_config["prediction_type"] == "v_prediction"
 
 
 # ---- folders
@@ -499,11 +501,11 @@ def test_a_single_file_and_its_scheduler_that_contradict_each_other(family, tmp_
 def test_sdxl_folder_round_trip(family, tmp_path):
   """Half-precision files stay what they are, bit for bit, and diffusers draws from ours."""
   pipeline, folder, _ = family("sdxl")
-  half = hub.load_base(folder, param_dtype=jnp.bfloat16)
-  hub.save_base(half, tmp_path / "half")
-  stored = hub.load_base(tmp_path / "half", param_dtype=jnp.bfloat16)
-  hub.save_base(stored, tmp_path / "again")
-  assert stored.hash == hub.load_base(tmp_path / "again").hash
+  half = load_base(folder, param_dtype=jnp.bfloat16)
+  save_base(half, tmp_path / "half")
+  stored = load_base(tmp_path / "half", param_dtype=jnp.bfloat16)
+  save_base(stored, tmp_path / "again")
+  assert stored.hash == load_base(tmp_path / "again").hash
   theirs = diffusers.StableDiffusionXLPipeline.from_pretrained(
     tmp_path / "again", dtype=torch.bfloat16, local_files_only=True, add_watermarker=False
   )
@@ -515,7 +517,7 @@ def test_sdxl_folder_round_trip(family, tmp_path):
         assert torch.equal(tensor, wanted[key].to(dtype)), (name, key)
 
   assert_equal(torch.bfloat16)
-  hub.save_base(hub.load_base(folder), tmp_path / "full")
+  save_base(load_base(folder), tmp_path / "full")
   theirs = diffusers.StableDiffusionXLPipeline.from_pretrained(
     tmp_path / "full", local_files_only=True, add_watermarker=False
   )
@@ -539,18 +541,18 @@ def test_old_vae_folder(family, tmp_path):
     old[name] = tensor.contiguous()
   assert sum(tensor.ndim == 3 for tensor in old.values()) == 2
   safetensors.torch.save_file(old, file)
-  base = hub.load_base(tmp_path / "old")
+  base = load_base(tmp_path / "old")
   single_file_utils.conv_attn_to_linear(old)
   safetensors.torch.save_file({k: v.contiguous() for k, v in old.items()}, file)
   theirs = diffusers.AutoencoderKL.from_pretrained(file.parent)
   assert_bitwise(tensors(base.vae), theirs)
-  assert base.hash == hub.load_base(folder).hash
+  assert base.hash == load_base(folder).hash
   state = safetensors.torch.load_file(folder / "vae" / file.name)
   name = "encoder.mid_block.attentions.0.to_q.weight"
   state[name] = state[name][..., None].repeat(1, 1, 2)
   safetensors.torch.save_file(state, file)
   with pytest.raises(UserError, match="to_q.weight has the shape"):
-    hub.load_base(tmp_path / "old")
+    load_base(tmp_path / "old")
 
 
 def test_what_is_not_used_is_named(family, tmp_path):
@@ -561,10 +563,10 @@ def test_what_is_not_used_is_named(family, tmp_path):
   index = json.loads((folder / "model_index.json").read_text())
   index["safety_checker"] = ["stable_diffusion", "StableDiffusionSafetyChecker"]
   (folder / "model_index.json").write_text(json.dumps(index))
-  assert hub.load_base(folder).unused == ("demo/", "safety_checker/")
+  assert load_base(folder).unused == ("demo/", "safety_checker/")
   shutil.rmtree(folder / "tokenizer")
   with pytest.raises(UserError, match="0 tokenizer.* for 1 text encoder"):
-    hub.load_base(folder)
+    load_base(folder)
 
 
 def test_a_sharding_for_each_tensor(family):
@@ -578,7 +580,7 @@ def test_a_sharding_for_each_tensor(family):
     asked[path] = shape
     return wanted if len(shape) == 2 else None
 
-  base = hub.load_base(folder, sharding=rule)
+  base = load_base(folder, sharding=rule)
   for path in ("unet.conv_in.kernel", "text_encoders.0.text_model.final_layer_norm.scale",
                "vae.decoder.mid_block.attentions.0.to_out.0.kernel"):  # fmt: skip
     assert path in asked
@@ -587,7 +589,7 @@ def test_a_sharding_for_each_tensor(family):
     for _, leaf in nnx.to_flat_state(nnx.state(module)):
       value = leaf.get_value()
       assert (value.sharding == wanted) == (value.ndim == 2)
-  plain = hub.load_base(folder)
+  plain = load_base(folder)
   assert np.array_equal(plain.unet.conv_in.kernel[...], base.unet.conv_in.kernel[...])
 
 
@@ -614,24 +616,24 @@ def cache(tmp_path, monkeypatch):
 def test_hub_id_from_the_cache(family, cache):
   """Offline, as the environment of the tests says: by branch, by commit, by an unknown one."""
   _, folder, file = family("sd1")
-  wanted = hub.load_base(folder).hash
+  wanted = load_base(folder).hash
   cache("somebody/a-model", folder)
   cache("somebody/a-model", family("sd2")[1], revision="v2", commit=COMMIT[::-1])
   for name in ("somebody/a-model", f"somebody/a-model@{COMMIT}", "somebody/a-model@main"):
-    base = hub.load_base(name)
+    base = load_base(name)
     assert (base.hash, base.name) == (wanted, name)
-  assert hub.abstract_base("somebody/a-model@v2").unet.config.use_linear_projection
+  assert abstract_base("somebody/a-model@v2").unet.config.use_linear_projection
   for name in ("somebody/a-model@v3", "nobody/at-all", "nobody/at-all/file.safetensors"):
     with pytest.raises(UserError, match=f"{name}' is no folder.*HF_HUB_OFFLINE is set") as error:
-      hub.load_base(name)
+      load_base(name)
     assert "\n" not in str(error.value)
   # A single file on the hub; its tokenizer is that of the published model.
   cache("somebody/a-file", file.parent)
   with pytest.raises(UserError, match="needs a tokenizer"):
-    shutil.rmtree(hub.resolve_base("somebody/a-file/model.safetensors").with_suffix(""))
-    hub.load_base("somebody/a-file/model.safetensors")
+    shutil.rmtree(resolve_base("somebody/a-file/model.safetensors").with_suffix(""))
+    load_base("somebody/a-file/model.safetensors")
   cache("stable-diffusion-v1-5/stable-diffusion-v1-5", folder / "tokenizer", "tokenizer")
-  assert hub.load_base("somebody/a-file/model.safetensors").hash == wanted
+  assert load_base("somebody/a-file/model.safetensors").hash == wanted
 
 
 def test_only_what_is_used_is_downloaded(family, cache, monkeypatch):
@@ -646,13 +648,13 @@ def test_only_what_is_used_is_downloaded(family, cache, monkeypatch):
     return original(allow_patterns=allow_patterns, **more)
 
   monkeypatch.setattr(huggingface_hub, "snapshot_download", spy)
-  root = hub.resolve_base("somebody/half")
+  root = resolve_base("somebody/half")
   assert len(asked) == 2 and "unet/diffusion_pytorch_model.safetensors" in asked[1]
   assert not any("fp16" in pattern or "safety_checker" in pattern for pattern in asked[1])
   (root / "unet" / "diffusion_pytorch_model.safetensors").rename(
     root / "unet" / "diffusion_pytorch_model.fp16.safetensors_"
   )
-  hub.resolve_base("somebody/half")
+  resolve_base("somebody/half")
   assert "unet/diffusion_pytorch_model.fp16.safetensors" in asked[-1]
 
 
@@ -791,7 +793,7 @@ def fuse_with_diffusers(pipeline, file):
 
 @functools.cache
 def plain_base(checkpoint):
-  return hub.load_base(checkpoint)
+  return load_base(checkpoint)
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -800,7 +802,7 @@ def test_lora_formats(name, family, tmp_path):
   pipeline, _, checkpoint = family(kind)  # a program that the test of single files has compiled
   file = write(factors(pipeline, only), pipeline)
   safetensors.numpy.save_file(file, tmp_path / "lora.safetensors")
-  base = hub.load_base(checkpoint, lora=[(tmp_path / "lora.safetensors", SCALE)])
+  base = load_base(checkpoint, lora=[(tmp_path / "lora.safetensors", SCALE)])
   wanted = fuse_with_diffusers(pipeline, file)
   plain = plain_base(checkpoint)
   assert len(wanted) == (3 if kind == "sdxl" else 2)
@@ -838,7 +840,7 @@ def test_lora_of_three_factors(family, tmp_path):
     {f"{key}.lora_down.weight": down, f"{key}.lora_mid.weight": mid, f"{key}.lora_up.weight": up,
      f"{key}.alpha": np.array(1.0)}, tmp_path / "l.safetensors",
   )  # fmt: skip
-  base = hub.load_base(folder, lora=[(tmp_path / "l.safetensors", 1.0)])
+  base = load_base(folder, lora=[(tmp_path / "l.safetensors", 1.0)])
   x = torch.from_numpy(rng.standard_normal((1, 64, 5, 5)).astype(np.float32))
   conv = torch.nn.functional.conv2d
   steps = conv(conv(conv(x, torch.from_numpy(down)), torch.from_numpy(mid), padding=1),
@@ -860,7 +862,7 @@ def test_several_loras_and_peft_alphas(family, tmp_path):
   )
   stored = {f"{name}.lora_A.default.weight": down, f"{name}.lora_B.default.weight": up}
   safetensors.numpy.save_file(stored, tmp_path / "b.safetensors")
-  base = hub.load_base(
+  base = load_base(
     folder, lora=[(tmp_path / "a.safetensors", 0.5), (tmp_path / "b.safetensors", -1)]
   )
   weight = f"{key[1]}.weight"
@@ -875,15 +877,15 @@ def test_lora_for_another_base(family, tmp_path):
   file = tmp_path / "lora.safetensors"
   safetensors.numpy.save_file(kohya(factors(pipeline), pipeline, sgm=True), file)
   with pytest.raises(UserError, match=r"for another base.*not in this base: .*text_encoder_2's"):
-    hub.load_base(family("sd1")[1], lora=[(file, 1.0)])
+    load_base(family("sd1")[1], lora=[(file, 1.0)])
   safetensors.numpy.save_file(peft(factors(pipeline, r"down.*attn2"), pipeline), file)
   with pytest.raises(UserError, match=r"modules have other shapes|not in this base"):
-    hub.load_base(family("sd2")[1], lora=[(file, 1.0)])
+    load_base(family("sd2")[1], lora=[(file, 1.0)])
   module = "unet.mid_block.attentions.0.proj_in"
   stored = dict(lora_A=np.ones((2, 9)), lora_B=np.ones((64, 2)))
   safetensors.numpy.save_file({f"{module}.{k}.weight": v for k, v in stored.items()}, file)
   with pytest.raises(UserError, match=r"1 of its 1 modules have other shapes: .*\(64, 9") as error:
-    hub.load_base(family("sd1")[1], lora=[(file, 1.0)])
+    load_base(family("sd1")[1], lora=[(file, 1.0)])
   assert "\n" not in str(error.value) and str(file) in str(error.value)
 
 
@@ -957,9 +959,9 @@ def adapter_parts(folder, **encoder):
     image_layers=(1,), width=WIDTH, depth=4, heads=1, visual_queries=QUERIES, textual_queries=1,
     s_words=1, image_encoder="",
   )  # fmt: skip
-  base = hub.abstract_base(folder, image_encoder=tower)
+  base = abstract_base(folder, image_encoder=tower)
   encoder = MFIEncoderConfig(**(settings | encoder))
-  parts = assemble(base, encoder, InjectionConfig(location=False), transform=abstractly)
+  parts = build_customcontrast(base, encoder, InjectionConfig(location=False), transform=eval_shape_only)
   return {path: jnp.zeros(leaf.shape, leaf.dtype) for path, leaf in parts[1].items()}
 
 
@@ -1025,9 +1027,9 @@ def test_image_of_an_ip_adapter(with_ip_adapter, family):
   """With the gate open and no map, our visual cross-attention is IP-Adapter's: the same picture."""
   pipeline, file = with_ip_adapter
   started, _ = warm_start(adapter_parts(family("sd1")[1]), file)
-  base = hub.load_base(family("sd1")[2])
+  base = load_base(family("sd1")[2])
   inject(base.unet, InjectionConfig("visual_only", location=False), visual_width=WIDTH,
-         rngs=Keys(0))  # fmt: skip
+         rngs=StatelessRngs(0))  # fmt: skip
   for path, block in cross_attention_layers(base.unet):
     block.attn2.to_k_visual.kernel[...] = started[f"unet.{path}.attn2.to_k_visual.kernel"]
     block.attn2.to_v_visual.kernel[...] = started[f"unet.{path}.attn2.to_v_visual.kernel"]
@@ -1140,10 +1142,10 @@ print(peak - before)
 def test_loading_needs_little_more_memory_than_the_file(family, tmp_path):
   """Stable Diffusion 1.5's size in bfloat16: the peak of anonymous memory above the start's."""
   folder = tmp_path / "sd15"
-  configs = hub.ASSETS / "architectures" / "stable-diffusion-v1-5"
+  configs = ASSETS / "architectures" / "stable-diffusion-v1-5"
   shutil.copytree(configs, folder)
   shutil.copytree(family("sd1")[1] / "tokenizer", folder / "tokenizer")
-  base = hub.abstract_base(folder)
+  base = abstract_base(folder)
   noise = np.random.default_rng(0).standard_normal(2**20).astype(jnp.bfloat16)
   size = 0
   for name, module in base.networks.items():
@@ -1168,12 +1170,12 @@ def test_loading_needs_little_more_memory_than_the_file(family, tmp_path):
 def test_generate_draws_what_diffusers_pipeline_draws(kind, family, monkeypatch):
   """Negative prompt, guidance, two seeds, a size with odd latents, clip-skip, SDXL's sizes."""
   theirs, folder, _ = family(kind)
-  pipe = generate.load(base=folder)
-  size = dict(height=5 * pipe.drawer.factor, width=9 * pipe.drawer.factor)
+  pipe = load(base=folder)
+  size = dict(height=5 * pipe.sampler.factor, width=9 * pipe.sampler.factor)
   told = {}
   if kind == "sdxl":
     told = dict(original_size=(30, 50), crop=(2, 3), target_size=(20, 40))
-  noise = pipe.drawer.noise([7, 3], (5, 9))
+  noise = pipe.sampler.noise([7, 3], (5, 9))
   given = dict(clip_skip=1, **size)
   found = pipe(
     PROMPT, seed=[7, 3], steps=3, guidance=2.5, negative_prompt="a duck", **given, **told
@@ -1201,16 +1203,16 @@ def test_generate_draws_what_diffusers_pipeline_draws(kind, family, monkeypatch)
 @pytest.mark.parametrize("strength", [0.3, 1.0])
 def test_image_to_image_is_diffusers(strength, family, monkeypatch):
   theirs, folder, _ = family("sd1")
-  pipe = generate.load(base=folder)
+  pipe = load(base=folder)
   shape = (3, 5)
-  height, width = (side * pipe.drawer.factor for side in shape)
+  height, width = (side * pipe.sampler.factor for side in shape)
   start = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
   found = pipe(
     PROMPT, seed=4, num_images=2, steps=4, guidance=2.5, height=height, width=width, image=start,
     strength=strength,
   )  # fmt: skip
 
-  noise = np.moveaxis(pipe.drawer.noise([4, 5], shape), -1, 1).copy()
+  noise = np.moveaxis(pipe.sampler.noise([4, 5], shape), -1, 1).copy()
   module = diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_img2img
   monkeypatch.setattr(module, "randn_tensor", lambda *_, **__: torch.from_numpy(noise))
   pixels = torch.from_numpy(start).permute(2, 0, 1)[None].float() / 127.5 - 1

@@ -20,7 +20,8 @@ from flax import nnx
 from PIL import Image
 
 from cc_jax import generate
-from cc_jax.bases import base as hub
+from cc_jax.bases.base import load_base, random_base
+from cc_jax.bases.files import ASSETS
 from cc_jax.customcontrast.adapter_file import adapter_tensors, load_adapter, save_adapter
 from cc_jax.customcontrast.injection import InjectionConfig
 from cc_jax.customcontrast.mfi_encoder import MFIEncoderConfig
@@ -29,7 +30,11 @@ from cc_jax.diffusion.schedule import NoiseSchedule
 from cc_jax.errors import UserError
 from cc_jax.models.abstract import abstract
 from cc_jax.sampling import images as pictures
-from cc_jax.sampling.sampler import Drawer, bundle, encode_prompts
+from cc_jax.sampling.images import METADATA
+from cc_jax.sampling.pipeline import BASE, load
+from cc_jax.sampling.prompts import encode_prompts
+from cc_jax.sampling.sample import bundle
+from cc_jax.sampling.sampler import ImageSampler
 from data_pipeline.errors import DataError
 
 STEPS = 3
@@ -41,12 +46,12 @@ def folder(tmp_path_factory):
   """A random base, an adapter that has something to say, and a few pictures."""
   folder = tmp_path_factory.mktemp("generate")
   tiny.tiny_base(folder / "base")
-  base = hub.load_base(folder / "base")
+  base = load_base(folder / "base")
   config = tiny.tiny_config(folder / "base")
   encoder = MFIEncoderConfig.from_config(config.encoder)
   injection = InjectionConfig.from_config(config.injection)
   model = abstract(
-    lambda rngs: CustomContrast(hub.random_base(folder / "base"), encoder, injection, rngs=rngs)
+    lambda rngs: CustomContrast(random_base(folder / "base"), encoder, injection, rngs=rngs)
   )
   rng = np.random.default_rng(2)
   tensors = {
@@ -78,7 +83,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def pipe(folder):
-  return generate.load(folder / "run")
+  return load(folder / "run")
 
 
 @pytest.fixture(scope="module")
@@ -88,14 +93,14 @@ def references(folder):
 
 @pytest.fixture(scope="module")
 def rows(pipe, references):
-  """Arguments of the drawer for one prompt, `n` times; all use the same compiled function."""
+  """Arguments of the sampler for one prompt, `n` times; all use the same compiled function."""
 
   def make(n, **changes):
     pair = np.stack([pictures.read_reference(r, size=tiny.IMAGE) for r in references])
     return dict(
       prompts=encode_prompts(pipe.base.tokenizers, [PROMPT] * n, [NOUN] * n, s_words=2),
       negative=encode_prompts(pipe.base.tokenizers, [""]),
-      noise=pipe.drawer.noise(range(n)),
+      noise=pipe.sampler.noise(range(n)),
       references=np.stack([pair] * n),
       steps=STEPS,
       batch_size=2,
@@ -129,44 +134,44 @@ def test_a_single_reference_needs_no_list(pipe, folder):
 
 
 def test_order_of_references_does_not_matter_but_they_do(pipe, rows):
-  noise = np.repeat(pipe.drawer.noise([5]), 2, axis=0)
+  noise = np.repeat(pipe.sampler.noise([5]), 2, axis=0)
   given = rows(2, noise=noise)
   pair = given["references"][0]
-  images, _ = pipe.drawer(**given | dict(references=np.stack([pair, pair[::-1]])))
+  images, _ = pipe.sampler(**given | dict(references=np.stack([pair, pair[::-1]])))
   assert far(*images) <= 1
-  images, _ = pipe.drawer(**given | dict(references=np.stack([pair, pair[[0, 0]]])))
+  images, _ = pipe.sampler(**given | dict(references=np.stack([pair, pair[[0, 0]]])))
   assert far(*images) > 5
 
 
 def test_padding_of_the_last_batch_changes_nothing(pipe, rows):
   three = rows(3)
-  images, _ = pipe.drawer(**three)
+  images, _ = pipe.sampler(**three)
   assert images.shape == (3, tiny.IMAGE, tiny.IMAGE, 3) and images.dtype == np.uint8
-  last, _ = pipe.drawer(**rows(2, noise=three["noise"][1:]))
+  last, _ = pipe.sampler(**rows(2, noise=three["noise"][1:]))
   assert far(images[1:], last) <= 1
   assert far(images[1], images[2]) > 20
 
 
 def test_a_picture_without_image_is_the_bases_also_within_a_batch(pipe, rows):
-  mixed, _ = pipe.drawer(**rows(2, use_image=np.array([False, True])))
-  base, _ = pipe.drawer(**rows(2, references=None))
-  zero, _ = pipe.drawer(**rows(2, scale=0.0))
+  mixed, _ = pipe.sampler(**rows(2, use_image=np.array([False, True])))
+  base, _ = pipe.sampler(**rows(2, references=None))
+  zero, _ = pipe.sampler(**rows(2, scale=0.0))
   assert far(mixed[0], base[0]) <= 1
   assert far(mixed[1], base[1]) > 5
   assert far(zero, base) == 0
 
 
 def test_scale_is_per_step_and_layer(pipe, rows):
-  base, _ = pipe.drawer(**rows(2, references=None))
-  full, _ = pipe.drawer(**rows(2))
-  layers = pipe.drawer.layers
-  ones, _ = pipe.drawer(**rows(2, scale=np.ones((STEPS, layers))))
+  base, _ = pipe.sampler(**rows(2, references=None))
+  full, _ = pipe.sampler(**rows(2))
+  layers = pipe.sampler.layers
+  ones, _ = pipe.sampler(**rows(2, scale=np.ones((STEPS, layers))))
   assert far(full, ones) == 0
-  early, _ = pipe.drawer(**rows(2, scale=[[1.0]] + [[0.0]] * (STEPS - 1)))
-  late, _ = pipe.drawer(**rows(2, scale=[[0.0]] * (STEPS - 1) + [[1.0]]))
+  early, _ = pipe.sampler(**rows(2, scale=[[1.0]] + [[0.0]] * (STEPS - 1)))
+  late, _ = pipe.sampler(**rows(2, scale=[[0.0]] * (STEPS - 1) + [[1.0]]))
   assert min(far(early, full), far(late, full), far(early, late), far(early, base)) > 1
   with pytest.raises(UserError, match="per layer"):
-    pipe.drawer(**rows(2, scale=np.ones(layers + 1)))
+    pipe.sampler(**rows(2, scale=np.ones(layers + 1)))
 
 
 SHARDED = """
@@ -176,7 +181,7 @@ from cc_jax import generate
 jax.config.update("jax_disable_most_optimizations", True)
 folder, out, references = sys.argv[1], sys.argv[2], sys.argv[3:]
 pipe = generate.load(folder, mesh=generate._several_devices(3))
-assert pipe.drawer.mesh.size == 3
+assert pipe.sampler.mesh.size == 3
 said = dict(class_noun="teddy bear", references=references, steps=3, seed=[5, 2, 9])
 for k, image in enumerate(pipe("a teddy bear in the snow", **said)):
   image.save(f"{out}/{k}.png")
@@ -196,9 +201,9 @@ def test_pictures_are_the_same_over_several_devices(folder, pipe, references, tm
 
 @pytest.mark.parametrize("with_adapter", [False, True])
 def test_without_references_it_is_a_naive_stable_diffusion(folder, pipe, with_adapter):
-  base = hub.load_base(folder / "base")
+  base = load_base(folder / "base")
   tokenizer = base.tokenizers[0]
-  noise = pipe.drawer.noise([3, 4])
+  noise = pipe.sampler.noise([3, 4])
 
   def ids(text):
     return jnp.asarray(tokenizer(text, padding="max_length")["input_ids"])[None]
@@ -219,15 +224,15 @@ def test_without_references_it_is_a_naive_stable_diffusion(folder, pipe, with_ad
   decoded = decode(base.vae, jnp.asarray(x.numpy()) / base.vae.config.scaling_factor)
   expected = np.clip(np.asarray(decoded) / 2 + 0.5, 0, 1)
 
-  drawer = pipe.drawer if with_adapter else Drawer(bundle(base), pipe.schedule)
+  sampler = pipe.sampler if with_adapter else ImageSampler(bundle(base), pipe.schedule)
   drawn = []
-  draw = drawer._draw
-  drawer._draw = lambda *args, **kwargs: drawn.append(draw(*args, **kwargs)) or drawn[-1]
-  drawer(
+  draw = sampler._draw
+  sampler._draw = lambda *args, **kwargs: drawn.append(draw(*args, **kwargs)) or drawn[-1]
+  sampler(
     encode_prompts([tokenizer], [PROMPT] * 2), encode_prompts([tokenizer], [""]), noise=noise,
     steps=STEPS, guidance=3.0,
   )  # fmt: skip
-  drawer._draw = draw
+  sampler._draw = draw
   np.testing.assert_allclose(drawn[0].images, expected, atol=1e-4)
   assert np.std(expected) > 0.05  # not all clipped away
 
@@ -238,22 +243,22 @@ def psnr_against_pytorch(folder, prompts, steps=20, guidance=3.0):
 
   theirs = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)
   theirs.set_progress_bar_config(disable=True)
-  base = hub.load_base(folder)
-  drawer = Drawer(bundle(base), NoiseSchedule.from_config(base.scheduler_config))
-  noise = drawer.noise(range(len(prompts)))
+  base = load_base(folder)
+  sampler = ImageSampler(bundle(base), NoiseSchedule.from_config(base.scheduler_config))
+  noise = sampler.noise(range(len(prompts)))
   expected = theirs(
     prompts, num_inference_steps=steps, guidance_scale=guidance, output_type="np",
     latents=torch.from_numpy(np.moveaxis(noise, -1, 1).copy()),
   ).images  # fmt: skip
   encoded, empty = (encode_prompts(base.tokenizers, texts) for texts in (prompts, [""]))
-  found, _ = drawer(encoded, empty, noise=noise, steps=steps, guidance=guidance)
+  found, _ = sampler(encoded, empty, noise=noise, steps=steps, guidance=guidance)
   assert expected.std() > 0.05
   error = np.square(found / 255.0 - expected).mean((1, 2, 3))
   return -10 * np.log10(np.maximum(error, 1e-12))
 
 
 def test_shipped_base_draws_what_pytorch_draws():
-  shipped = hub.ASSETS / generate.BASE
+  shipped = ASSETS / BASE
   prompts = [
     "a teapot on the beach",
     "a red snowman in the snow",
@@ -268,9 +273,9 @@ def test_shipped_base_draws_what_pytorch_draws():
 
 
 def test_equal_guidances_apart_are_the_joint_one(pipe, rows):
-  joint, _ = pipe.drawer(**rows(2, guidance=2.5))
-  apart, _ = pipe.drawer(**rows(2, guidance=2.5, image_guidance=2.5))
-  less, _ = pipe.drawer(**rows(2, guidance=2.5, image_guidance=0.5))
+  joint, _ = pipe.sampler(**rows(2, guidance=2.5))
+  apart, _ = pipe.sampler(**rows(2, guidance=2.5, image_guidance=2.5))
+  less, _ = pipe.sampler(**rows(2, guidance=2.5, image_guidance=0.5))
   assert far(joint, apart) <= 1
   assert far(joint, less) > 3
 
@@ -283,15 +288,15 @@ def test_maps_are_the_models_at_the_states_passed_through(pipe, references):
   )
   assert far(images[0], pipe(PROMPT, **given)[0]) <= 1
 
-  model = pipe.drawer.merge(pipe.drawer.params)
+  model = pipe.sampler.merge(pipe.sampler.params)
   assert tuple(maps) == model.layer_paths
-  noise = pipe.drawer.noise([3, 4])
+  noise = pipe.sampler.noise([3, 4])
   prompts = encode_prompts(pipe.base.tokenizers, [PROMPT] * 2, [NOUN] * 2)
   cut = np.stack([pictures.read_reference(r, size=tiny.IMAGE) for r in references])
 
   @jax.jit
   def first(params):
-    model = pipe.drawer.merge(params)
+    model = pipe.sampler.merge(params)
     features, _ = model.image_features(jnp.asarray(cut, jnp.float32) / 255)
     features = jnp.concatenate([features.reshape(1, -1, features.shape[-1])] * 2)
     t = jnp.full(2, DDIM_START)
@@ -301,22 +306,22 @@ def test_maps_are_the_models_at_the_states_passed_through(pipe, references):
     )  # fmt: skip
     return model.predict(noise, t, condition, maps=True)[1]
 
-  for found, expected in zip(maps.values(), first(pipe.drawer.params)):
+  for found, expected in zip(maps.values(), first(pipe.sampler.params)):
     assert found.shape[:2] == (STEPS, 2) and found.shape[2] == found.shape[3]
     np.testing.assert_allclose(found[0].reshape(2, -1, 1), expected, atol=1e-5)
     assert np.abs(found[-1] - found[0]).max() > 1e-3  # depends on the step
 
 
 def test_one_program_serves_prompts_scales_samplers_and_numbers_of_steps(pipe, rows):
-  pipe.drawer(**rows(2))
-  compiled = pipe.drawer._draw._cache_size()
-  longer, _ = pipe.drawer(**rows(2, steps=7, scale=0.5, guidance=4.0))
-  other, _ = pipe.drawer(**rows(2, steps=7, scale=0.5, guidance=4.0, sampler="dpmsolver++"))
-  pipe.drawer(**rows(2, steps=12, sampler="heun", noise=pipe.drawer.noise([8, 9])))
-  assert pipe.drawer._draw._cache_size() == compiled
+  pipe.sampler(**rows(2))
+  compiled = pipe.sampler._draw._cache_size()
+  longer, _ = pipe.sampler(**rows(2, steps=7, scale=0.5, guidance=4.0))
+  other, _ = pipe.sampler(**rows(2, steps=7, scale=0.5, guidance=4.0, sampler="dpmsolver++"))
+  pipe.sampler(**rows(2, steps=12, sampler="heun", noise=pipe.sampler.noise([8, 9])))
+  assert pipe.sampler._draw._cache_size() == compiled
   assert far(longer, other) > 1
-  pipe.drawer(**rows(2, steps=26))
-  assert pipe.drawer._draw._cache_size() == compiled + 1
+  pipe.sampler(**rows(2, steps=26))
+  assert pipe.sampler._draw._cache_size() == compiled + 1
 
 
 def test_fresh_noise_is_a_pictures_own_and_maps_are_per_step(pipe, references):
@@ -355,7 +360,7 @@ def loads_once(monkeypatch):
   monkeypatch.setattr(generate, "load", lambda *a, lora=(), **k: LOAD(*a, lora=tuple(lora), **k))
 
 
-LOAD = functools.cache(generate.load)
+LOAD = functools.cache(load)
 
 
 def call(folder, **changes):
@@ -446,7 +451,7 @@ def test_the_command_writes_pictures_that_carry_their_settings(folder, pipe, ref
   for seed, image in zip((7, 8), expected):
     found = Image.open(folder / f"drawn-{seed}.png")
     assert far(found, image) <= 1
-    settings = json.loads(found.text[generate.METADATA])
+    settings = json.loads(found.text[METADATA])
     assert settings["prompt"] == PROMPT and settings["seed"] == seed
     assert settings["base_hash"] == pipe.base.hash
     assert settings["checkpoint"] == str(folder / "run" / "adapter.safetensors")

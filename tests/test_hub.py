@@ -16,11 +16,14 @@ import transformers
 from flax import nnx
 from torch_parity import randomise, relative_error
 
-from cc_jax.bases import base as hub
 from cc_jax.bases import files as layout
+from cc_jax.bases.base import abstract_base, load_base, load_module, random_base
+from cc_jax.bases.files import resolve_base
+from cc_jax.bases.save import save_base, save_module
 from cc_jax.bases.tokenizer import train_tokenizer
 from cc_jax.bases.torch_names import to_torch
 from cc_jax.errors import UserError
+from cc_jax.models.clip_pixels import CLIP_PROCESSOR, clip_pixels
 from cc_jax.models.clip_text import CLIPTextModel
 from cc_jax.models.vae import AutoencoderKL
 
@@ -80,7 +83,7 @@ def saved(theirs, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def base(saved):
-  return hub.load_base(saved)
+  return load_base(saved)
 
 
 @pytest.fixture
@@ -122,7 +125,7 @@ def test_reads_what_diffusers_writes(base, theirs):
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_diffusers_reads_what_we_write(base, dtype, tmp_path):
   """The very values in the stored type, every config, and the module classes."""
-  hub.save_base(base, tmp_path, dtype=dtype)
+  save_base(base, tmp_path, dtype=dtype)
   for file in ("unet/diffusion_pytorch_model", "text_encoder/model"):
     stored = safetensors.numpy.load_file(tmp_path / f"{file}.safetensors")
     assert {value.dtype for value in stored.values()} == {np.dtype(dtype)}
@@ -144,7 +147,7 @@ def test_diffusers_reads_what_we_write(base, dtype, tmp_path):
   plain = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path, local_files_only=True)
   assert {getattr(plain, name).dtype for name in networks(base)} == {torch.float32}
   # And back.
-  again = hub.load_base(tmp_path)
+  again = load_base(tmp_path)
   for name, module in networks(again).items():
     before = tensors(networks(base)[name])
     for key, value in tensors(module).items():
@@ -154,7 +157,7 @@ def test_diffusers_reads_what_we_write(base, dtype, tmp_path):
 
 def test_modules_agree_with_the_pipeline(base, tmp_path):
   """Our networks and PyTorch's from the folder that we wrote: the same numbers."""
-  hub.save_base(base, tmp_path)
+  save_base(base, tmp_path)
   pipeline = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path, local_files_only=True)
   rng = np.random.default_rng(0)
   x, pixels = (rng.standard_normal(s).astype(np.float32) for s in ((2, 8, 8, 4), (2, 16, 16, 3)))
@@ -183,7 +186,7 @@ def test_modules_agree_with_the_pipeline(base, tmp_path):
 
 
 def test_dtypes_and_hash(saved, base):
-  half = hub.load_base(saved, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
+  half = load_base(saved, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
   for name, module in networks(half).items():
     wanted = tensors(networks(base)[name])
     for key, value in tensors(module).items():
@@ -194,11 +197,11 @@ def test_dtypes_and_hash(saved, base):
 
 def test_two_bases_of_one_folder_share_nothing(saved):
   """Their constructors are traced once; a change of one must not be seen in the next."""
-  one, other = hub.abstract_base(saved), hub.abstract_base(saved)
+  one, other = abstract_base(saved), abstract_base(saved)
   kernel = other.unet.conv_in.kernel.get_value()
   one.unet.conv_in.kernel.set_value(None)
   one.unet.conv_in.dtype = "changed"
-  for base in (other, hub.abstract_base(saved)):
+  for base in (other, abstract_base(saved)):
     assert base.unet.conv_in.kernel.get_value() == kernel
     assert base.unet.conv_in.dtype == jnp.float32
 
@@ -218,8 +221,8 @@ def test_hash_by_hand(saved, base):
 
 def test_bfloat16_file(base, tmp_path):
   """bfloat16 is stored, and read back without passing through another type."""
-  hub.save_module(base.text_encoders[0], tmp_path, dtype="bfloat16")
-  again = hub.load_module(tmp_path, CLIPTextModel, param_dtype=jnp.bfloat16)
+  save_module(base.text_encoders[0], tmp_path, dtype="bfloat16")
+  again = load_module(tmp_path, CLIPTextModel, param_dtype=jnp.bfloat16)
   theirs = transformers.CLIPTextModel.from_pretrained(tmp_path, dtype=torch.bfloat16)
   for name, tensor in theirs.state_dict().items():
     assert np.array_equal(tensors(again)[name].astype(np.float32), tensor.float().numpy())
@@ -237,17 +240,17 @@ def test_shards(base, copy):
     safetensors.numpy.save_file({key: stored[key] for key in keys}, copy / "unet" / file)
   index = {"weight_map": {key: file for file, keys in parts.items() for key in keys}}
   (copy / "unet" / f"{whole.name}.index.json").write_text(json.dumps(index))
-  assert hub.load_base(copy).hash == base.hash
+  assert load_base(copy).hash == base.hash
   (copy / "unet" / "b.safetensors").unlink()
   with pytest.raises(UserError, match="b.safetensors"):
-    hub.load_base(copy)
+    load_base(copy)
 
 
 def test_abstract_and_random_base(copy, base):
   for file in copy.rglob("*.safetensors"):
     file.unlink()
   shutil.rmtree(copy / "tokenizer")
-  abstract = hub.abstract_base(copy, param_dtype=jnp.bfloat16)
+  abstract = abstract_base(copy, param_dtype=jnp.bfloat16)
   for name, module in networks(abstract).items():
     wanted = tensors(networks(base)[name])
     leaves = nnx.to_flat_state(nnx.state(module))
@@ -256,7 +259,7 @@ def test_abstract_and_random_base(copy, base):
     assert {leaf.dtype for _, leaf in leaves} == {jnp.bfloat16.dtype}
   assert (abstract.hash, abstract.tokenizers) == ("", ())
   # A caller can build on a whole base without a single array.
-  model = nnx.eval_shape(lambda: nnx.Dict(unet=hub.random_base(copy).unet))
+  model = nnx.eval_shape(lambda: nnx.Dict(unet=random_base(copy).unet))
   assert model["unet"].conv_in.kernel.shape == (3, 3, 4, 8)
 
 
@@ -265,10 +268,10 @@ def test_image_encoder_from_elsewhere(saved, base, copy, tmp_path):
   index = json.loads((copy / "model_index.json").read_text())
   index |= {"image_encoder": [None, None], "feature_extractor": [None, None]}
   (copy / "model_index.json").write_text(json.dumps(index))
-  assert hub.load_base(copy).image_encoder is None
+  assert load_base(copy).image_encoder is None
   shutil.copytree(saved / "image_encoder", tmp_path / "alone")
   for folder in (saved, saved / "image_encoder", tmp_path / "alone"):
-    other = hub.load_base(copy, image_encoder=folder)
+    other = load_base(copy, image_encoder=folder)
     assert other.hash == base.hash
     assert other.image_processor["size"] == 16
 
@@ -283,14 +286,14 @@ def test_clip_pixels_as_transformers(base):
   )
   wanted = processor(image, return_tensors="np")["pixel_values"].transpose(0, 2, 3, 1)
   ours = {**base.image_processor, "shortest_edge": 20}
-  got = hub.clip_pixels(jnp.asarray(image, jnp.float32)[None] / 255, ours)
+  got = clip_pixels(jnp.asarray(image, jnp.float32)[None] / 255, ours)
   level = 1 / 255 / min(ours["std"])
   assert np.abs(got - wanted).max() < 1.5 * level
   # Untouched pictures: exactly the normalisation.
   small = np.asarray(image)[None, :16, :16] / np.float32(255)
   exact = (small - np.array(ours["mean"])) / np.array(ours["std"])
-  for same in (base.image_processor, hub.CLIP_PROCESSOR):
-    assert relative_error(hub.clip_pixels(jnp.asarray(small), same), exact) < 1e-6
+  for same in (base.image_processor, CLIP_PROCESSOR):
+    assert relative_error(clip_pixels(jnp.asarray(small), same), exact) < 1e-6
 
 
 def rewrite(file, **changes):
@@ -338,33 +341,33 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 def test_bad_folders(damage, wanted, copy):
   damage(copy)
   with pytest.raises(UserError, match=wanted) as error:
-    hub.load_base(copy)
+    load_base(copy)
   assert "\n" not in str(error.value)
   assert "copy" in str(error.value)  # the folder is named
 
 
 def test_base_of_the_package(saved, tmp_path, monkeypatch):
   monkeypatch.setattr(layout, "ASSETS", saved.parent)
-  assert hub.resolve_base(saved.name) == saved
-  assert hub.resolve_base(tmp_path) == tmp_path
+  assert resolve_base(saved.name) == saved
+  assert resolve_base(tmp_path) == tmp_path
 
 
 def test_other_errors(base, tmp_path):
   with pytest.raises(UserError, match="'nowhere/at-all' is no folder"):
-    hub.load_base("nowhere/at-all")
+    load_base("nowhere/at-all")
   (tmp_path / "file").write_text("")
   with pytest.raises(UserError, match="cannot be written"):
-    hub.save_base(base, tmp_path / "file" / "folder")
+    save_base(base, tmp_path / "file" / "folder")
 
 
 def test_save_refuses_what_does_not_fit(base, tmp_path):
   """An overflow is no weight file, and a failed save leaves the old file as it was."""
-  hub.save_module(base.vae, tmp_path)
+  save_module(base.vae, tmp_path)
   before = (tmp_path / WEIGHTS).read_bytes()
   graph, params = nnx.split(base.vae)
   large = nnx.merge(graph, jax.tree.map(lambda leaf: leaf * 1e6, params))
   with pytest.raises(ValueError, match="not finite as float16"):
-    hub.save_module(large, tmp_path, dtype="float16")
+    save_module(large, tmp_path, dtype="float16")
   assert (tmp_path / WEIGHTS).read_bytes() == before
   assert sorted(file.name for file in tmp_path.iterdir()) == ["config.json", WEIGHTS]
-  assert isinstance(hub.load_module(tmp_path, AutoencoderKL), AutoencoderKL)
+  assert isinstance(load_module(tmp_path, AutoencoderKL), AutoencoderKL)

@@ -13,14 +13,34 @@ import pytest
 import tiny
 
 import data_pipeline
-from cc_jax import evaluate, train
+from cc_jax import evaluate
 from cc_jax.customcontrast.injection import InjectionConfig
 from cc_jax.customcontrast.mfi_encoder import MFIEncoderConfig
 from cc_jax.errors import UserError
+from cc_jax.evaluate import reference_display
 from cc_jax.lab import __main__ as lab
 from cc_jax.lab import pictures as lab_pictures
 from cc_jax.lab import scorer as lab_scores
 from cc_jax.lab import tables as lab_report
+from cc_jax.lab.arms import (
+  ALL_SEEDS,
+  arm_config,
+  changes_of,
+  chosen_arms,
+  fast_arms,
+  first_phase,
+  list_runs,
+)
+from cc_jax.lab.comparison import INTRINSIC, IRRELEVANT, MOVES, load_results, mean_leakage
+from cc_jax.lab.figures import FIGURES
+from cc_jax.lab.report import report
+from cc_jax.lab.results import fingerprint, is_done, read_result, result_file, write_result
+from cc_jax.lab.runs import run_suite
+from cc_jax.lab.toy import toy_base
+from cc_jax.lab.trials import Interventions, Trials, reference_factors
+from cc_jax.sampling.pipeline import load
+from cc_jax.training.loop import train
+from cc_jax.training.setup import check_config
 from configs import lab as table
 from data_pipeline import sampling
 from data_pipeline.subjects3d import factors as world
@@ -36,30 +56,30 @@ def test_every_arm_is_a_valid_and_different_training():
   seen = {}
   for name, arm in table.ARMS.items():
     values = arm.tune[1] if arm.tune else (None,)
-    config = lab.arm_config(table.get_config(), name, 3, values[0]).run
+    config = arm_config(table.get_config(), name, 3, values[0]).run
     MFIEncoderConfig.from_config(config.encoder)
     InjectionConfig.from_config(config.injection)
     TripleConfig.from_config(config.data)
     sampling.check_frames(config.data.frames)
-    train.check(config)
+    check_config(config)
     assert config.seed == 3
-    first = lab.first_part(config, *arm.first) if arm.first else None
+    first = first_phase(config, *arm.first) if arm.first else None
     text = json.dumps([config.to_dict(), first and first.to_dict()], sort_keys=True, default=str)
     assert text not in seen, f"{name} equals {seen[text]}"
     seen[text] = name
-    assert name in lab.fast_arms() or arm.family in {
-      table.ARMS[chosen].family for chosen in lab.fast_arms()}
-  method = lab.arm_config(table.get_config(), "method", 0).run
-  ours = lab.arm_config(table.get_config(), "self_reconstruction", 0).run
+    assert name in fast_arms() or arm.family in {
+      table.ARMS[chosen].family for chosen in fast_arms()}
+  method = arm_config(table.get_config(), "method", 0).run
+  ours = arm_config(table.get_config(), "self_reconstruction", 0).run
   assert changed(method, ours) == {"data.frames", *table.OFF}
   # The base of the comparison is equal in all core arms and controls: data, steps, loss, drawing.
-  core = [name for name, arm in table.ARMS.items() if arm.family in lab.ALL_SEEDS]
+  core = [name for name, arm in table.ARMS.items() if arm.family in ALL_SEEDS]
   for name in core:
     may = {"data.frames", "data.reference_place", *table.OFF}
     if name == "ip_adapter_plus":
       may |= {*table.IP_ADAPTER} - {"data.reference_place"}
-    assert changed(method, lab.arm_config(table.get_config(), name, 0).run) <= may, name
-  assert lab.chosen_arms(["control", "method", "core"])[:4] == [
+    assert changed(method, arm_config(table.get_config(), name, 0).run) <= may, name
+  assert chosen_arms(["control", "method", "core"])[:4] == [
     "self_mcl", "self_augmented", "multi_view_augmented", "method"]
 
 
@@ -71,10 +91,10 @@ def changed(one, other):
 
 def test_a_wrong_arm_is_one_line(monkeypatch):
   with pytest.raises(UserError, match="arm 'mehtod' is unknown; configs/lab.py has method, self_"):
-    lab.arm_config(table.get_config(), "mehtod", 0)
+    arm_config(table.get_config(), "mehtod", 0)
   monkeypatch.setitem(table.ARMS, "typo", table.Arm("core", {"objective.lambda_mcal": 1.0}))
   with pytest.raises(UserError, match="'typo' changes objective.lambda_mcal, which"):
-    lab.arm_config(table.get_config(), "typo", 0)
+    arm_config(table.get_config(), "typo", 0)
 
 
 def test_photographs_keep_their_ground_and_are_told_in_few_words():
@@ -88,9 +108,9 @@ def test_photographs_keep_their_ground_and_are_told_in_few_words():
 
 
 def test_a_first_part_is_shorter_and_at_a_constant_rate():
-  config = lab.arm_config(table.get_config(), "contrast_first", 0).run
+  config = arm_config(table.get_config(), "contrast_first", 0).run
   share, changes = table.ARMS["contrast_first"].first
-  first = lab.first_part(config, share, changes)
+  first = first_phase(config, share, changes)
   assert first.train.steps == 120 and first.train.schedule == "constant"
   assert config.objective.lambda_macl > 0
   assert first.objective.lambda_macl == 200 * config.objective.lambda_macl
@@ -102,7 +122,7 @@ def made(arm="method", seed=0, tuned=None, *, fidelity=0.5, control=0.8, shift=0
   """A result whose subjects differ from one another, the same ones in every arm."""
   subjects = np.linspace(-0.1, 0.1, 8) + shift
   probes = {name: dict(score=0.4, chance=0.1) for name in
-            {*lab_report.INTRINSIC, *lab_report.IRRELEVANT}}
+            {*INTRINSIC, *IRRELEVANT}}
   layer = dict(within=0.1, between=0.4, ratio=0.25, recall=0.9, spearman=spearman, probes=probes)
   curve = [dict(step=step, fidelity=fidelity * step / 20, control=control,
                 leakage=dict(size=leak * step / 20, place=leak)) for step in (10, 20)]
@@ -111,7 +131,7 @@ def made(arm="method", seed=0, tuned=None, *, fidelity=0.5, control=0.8, shift=0
     fingerprint=mark, machine="m", seconds=3600,
     scores=dict(dict.fromkeys(lab_report.FACTORS, 0.5), fidelity=fidelity, control=control),
     subjects=dict(fidelity=list(fidelity + subjects), control=list(control + subjects)),
-    leakage={name: [leak, None, leak] for name in lab_report.MOVES},
+    leakage={name: [leak, None, leak] for name in MOVES},
     features={} if arm == "base" else {"layer 1": layer, "visual": layer, "image encoder": layer},
     curve=[] if arm == "base" else curve,
     sweep=[dict(scale=s, fidelity=fidelity, control=control) for s in (0.5, 1.0)])
@@ -120,34 +140,34 @@ def made(arm="method", seed=0, tuned=None, *, fidelity=0.5, control=0.8, shift=0
 def test_tuning_chooses_by_the_first_seed(tmp_path):
   config = table.get_config()
   config.seeds = (4, 5)
-  runs = lab.plan(config, ["method", "ip_adapter_plus", "location_off"], tmp_path)
+  runs = list_runs(config, ["method", "ip_adapter_plus", "location_off"], tmp_path)
   key, values = table.ARMS["ip_adapter_plus"].tune
   asked = []
   for name, seed, tuned in runs:
     asked.append((name, seed, tuned))
     score = 0.9 if tuned == values[1] else 0.1
-    lab.write(lab.result_file(tmp_path, name, seed, "validation", tuned),
+    write_result(result_file(tmp_path, name, seed, "validation", tuned),
               made(name, seed, tuned, fidelity=score))
   assert asked == [
     ("method", 4, None), ("method", 5, None), *(("ip_adapter_plus", 4, v) for v in values),
     ("ip_adapter_plus", 5, values[1]), ("location_off", 0, None)]
   config.score.split = "test"  # which has no say in the choice
-  assert list(lab.plan(config, ["ip_adapter_plus"], tmp_path)) == [
+  assert list(list_runs(config, ["ip_adapter_plus"], tmp_path)) == [
     ("ip_adapter_plus", seed, values[1]) for seed in (4, 5)]
   with pytest.raises(UserError, match="run the suite on the validation subjects first"):
-    list(lab.plan(config, ["ip_adapter_plus"], tmp_path / "empty"))
-  failed = lab.result_file(tmp_path, "ip_adapter_plus", 4, "validation", values[0])
+    list(list_runs(config, ["ip_adapter_plus"], tmp_path / "empty"))
+  failed = result_file(tmp_path, "ip_adapter_plus", 4, "validation", values[0])
   kept = failed.read_text()
   failed.unlink()
   with pytest.raises(UserError, match=f"{failed.name} is missing"):
-    list(lab.plan(config, ["ip_adapter_plus"], tmp_path))
+    list(list_runs(config, ["ip_adapter_plus"], tmp_path))
   config.score.split = "validation"  # where every value has just been tried
-  assert list(lab.plan(config, ["ip_adapter_plus"], tmp_path))[-1] == (
+  assert list(list_runs(config, ["ip_adapter_plus"], tmp_path))[-1] == (
     "ip_adapter_plus", 5, values[1])
   failed.write_text(kept)
-  arms = lab_report.load(tmp_path, "validation")
+  arms = load_results(tmp_path, "validation")
   assert [row["tuned"] for row in arms["ip_adapter_plus"]] == [values[1]] * 2
-  tuned = lab.arm_config(config, "ip_adapter_plus", 5, values[1])
+  tuned = arm_config(config, "ip_adapter_plus", 5, values[1])
   assert tuned.run.train.learning_rate == values[1] and key == "train.learning_rate"
 
 
@@ -157,37 +177,37 @@ def test_tuning_chooses_by_the_first_seed(tmp_path):
 def test_results_are_small_whole_and_never_mixed(tmp_path, monkeypatch):
   file = tmp_path / "deep" / "method-0.json"
   result = made()
-  lab.write(file, result)
-  assert lab.read(file) == result
+  write_result(file, result)
+  assert read_result(file) == result
   text = file.read_text()
   assert max(map(len, text.splitlines())) > 80 and '"@' not in text  # lists are on one line
   assert not list(file.parent.glob("*.part"))
-  assert lab.is_done(file, "m", {}) and not lab.is_done(tmp_path / "none.json", "m", {})
+  assert is_done(file, "m", {}) and not is_done(tmp_path / "none.json", "m", {})
   with pytest.raises(UserError, match="another base, budget, config or scoring"):
-    lab.is_done(file, "other", {})
+    is_done(file, "other", {})
   with pytest.raises(UserError, match="an arm with the changes"):
-    lab.is_done(file, "m", {"data.frames": "self"})
+    is_done(file, "m", {"data.frames": "self"})
   for name in ("ip_adapter_plus", "contrast_first"):  # tuples, nested changes
-    changes = lab.changes_of(table.ARMS[name])
-    lab.write(tmp_path / f"{name}.json", made() | dict(changes=changes))
-    assert changes and lab.is_done(tmp_path / f"{name}.json", "m", changes)
+    changes = changes_of(table.ARMS[name])
+    write_result(tmp_path / f"{name}.json", made() | dict(changes=changes))
+    assert changes and is_done(tmp_path / f"{name}.json", "m", changes)
   config = table.get_config()
-  mark = lab.fingerprint(config, "base")
+  mark = fingerprint(config, "base")
   for change in ("run.train.steps", "score.subjects", "run.sample.steps", "run.data.image_size"):
     other = config.copy_and_resolve_references()
     section, group, key = ("", *change.split(".")) if change.count(".") == 1 else change.split(".")
     place = other[section][group] if section else other[group]
     place[key] = place[key] + 1
-    assert lab.fingerprint(other, "base") != mark, change
-  assert lab.fingerprint(config, "another") != mark
+    assert fingerprint(other, "base") != mark, change
+  assert fingerprint(config, "another") != mark
   monkeypatch.setattr(lab.judging, "SHIPPED", file)  # another judge
-  assert lab.fingerprint(config, "base") != mark
+  assert fingerprint(config, "base") != mark
   monkeypatch.undo()
   other = config.copy_and_resolve_references()
   other.run.data.name = "subjects3d/small"  # other subjects, other results
-  assert lab.fingerprint(other, "base") != mark
+  assert fingerprint(other, "base") != mark
   config.run.data.data_dir, config.seeds = "elsewhere", (7,)
-  assert lab.fingerprint(config, "base") == mark
+  assert fingerprint(config, "base") == mark
 
 
 def test_tables_and_figures_of_known_results(tmp_path):
@@ -199,16 +219,16 @@ def test_tables_and_figures_of_known_results(tmp_path):
   rows += [made("s_words_4", 0, family="s_plus", fidelity=0.7, leak=0.0)]
   rows += [made("self_s_words_4", 0, family="s_plus", fidelity=0.5, leak=0.6)]
   rows += [made("base", 0, family="base", leak=0)]
-  size = evaluate.reference_factors("validation", 8)[0].size  # the three smallest alone are kept
+  size = reference_factors("validation", 8)[0].size  # the three smallest alone are kept
   rows[-4]["subjects"]["fidelity"] = list((size <= np.sort(size)[2]).astype(float))
   for row in rows:
-    lab.write(lab.result_file(results, row["arm"], row["seed"], "validation", row["tuned"]), row)
+    write_result(result_file(results, row["arm"], row["seed"], "validation", row["tuned"]), row)
   at_the_end = made(split="test", fidelity=0.9)
   at_the_end["curve"] = at_the_end["curve"][-1:]
-  lab.write(results / "method-0-test.json", at_the_end)
-  lab_report.report(results, tmp_path / "out")
+  write_result(results / "method-0-test.json", at_the_end)
+  report(results, tmp_path / "out")
   written = {file.name for file in (tmp_path / "out").iterdir()}
-  assert written == {"tables.md", *(f"{name}.png" for name in lab_report.FIGURES)}
+  assert written == {"tables.md", *(f"{name}.png" for name in FIGURES)}
   text = (tmp_path / "out" / "tables.md").read_text()
 
   def cells(start, nth=0, below="# Tables"):
@@ -240,23 +260,23 @@ def test_tables_and_figures_of_known_results(tmp_path):
   assert side[5:] == ["0.800 [+0.000, +0.020]", "0.500", "0.900"]
   assert cells("method |", below="## Distances")[1] == "0.100 / 0.400 / 0.250"
   assert "| method | layer 1 | 0.400 |" in text and "| method | visual | 0.400 |" in text
-  lab_report.report(results, tmp_path / "out", split="test", setting="photographs")
+  report(results, tmp_path / "out", split="test", setting="photographs")
   tested = (tmp_path / "out" / "tables-test.md").read_text()
   assert "These runs were not scored on their way." in tested
   assert not (tmp_path / "out" / "leakage_course-test.png").exists()
   assert "0.900" in tested and "--split=test --config=configs/lab.py:photographs`" in tested
-  lab.write(results / "cscl-0.json", made("cscl", mark="n"))
+  write_result(results / "cscl-0.json", made("cscl", mark="n"))
   with pytest.raises(UserError, match="2 different budgets"):
-    lab_report.load(results, "validation")
+    load_results(results, "validation")
   with pytest.raises(UserError, match="no results of the train subjects"):
-    lab_report.load(results, "train")
+    load_results(results, "train")
 
 
 def test_rounds_are_averaged_per_subject_and_told_apart(tmp_path, monkeypatch):
   scorer = object.__new__(lab_scores.Scorer)
   scorer.score, scorer.judge = table.get_config().score, None
   scorer.score.update(subjects=2, rounds=2)
-  trials = evaluate.Trials(np.zeros((4, 1)), (), (), *[None] * 5)  # two subjects, twice
+  trials = Trials(np.zeros((4, 1)), (), (), *[None] * 5)  # two subjects, twice
   monkeypatch.setattr(scorer, "draw", lambda trials, model, scale: trials.references)
   monkeypatch.setattr(lab_scores.judging, "read", lambda judge, images: None)
   monkeypatch.setattr(lab_scores.judging, "agreement", lambda *args: {"class_id": np.ones(4)})
@@ -273,14 +293,14 @@ def test_rounds_are_averaged_per_subject_and_told_apart(tmp_path, monkeypatch):
     row = made(name, family="s_plus", split="test", fidelity=np.mean(rounds))
     row |= dict(features={}, leakage={}, sweep=[], curve=[], rounds=[
       dict(fidelity=[value] * 8, control=[0.5] * 8) for value in rounds])
-    lab.write(lab.result_file(tmp_path, name, 0, "test"), row)
-  lab_report.report(tmp_path, tmp_path / "out", split="test")
+    write_result(result_file(tmp_path, name, 0, "test"), row)
+  report(tmp_path, tmp_path / "out", split="test")
   lines = (tmp_path / "out" / "tables-test.md").read_text().splitlines()
   told = [line.split(" | ")[1:] for line in lines if line.startswith("| s_words_4 less self")]
   assert [(said, number.strip("*")[:6]) for said, number, _ in told[1:4]] == [
     ("all", "+0.200"), ("the first", "+0.100"), ("the others", "+0.300")]
   # By size: a third has its references of both rounds, and a subject may be in it once or twice.
-  size = np.stack([evaluate.reference_factors("test", 8, n)[0].size for n in (0, 1)])
+  size = np.stack([reference_factors("test", 8, n)[0].size for n in (0, 1)])
   small = size <= np.sort(size, axis=None)[5]
   less = np.where(small, [[0.1], [0.3]], 0).sum(0)[small.any(0)] / small.sum(0)[small.any(0)]
   assert told[4][0].strip("*").startswith(f"{less.mean():+.3f} [")
@@ -314,14 +334,14 @@ def test_the_table_of_defaults_says_what_the_runs_said():
   listed = set(re.findall(r"`(\w+)`", not_run))
   if {"weight_01", "weight_10"} <= listed:  # "`weight_01` to `weight_10`"
     listed |= {"weight_03", "weight_3"}
-  core = {name for name, arm in table.ARMS.items() if arm.family in lab.ALL_SEEDS}
+  core = {name for name, arm in table.ARMS.items() if arm.family in ALL_SEEDS}
   assert listed == table.ARMS.keys() - found.keys() - core
 
 
 def test_the_command_reports(tmp_path):
   """The command itself, on results of its own; and what it says of a split that has none."""
   for row in (made(), made("base", family="base")):
-    lab.write(lab.result_file(tmp_path, row["arm"], 0, "validation"), row)
+    write_result(result_file(tmp_path, row["arm"], 0, "validation"), row)
   command = [sys.executable, "-m", "cc_jax.lab", "--suite=report", f"--results={tmp_path}"]
   command += [f"--figures={tmp_path / 'out'}"]
   run = functools.partial(subprocess.run, capture_output=True, text=True)
@@ -355,7 +375,7 @@ def test_what_copies_is_told_from_what_does_not(tmp_path, monkeypatch):
 
   def draw(self, what, model, scale=1.0):
     shown = what.references
-    if isinstance(what, evaluate.Interventions):
+    if isinstance(what, Interventions):
       return shown if model == "copier" else dict.fromkeys(shown, shown["start"])
     return shown if model == "copier" else np.roll(shown, 1, axis=0)
 
@@ -371,20 +391,20 @@ def test_what_copies_is_told_from_what_does_not(tmp_path, monkeypatch):
     for seed in (0, 1):
       found = scorer.at_the_end(model, sweep=False)
       row = made(arm, seed) | found | dict(curve=[scorer.last_point(found, 20)], sweep=[])
-      lab.write(lab.result_file(tmp_path, arm, seed, "validation"), row)
+      write_result(result_file(tmp_path, arm, seed, "validation"), row)
     arms[arm] = row
-  copied = [lab_report.leak(arms["self_reconstruction"], move) for move in ("size", "place")]
+  copied = [mean_leakage(arms["self_reconstruction"], move) for move in ("size", "place")]
   assert all(0.6 < value < 1.4 for value in copied), copied
-  assert lab_report.leak(arms["self_reconstruction"], "scene") == 1
-  other = {move: lab_report.leak(arms["method"], move) for move in lab_report.MOVES}
-  assert other == pytest.approx(dict.fromkeys(lab_report.MOVES, 0), abs=1e-3)
+  assert mean_leakage(arms["self_reconstruction"], "scene") == 1
+  other = {move: mean_leakage(arms["method"], move) for move in MOVES}
+  assert other == pytest.approx(dict.fromkeys(MOVES, 0), abs=1e-3)
   scores = {arm: row["scores"] for arm, row in arms.items()}
   assert scores["self_reconstruction"]["fidelity"] > 0.8 > 0.6 > scores["method"]["fidelity"]
   assert scores["self_reconstruction"]["control"] == 0  # no prompt asks for the reference's scene
   read = {arm: row["features"]["layer 1"]["probes"]["azimuth"] for arm, row in arms.items()}
   assert read["self_reconstruction"]["score"] > read["method"]["chance"] + 0.25
   assert read["method"]["score"] < read["method"]["chance"] + 0.1
-  lab_report.report(tmp_path, tmp_path / "out")
+  report(tmp_path, tmp_path / "out")
   lines = (tmp_path / "out" / "tables.md").read_text().splitlines()
   less = [line for line in lines if line.startswith("| self_reconstruction | 2 | **-")]
   assert len(less) == 1 and less[0].split(" | ")[4].startswith("**-")  # leak of size
@@ -399,7 +419,7 @@ def small(tmp_path_factory):
   folder = tmp_path_factory.mktemp("lab")
   config = table.fast(table.get_config())
   config.seeds = config.side_seeds = (0,)
-  config.run.base = str(lab.toy_base(folder / "toy_base"))
+  config.run.base = str(toy_base(folder / "toy_base"))
   config.run.mesh.cpu_devices = 1
   config.run.mesh.data = 1
   config.run.train.batch_size = 4
@@ -431,21 +451,21 @@ def test_the_suite_goes_on_where_it_was_killed(small, loader, monkeypatch, capsy
       raise UserError("loss is not finite")
     if len(trained) == 1:
       raise KeyboardInterrupt
-    return train.train(run, workdir, *views)
+    return train(run, workdir, *views)
 
   monkeypatch.setattr(lab, "train", killed)
   with pytest.raises(KeyboardInterrupt):
-    lab.suite(config, names, **places)
+    run_suite(config, names, **places)
   assert [f.name for f in results.iterdir()] == ["base-0.json"]
-  base = lab.read(results / "base-0.json")
+  base = read_result(results / "base-0.json")
   done = made("self_mcl", family="control", mark=base["fingerprint"]) | dict(
     changes={"data.frames": "self"}, subjects=base["subjects"],
-    leakage=dict.fromkeys(lab_report.MOVES, [0.5, 0.5]))
-  lab.write(results / "self_mcl-0.json", done)  # by another machine, say
+    leakage=dict.fromkeys(MOVES, [0.5, 0.5]))
+  write_result(results / "self_mcl-0.json", done)  # by another machine, say
   kept = {file.name: file.read_bytes() for file in results.iterdir()}
   capsys.readouterr()
   with pytest.raises(UserError, match="1 run.s. failed.*: macl-0: loss is not finite"):
-    lab.suite(config, ["macl", *names], **places)  # one that fails does not stop the others
+    run_suite(config, ["macl", *names], **places)  # one that fails does not stop the others
   assert trained == ["method-0", "macl-0", "method-0"]  # neither the base nor what was there
   assert {name: (results / name).read_bytes() for name in kept} == kept
   assert "self_mcl-0: fidelity 0.500, control 0.800, was there" in capsys.readouterr().out
@@ -458,7 +478,7 @@ def test_the_suite_goes_on_where_it_was_killed(small, loader, monkeypatch, capsy
   assert last["fidelity"] == pytest.approx(result["scores"]["fidelity"], abs=2e-4)
   assert last["leakage"]["size"] == pytest.approx(np.mean(result["leakage"]["size"]), abs=2e-4)
   assert set(result["curve"][0]["leakage"]) == {"size", "place"}
-  assert set(result["leakage"]) == set(lab_report.MOVES)
+  assert set(result["leakage"]) == set(MOVES)
   assert len(result["subjects"]["fidelity"]) == 2 and len(result["leakage"]["size"]) == 2
   assert [point["scale"] for point in result["sweep"]] == [0.5]
   layers = list(result["features"])
@@ -466,7 +486,7 @@ def test_the_suite_goes_on_where_it_was_killed(small, loader, monkeypatch, capsy
                     "image embedding"]
   assert len(before) < 60_000
   assert base["leakage"] == {} and base["scores"].keys() == result["scores"].keys()
-  lab_report.report(results, folder / "figures")
+  report(results, folder / "figures")
   assert (folder / "figures" / "tradeoff.png").stat().st_size > 10_000
 
   # The same runs scored on other subjects: nothing is trained again.
@@ -477,10 +497,10 @@ def test_the_suite_goes_on_where_it_was_killed(small, loader, monkeypatch, capsy
   monkeypatch.setattr(lab, "run_base", lambda *args, **kwargs: None)
   config = config.copy_and_resolve_references()
   config.score.split = "test"
-  lab.suite(config, ["method"], **places)
+  run_suite(config, ["method"], **places)
   assert (results / "method-0-test.json").exists() and steps == [1]
   with pytest.raises(UserError, match="self_mcl-0 has no checkpoint of step 2, and --split=test"):
-    lab.suite(config, ["self_mcl"], **places)
+    run_suite(config, ["self_mcl"], **places)
 
 
 @pytest.fixture(scope="module")
@@ -489,7 +509,7 @@ def trained(small):
   folder, config = small
   run = folder / "method-0"
   if not (run / "adapter.safetensors").exists():
-    lab.suite(config, ["method"], workdir=folder, results=folder / "results")
+    run_suite(config, ["method"], workdir=folder, results=folder / "results")
   return run
 
 
@@ -504,14 +524,13 @@ def test_pictures_of_a_checkpoint(small, trained, tmp_path):
 
 def test_features_are_those_of_the_layers(small, trained):
   """`embed` against the module, picture by picture, whatever the batch."""
-  from cc_jax import generate
 
   _, config = small
-  pipe = generate.load(trained, config.run.base)
+  pipe = load(trained, config.run.base)
   model = lab_pictures.model_of(pipe)
   rng = np.random.default_rng(0)
   pictures = rng.integers(0, 256, (3, 64, 64, 3), np.uint8)
-  assert pipe.shown == evaluate.shown(config.run.data)
+  assert pipe.shown == reference_display(config.run.data)
   assert pipe.shown["place"] == "in_place"
   pooled, flat = lab_scores.embed(model, pictures, 500, batch=2)
   seen, _ = model.image_features(jax.numpy.asarray(pictures, jax.numpy.float32) / 255)

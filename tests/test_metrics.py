@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from cc_jax import evaluate
 from cc_jax.lab import judge as judging
 from cc_jax.lab import leakage
+from cc_jax.lab.scoring import subject_fidelity, text_control
+from cc_jax.lab.trials import Trials, make_interventions
 from cc_jax.metrics import features
 from cc_jax.metrics.statistics import at_equal, hierarchical_bootstrap
 from data_pipeline.subjects3d import factors as world
@@ -243,17 +244,17 @@ def test_light_is_seen_from_its_side():
 def test_identity_and_control_of_trials(monkeypatch):
   f = start(2)
   seen = judging.visible(f._replace(style=np.array([0, 2])), np.full((2, 4), 0.1))
-  trials = evaluate.Trials(
+  trials = Trials(
     references=None, prompts=(), nouns=(), scenes=np.array([4, 5]), styles=np.array([0, 2]),
     hats=np.array([3, 0]), factors=f, seen=seen)
   reading = {name: getattr(f, name).copy() for name in judging.INTRINSIC}
   reading["class_id"][0] += 1
   reading |= dict(scene=np.array([4, 5]), style=np.array([1, 1]), hat=np.array([3, 7]))
   counted = 4 + int(f.pattern[0] != 0)  # a plain subject has no pattern colour
-  np.testing.assert_allclose(evaluate.identity(reading, trials), [1 - 1 / counted, 1])
-  np.testing.assert_allclose(evaluate.control(reading, trials), [1, 0.5])  # no style was asked
+  np.testing.assert_allclose(subject_fidelity(reading, trials), [1 - 1 / counted, 1])
+  np.testing.assert_allclose(text_control(reading, trials), [1, 0.5])  # no style was asked
   reading["hat"] = np.array([2, 7])  # of another colour; the second picture was asked for none
-  np.testing.assert_allclose(evaluate.control(reading, trials), [0.5, 0.5])
+  np.testing.assert_allclose(text_control(reading, trials), [0.5, 0.5])
 
 
 @pytest.mark.slow
@@ -262,7 +263,7 @@ def test_leakage_of_the_references_themselves_is_one():
 
   The judge is not perfect, nor is a disc the subject: what a copy reaches is the measure's scale.
   """
-  what = evaluate.make_interventions("test", 40, place="frame")
+  what = make_interventions("test", 40, place="frame")
   judge, _ = judging.load_judge()
   copied = leakage.measure(judge, what.references, what.references, what.factors)
   still = {name: what.references["start"] for name in what.references}

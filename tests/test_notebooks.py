@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cc_jax import train
-from cc_jax.bases import base as hub
+from cc_jax.bases.base import load_base
 from cc_jax.customcontrast.adapter_file import save_adapter
-from cc_jax.customcontrast.build import abstractly, assemble
-from cc_jax.lab import __main__ as lab
+from cc_jax.customcontrast.build import build_customcontrast, eval_shape_only
 from cc_jax.lab import notebook
+from cc_jax.lab.toy import toy_base
+from cc_jax.training.setup import adapter_configs
 from configs import subjects3d
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -39,11 +39,11 @@ TOY = {
 def toy(tmp_path_factory):
   """(a toy base, a random adapter of it, a folder of subjects to train on)."""
   folder = tmp_path_factory.mktemp("toy")
-  base_folder, adapter = lab.toy_base(folder / "base"), folder / "adapter.safetensors"
+  base_folder, adapter = toy_base(folder / "base"), folder / "adapter.safetensors"
   config = subjects3d.get_config()
   config.update_from_flattened_dict(TOY)
-  base, (encoder, injection) = hub.load_base(base_folder), train.networks(config)
-  _, trainable, _ = assemble(base, encoder, injection, transform=abstractly)
+  base, (encoder, injection) = load_base(base_folder), adapter_configs(config)
+  _, trainable, _ = build_customcontrast(base, encoder, injection, transform=eval_shape_only)
   rng = np.random.default_rng(0)
   values = {name: rng.normal(0, 0.05, x.shape).astype(x.dtype) for name, x in trainable.items()}
   save_adapter(adapter, values, encoder=encoder, injection=injection,

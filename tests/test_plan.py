@@ -16,12 +16,14 @@ import numpy as np
 import pytest
 import run_plan
 
-from cc_jax import train
 from cc_jax.errors import UserError
 from cc_jax.plan import __main__ as plan
 from cc_jax.plan import chips, hlo
 from cc_jax.plan import estimate as cost
-from cc_jax.plan import lower as programs
+from cc_jax.plan.batch_search import largest_batch
+from cc_jax.plan.report import describe_plan, describe_refusal, state_table
+from cc_jax.plan.topology import Slice, find_slice, parse_topology
+from cc_jax.training.loop import measure_utilisation
 from configs import subjects3d
 
 ROOT = Path(__file__).parent.parent
@@ -192,7 +194,7 @@ def test_training_measures_its_utilisation_by_the_program():
   device, found = SimpleNamespace(device_kind="TPU v5 lite"), []
   mesh = SimpleNamespace(devices=np.asarray([device], object))
   log = SimpleNamespace(program=lambda *numbers: found.append(numbers))
-  train.count_work(log, SimpleNamespace(as_text=lambda: TPU), mesh)
+  measure_utilisation(log, SimpleNamespace(as_text=lambda: TPU), mesh)
   assert found == [(hlo.Program(TPU).flops, 197e12)]
 
 
@@ -291,7 +293,7 @@ def mini(quick_compile):
   config = subjects3d.get_config()
   config.train.batch_size = 8
   config.mesh.data = 1
-  place = programs.Slice(jax.devices()[:1], chips.find("v5e"), (1,))
+  place = Slice(jax.devices()[:1], chips.find("v5e"), (1,))
   return plan.plan_for(config, place, "train", 0)
 
 
@@ -318,10 +320,10 @@ def test_the_plan_in_numbers_and_words(mini):
   assert hours * 3600 * numbers["images_per_second_per_chip"] == pytest.approx(1e6)
   assert 0 < numbers["flops_utilisation"] < 1
 
-  text = plan.describe(found, "train")
+  text = describe_plan(found, "train")
   for word in ("frozen base", "Adam", "no collectives", "chip-hours", "docs.cloud.google.com"):
     assert word in text
-  table = plan.state_table(work)
+  table = state_table(work)
   assert "gradients" in table and f"{trained / 1e9:.4g}" in table
 
 
@@ -335,20 +337,20 @@ def test_the_largest_batch_by_two_compiles_and_a_third():
     asked.append(batch)
     return 3 + 0.5 * batch
 
-  search = plan.largest_batch(32, need(32), 10.1, need)
+  search = largest_batch(32, need(32), 10.1, need)
   assert search.largest == 14 and asked == [32, 16, 14]
   # A line that promises too much is drawn again.
   bent = {16: 14.0, 8: 8.5, 12: 10.5, 11: 10.2, 10: 9.9}
-  search = plan.largest_batch(16, bent[16], 10.0, bent.__getitem__)
+  search = largest_batch(16, bent[16], 10.0, bent.__getitem__)
   assert search.largest == 10 and search.tried[10] <= 10
   # One that promises less than was seen to fit changes nothing.
   bent = {16: 12.0, 8: 9.99}
-  assert plan.largest_batch(16, bent[16], 10.0, bent.__getitem__).largest == 8
+  assert largest_batch(16, bent[16], 10.0, bent.__getitem__).largest == 8
   # A refusal without a number: halves.
-  search = plan.largest_batch(16, math.nan, 10.0, lambda b: math.nan if b > 5 else float(b))
+  search = largest_batch(16, math.nan, 10.0, lambda b: math.nan if b > 5 else float(b))
   assert search.largest in (4, 5)
-  assert plan.largest_batch(4, 40.0, 10.0, lambda b: 20.0 + b).largest == 0
-  assert plan.largest_batch(1, 40.0, 10.0, need).largest == 0
+  assert largest_batch(4, 40.0, 10.0, lambda b: 20.0 + b).largest == 0
+  assert largest_batch(1, 40.0, 10.0, need).largest == 0
 
 
 def test_the_compilers_refusal():
@@ -365,20 +367,20 @@ def test_the_compilers_refusal():
   assert cost._overflow(text, chips.find("v5p")) == (139.06 * 2**30, 95.74 * 2**30)
   assert math.isnan(cost._overflow("RESOURCE_EXHAUSTED: no", chips.find("v5e")).needed)
   assert cost._overflow("INTERNAL: a bug", chips.find("v5e")) is None
-  said = plan.describe_refusal(
+  said = describe_refusal(
     {
       "images_per_chip": 8,
       "memory": {"total": refusal.needed, "chip": refusal.limit},
       "tried": {"8": refusal.needed},
       "largest_images_per_chip": 3,
     },
-    programs.Slice((None,) * 4, chips.find("v5e"), (2, 2)),
+    Slice((None,) * 4, chips.find("v5e"), (2, 2)),
   )
   assert "20.30 GiB of 15.75" in said and "--batch_per_chip=3" in said
 
 
 def test_what_does_not_fit_ends_with_1_and_the_largest_batch(monkeypatch, capsys):
-  place = programs.Slice((None,) * 16, chips.find("v5e"), (4, 4))
+  place = Slice((None,) * 16, chips.find("v5e"), (4, 4))
   settings = dict(config=subjects3d.get_config(), what="train", topology="v5e:4x4")
   settings |= dict(batch_per_chip=8, json=True)
   gib = 2**30
@@ -403,11 +405,11 @@ def test_what_does_not_fit_ends_with_1_and_the_largest_batch(monkeypatch, capsys
 
 
 def test_topologies():
-  assert programs.parse_topology("v5p:2x2x4") == (chips.find("v5p"), (2, 2, 4))
+  assert parse_topology("v5p:2x2x4") == (chips.find("v5p"), (2, 2, 4))
   assert chips.find("TPU v6 lite") is chips.find("v6e")
   for wrong in ("v5e", "v5e:4", "v7:4x4", "h100:8x1", "v5e:4x", ""):
     with pytest.raises(UserError, match="is no slice; write one of v5e, v5p, v6e"):
-      programs.parse_topology(wrong)
+      parse_topology(wrong)
 
 
 # Several devices.
@@ -456,7 +458,7 @@ def test_the_command():
 
 def test_the_mini_step_lowers_for_a_slice():
   pytest.importorskip("libtpu")
-  place = programs.find_slice("v5e:4x4", "float32")
+  place = find_slice("v5e:4x4", "float32")
   config = subjects3d.get_config()
   work, count = plan.work_for(config, place, "train", 2)
   assert count == 16 and work.images == 32

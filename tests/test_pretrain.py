@@ -14,7 +14,7 @@ from cc_jax.errors import UserError
 from cc_jax.lab import judge as judging
 from cc_jax.models.clip_vision import CLIPVisionConfig, CLIPVisionModel
 from cc_jax.models.vae import AutoencoderKL, AutoencoderKLConfig
-from cc_jax.parallel import rules as sharding
+from cc_jax.parallel.mesh import make_mesh
 from cc_jax.pretrain import __main__ as pretrain
 from cc_jax.pretrain import loop as fitting
 from configs import subjects3d_base
@@ -30,7 +30,7 @@ def settings(steps: int) -> ml_collections.ConfigDict:
 
 @pytest.fixture(scope="module")
 def mesh():
-  return sharding.make_mesh(ml_collections.ConfigDict(dict(data=1)), 4)
+  return make_mesh(ml_collections.ConfigDict(dict(data=1)), 4)
 
 
 def loss_fn(params, frozen, batch, key):
@@ -194,7 +194,7 @@ def test_the_image_encoder_learns_factors_while_the_text_encoder_stays(tmp_path)
   pictures = SimpleNamespace(images=images, masks=masks, factors=factors,
                              coverage=np.full((len(shade), 4), 0.1))
   pretrain.train_tokenizer(config, tmp_path, pictures, None)
-  pretrain.train_clip(config, tmp_path, pictures, sharding.make_mesh(config.mesh, 16))
+  pretrain.train_clip(config, tmp_path, pictures, make_mesh(config.mesh, 16))
   tokenizer = pretrain.hub.load_tokenizer(tmp_path / "base" / "tokenizer")
   start = pretrain.make_clip(config, tokenizer)
   text = pretrain.hub.load_module(tmp_path / "base" / "text_encoder", type(start.text))

@@ -16,7 +16,7 @@ import tiny
 from orbax.checkpoint import v1 as ocp
 
 from cc_jax.bases.tokenizer import load_tokenizer
-from cc_jax.training import telemetry
+from cc_jax.training.telemetry import read_log
 
 SCRIPT = Path(__file__).parent / "run_train.py"
 SIZE, STEPS = 16, 8
@@ -156,7 +156,7 @@ def the_batches_are_the_loaders(folder, base, runs):
 
 def agree(ours, wanted):
   """Losses and norms of all steps; gradients, parameters and averages after the last."""
-  lines = [telemetry.read(run / "metrics.jsonl") for run in (ours, wanted)]
+  lines = [read_log(run / "metrics.jsonl") for run in (ours, wanted)]
   assert [line["step"] for line in lines[0]] == list(range(1, STEPS + 1))  # each written once
   for x, y in zip(*lines):
     assert x.keys() == y.keys()
@@ -186,9 +186,10 @@ def test_a_process_that_never_calls_is_an_error_in_time():
     import sys
     import ml_collections
     from cc_jax import errors
-    from cc_jax.parallel import rules as sharding
-    sharding.JOIN_TIMEOUT = 3
-    errors.run(lambda argv: sharding.join(ml_collections.ConfigDict({"processes": 2})))
+    from cc_jax.parallel import distributed
+    distributed.JOIN_TIMEOUT = 3
+    config = ml_collections.ConfigDict({"processes": 2})
+    errors.run(lambda argv: distributed.initialize_distributed(config))
   """
   alone = {"JAX_COORDINATOR_ADDRESS": f"localhost:{free_port()}"}
   alone |= {"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1"}

@@ -14,15 +14,19 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractMesh
 
-from cc_jax import train
-from cc_jax.bases import base as hub
-from cc_jax.customcontrast.build import abstractly, assemble
+from cc_jax.bases.base import abstract_base
+from cc_jax.bases.files import ASSETS
+from cc_jax.customcontrast.build import build_customcontrast, eval_shape_only
 from cc_jax.errors import UserError
-from cc_jax.parallel import rules as sharding
-from cc_jax.plan import __main__ as plan
+from cc_jax.parallel.distributed import initialize_distributed
+from cc_jax.parallel.mesh import AXES, make_mesh, replicated_sharding
+from cc_jax.parallel.report import check_sharding, describe_sharding, unexpectedly_replicated
+from cc_jax.parallel.rules import abstract_params, param_spec
 from cc_jax.plan import estimate as cost
-from cc_jax.plan import lower as programs
+from cc_jax.plan.lower import AbstractProgram
+from cc_jax.plan.report import state_table
 from cc_jax.training import step
+from cc_jax.training.setup import adapter_configs, base_options
 
 SCRIPT = Path(__file__).parent / "run_sharded.py"
 MESHES = ("1x1x1", "8x1x1", "1x8x1", "2x2x2")
@@ -87,7 +91,7 @@ def test_only_small_things_are_gathered(runs):
 
 
 def test_over_fsdp_weights_are_gathered_and_not_what_goes_through_them(runs):
-  """Without sharding.gather_in_use the partitioner cuts channels as a weight is cut."""
+  """Without sharding.all_gather_on_use the partitioner cuts channels as a weight is cut."""
   known = {tuple(shape) for shape in json.loads((runs[1] / "shapes.json").read_text())}
   tokens = {(LAYERS, SAMPLES, WIDTH), (SAMPLES, WIDTH)}  # pooled, for metrics and losses
   shapes = gathered((runs[1] / "1x8x1.hlo").read_text())
@@ -100,7 +104,7 @@ def test_over_fsdp_weights_are_gathered_and_not_what_goes_through_them(runs):
 
 
 def mesh_of(data, fsdp, tensor):
-  return AbstractMesh((data, fsdp, tensor), sharding.AXES)
+  return AbstractMesh((data, fsdp, tensor), AXES)
 
 
 @pytest.mark.parametrize(
@@ -120,9 +124,9 @@ def mesh_of(data, fsdp, tensor):
   ],
 )
 def test_rules(path, shape, expected):
-  found = tuple(sharding.spec(path, shape, mesh_of(2, 4, 2)))
+  found = tuple(param_spec(path, shape, mesh_of(2, 4, 2)))
   assert found[: len(expected)] == expected and not any(found[len(expected) :])
-  assert sharding.spec(path, shape, mesh_of(16, 1, 1)) == jax.P()
+  assert param_spec(path, shape, mesh_of(16, 1, 1)) == jax.P()
 
 
 @pytest.fixture(scope="module")
@@ -130,12 +134,12 @@ def sdxl():
   """The abstract training state and frozen base of configs/sdxl.py."""
   config = importlib.import_module("configs.sdxl").get_config()
   config.base, config.encoder.image_encoder = (
-    str(hub.ASSETS / "architectures" / name)
+    str(ASSETS / "architectures" / name)
     for name in (config.base, config.encoder.image_encoder)
   )
-  base = hub.abstract_base(config.base, **train.storage(config))
-  _, trainable, frozen = assemble(
-    base, *train.networks(config), dtype=config.train.dtype, transform=abstractly
+  base = abstract_base(config.base, **base_options(config))
+  _, trainable, frozen = build_customcontrast(
+    base, *adapter_configs(config), dtype=config.train.dtype, transform=eval_shape_only
   )
   return {"state": jax.eval_shape(lambda t: step.init_state(t, config), trainable), "base": frozen}
 
@@ -143,8 +147,8 @@ def sdxl():
 def test_sdxl_over_four_chips(sdxl):
   """The adapter's whole state in at most 20 GB, 6 GB a chip; nothing that should be cut is not."""
   mesh = mesh_of(1, 4, 1)
-  tree = sharding.placed(sdxl, mesh)
-  sharding.check(tree, mesh)
+  tree = abstract_params(sdxl, mesh)
+  check_sharding(tree, mesh)
   state, base = tree["state"], tree["base"]
   parts = {"frozen base": base, "adapter": state.trainable, "Adam": state.opt_state}
   parts |= {"average": state.ema, "gradients": state.trainable}
@@ -152,12 +156,12 @@ def test_sdxl_over_four_chips(sdxl):
   assert 15e9 < total < 20e9
   assert total / 4 < chip < min(6e9, 1.02 * total / 4)
   for name, part in parts.items():
-    wanted, whole = sharding.whole_though_cut(part, mesh)
+    wanted, whole = unexpectedly_replicated(part, mesh)
     # What the rules leave alone by its size counts here, too.
     assert wanted > 0.98 * cost.all_bytes(part) and sum(whole.values()) < 0.02 * wanted, name
   del parts["gradients"]  # the plan adds them
-  assert f"{total / 1e9:.4g}" in plan.state_table(programs.Work(None, (), parts, 0))
-  table = sharding.describe({"frozen": base, "trained": state.trainable}, mesh)
+  assert f"{total / 1e9:.4g}" in state_table(AbstractProgram(None, (), parts, 0))
+  table = describe_sharding({"frozen": base, "trained": state.trainable}, mesh)
   row = next(line.split() for line in table.splitlines() if re.match("frozen +unet +fsdp", line))
   assert float(row[-2].replace(",", "")) == pytest.approx(4 * float(row[-1].replace(",", "")), 1e-3)
 
@@ -166,17 +170,17 @@ def test_what_does_not_divide_or_was_not_cut_is_refused_by_name(sdxl):
   mesh = mesh_of(1, 7, 1)
   message = r"100% of the bytes .* \(mesh.fsdp=7, mesh.tensor=1\): \S+embedding, .* choose sizes"
   with pytest.raises(UserError, match=message):
-    sharding.check(sharding.placed(sdxl, mesh), mesh)
+    check_sharding(abstract_params(sdxl, mesh), mesh)
   mesh = mesh_of(1, 4, 1)
-  tree = sharding.placed(sdxl, mesh)
+  tree = abstract_params(sdxl, mesh)
   whole = {
-    key: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding.replicated(mesh))
+    key: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated_sharding(mesh))
     for key, x in tree["base"].items()
     if key.startswith("text_encoders.")
   }
   message = r"20% of the bytes .*: text_encoders.1.text_model.embeddings.token_embedding.embedding"
   with pytest.raises(UserError, match=message):
-    sharding.check({**tree["base"], **whole}, mesh)
+    check_sharding({**tree["base"], **whole}, mesh)
 
 
 @pytest.mark.parametrize(
@@ -191,12 +195,12 @@ def test_what_does_not_divide_or_was_not_cut_is_refused_by_name(sdxl):
 def test_meshes_that_make_no_sense(sizes, message):
   mesh = ml_collections.ConfigDict(sizes)
   with pytest.raises(UserError, match=message):
-    sharding.join(mesh)
-    sharding.make_mesh(mesh, 4)
+    initialize_distributed(mesh)
+    make_mesh(mesh, 4)
 
 
 def test_a_batch_of_the_right_size_for_data_and_fsdp():
   devices = np.asarray([jax.devices()[0]] * 8, object)  # never used: the error comes first
   mesh = ml_collections.ConfigDict(dict(data=-1, fsdp=2, tensor=2))
   with pytest.raises(UserError, match="batch_size=6 does not divide over 4 devices"):
-    sharding.make_mesh(mesh, 6, devices)
+    make_mesh(mesh, 6, devices)

@@ -24,17 +24,39 @@ from orbax.checkpoint import v1 as ocp
 from PIL import Image
 
 import data_pipeline
-from cc_jax import evaluate, train
-from cc_jax.bases import base as hub
+from cc_jax import evaluate
+from cc_jax import train as train_command
+from cc_jax.bases.base import Base, abstract_base, load_base
 from cc_jax.customcontrast.adapter_file import load_adapter
-from cc_jax.customcontrast.build import abstractly, assemble
+from cc_jax.customcontrast.build import build_customcontrast, eval_shape_only
 from cc_jax.customcontrast.model import CustomContrast
 from cc_jax.errors import UserError
 from cc_jax.objectives import macl as macl_lib
 from cc_jax.parallel import rules as sharding
+from cc_jax.parallel.mesh import AXES, make_mesh, replicate, shard_batch
+from cc_jax.parallel.rules import RULES, shard_params
 from cc_jax.training import prompt_sensitivity as gaps
-from cc_jax.training import step, telemetry
+from cc_jax.training import step
+from cc_jax.training.accumulation import (
+  accumulate_gradients,
+  merge_microbatches,
+  split_microbatches,
+)
 from cc_jax.training.checkpoint import Checkpoints
+from cc_jax.training.context import to_unit_range
+from cc_jax.training.contrastive import Embeddings, contrastive_objective
+from cc_jax.training.loop import Callbacks, train
+from cc_jax.training.losses import (
+  diffusion_objective,
+  sample_latents,
+  subject_weights,
+  total_loss,
+)
+from cc_jax.training.noise import keep_conditions, sample_step_noise, sample_timesteps
+from cc_jax.training.parameter_table import parameter_table
+from cc_jax.training.setup import adapter_configs, base_options, make_step_context, step_seed
+from cc_jax.training.step import group_by_module
+from cc_jax.training.telemetry import read_log
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -82,7 +104,7 @@ def run(base, workdir, cache, kill="", flags=None):
 def test_killed_runs_go_on_bit_for_bit(setup, loader, tmp_path, quick_compile):
   """The run that is not killed is made in this process, the others each in one of its own."""
   whole, killed = tmp_path / "whole", tmp_path / "killed"
-  train.train(setup.config, whole)
+  train(setup.config, whole)
 
   between = run(setup.config.base, killed, quick_compile, kill="term:4")
   assert between.returncode == 143, between.stderr
@@ -95,7 +117,7 @@ def test_killed_runs_go_on_bit_for_bit(setup, loader, tmp_path, quick_compile):
   after = run(setup.config.base, killed, quick_compile)
   assert after.returncode == 0, after.stderr
   same_to_the_bit(whole, killed)
-  logs = telemetry.read(whole / "metrics.jsonl")
+  logs = read_log(whole / "metrics.jsonl")
   assert [line["step"] for line in logs] == [2, 4, 4, 6, 8, 8]
   assert {"gap/class", "gap/scene"} <= logs[2].keys()
 
@@ -107,7 +129,7 @@ def test_twenty_kills(setup, loader, tmp_path, quick_compile):
   whole, killed = tmp_path / "whole", tmp_path / "killed"
   config = setup.config.copy_and_resolve_references()
   config.update_from_flattened_dict(steps)
-  train.train(config, whole)
+  train(config, whole)
   kinds = ("step", "term", "save", "termsave")
   codes = {"step": (-signal.SIGKILL,), "save": (-signal.SIGKILL,), "term": (143,)}
   for number in range(20):
@@ -129,7 +151,7 @@ def same_to_the_bit(whole, killed):
   assert parts == {"trainable", "opt_state", "ema", "step", "bad_steps"}
   for key in a:
     assert np.asarray(a[key]).tobytes() == np.asarray(b[key]).tobytes(), key
-  logs = [telemetry.read(path / "metrics.jsonl") for path in (whole, killed)]
+  logs = [read_log(path / "metrics.jsonl") for path in (whole, killed)]
   assert logs[0] == logs[1]
   x, y = (load_adapter(path / "adapter.safetensors").tensors for path in (whole, killed))
   assert x.keys() == y.keys() and all(np.array_equal(x[key], y[key]) for key in x)
@@ -149,17 +171,17 @@ def test_warm_start_from_an_ip_adapter(setup, loader, tmp_path, quick_compile):
   safetensors.numpy.save_file(stored, file)
   config = setup.config.copy_and_resolve_references()
   config.train.warm_start = str(file)
-  state = train.train(config, tmp_path / "run")
+  state = train(config, tmp_path / "run")
   for number, name in enumerate(sorted(names, key=lambda n: "mid_block" in n)):
     wanted = stored[f"ip_adapter.{2 * number + 1}.to_k_ip.weight"].T
     assert np.abs(np.asarray(state.trainable[name]) - wanted).max() < 0.1
   report = (tmp_path / "run" / "warm_start.txt").read_text()
   assert f"{len(stored)} of {len(stored)} tensors used" in report
   file.unlink()
-  again = train.train(config, tmp_path / "run")
+  again = train(config, tmp_path / "run")
   assert np.array_equal(again.trainable[names[0]], state.trainable[names[0]])
   with pytest.raises(UserError, match="ip.safetensors is no file"):
-    train.train(config, tmp_path / "another")
+    train(config, tmp_path / "another")
 
 
 # The step.
@@ -184,7 +206,7 @@ def loader(monkeypatch):
 @dataclasses.dataclass
 class Setup:
   config: ml_collections.ConfigDict
-  base: hub.Base
+  base: Base
   definition: object
   trainable: dict
   frozen: dict
@@ -192,7 +214,7 @@ class Setup:
   def method(self, **changes):
     config = self.config.copy_and_resolve_references()
     config.update_from_flattened_dict({k.replace("__", "."): v for k, v in changes.items()})
-    return train.make_method(config, self.definition, self.base)
+    return make_step_context(config, self.definition, self.base)
 
   def state(self):
     return step.init_state(jax.tree.map(jnp.copy, self.trainable), self.config)
@@ -205,8 +227,8 @@ class Setup:
 def setup(tiny_folder):
   config = tiny.tiny_config(tiny_folder)
   config.update_from_flattened_dict(FLAGS)
-  base = hub.load_base(tiny_folder)
-  parts = assemble(base, *train.networks(config))
+  base = load_base(tiny_folder)
+  parts = build_customcontrast(base, *adapter_configs(config))
   return Setup(config, base, *parts)
 
 
@@ -214,17 +236,17 @@ def setup(tiny_folder):
 def compiled(setup, quick_compile):
   """The whole step, as `train` compiles it."""
   method = setup.method()
-  mesh = sharding.make_mesh(setup.config.mesh, 4)
-  frozen = sharding.put_replicated(setup.frozen, mesh)
-  state = sharding.put_replicated(setup.state(), mesh)
-  batch = sharding.put_batch(next(setup.batches()), mesh)
-  seed = sharding.put(train.seed_of(setup.config), mesh)
+  mesh = make_mesh(setup.config.mesh, 4)
+  frozen = replicate(setup.frozen, mesh)
+  state = replicate(setup.state(), mesh)
+  batch = shard_batch(next(setup.batches()), mesh)
+  seed = shard_params(step_seed(setup.config), mesh)
   function = step.make_train_step(method, mesh, state, frozen)
   function = function.lower(state, frozen, batch, seed).compile()
 
   def one(state, frozen, batch, seed=seed):
-    state, frozen = sharding.put_replicated((state, frozen), mesh)
-    return function(state, frozen, sharding.put_batch(batch, mesh), seed)
+    state, frozen = replicate((state, frozen), mesh)
+    return function(state, frozen, shard_batch(batch, mesh), seed)
 
   return one
 
@@ -236,7 +258,7 @@ def test_a_step_is_a_function_of_its_arguments_and_leaves_the_base_alone(setup, 
   two, again = compiled(setup.state(), setup.frozen, batch)
   assert jax.tree.all(jax.tree.map(jnp.array_equal, (one, metrics), (two, again)))
   # Another step has other noise, and so has another seed, in the same program.
-  other = sharding.put(np.uint32(1), sharding.make_mesh(setup.config.mesh, 4))
+  other = shard_params(np.uint32(1), make_mesh(setup.config.mesh, 4))
   assert compiled(setup.state(), setup.frozen, batch, other)[1]["loss/diffusion"] != metrics[
     "loss/diffusion"]
   later = setup.state()._replace(step=jnp.asarray(1, jnp.int32))
@@ -302,16 +324,16 @@ def test_every_objective_trains_two_steps(setup, monkeypatch):
   def loss(trainable, frozen, batch, number):
     model = methods[0].model(trainable, frozen)
     t = 100 + 200 * jnp.arange(len(batch["slot"]))
-    reference, embed = look(model, step.unit(batch["reference"]))
+    reference, embed = look(model, to_unit_range(batch["reference"]))
     seen = {
       "reference": model.encode(reference, t),
-      "positive": model.encode(look(model, step.unit(batch["positive"]))[0], t),
+      "positive": model.encode(look(model, to_unit_range(batch["positive"]))[0], t),
     }
     with monkeypatch.context() as patch:
       patch.setattr(CustomContrast, "image_features", lambda model, pixels: ("positive", None))
       patch.setattr(CustomContrast, "encode", lambda model, features, t: seen[features])
       branches = [
-        lambda m=m: step.contrastive(model, m.config.objective, batch, "reference", embed, t)[0]
+        lambda m=m: contrastive_objective(model, m.config.objective, batch, "reference", embed, t)[0]
         for m in methods
       ]
       value = jax.lax.switch(number, branches)
@@ -346,13 +368,13 @@ def test_gradients_do_not_depend_on_the_number_of_parts(setup):
   trainable = {key: value.astype(np.float32) for key, value in trainable.items()}
   batch = next(tiny.batches(setup.base.tokenizers[0], 16))
   key = jax.random.key(1)
-  draws = step.draw(one, key, 16)
+  draws = sample_step_noise(one, key, 16)
   kept = set(zip(draws.keep_text.tolist(), draws.keep_image.tolist()))
   assert kept == {(a, b) for a in (True, False) for b in (True, False)}
 
-  whole = jax.value_and_grad(lambda *a: step.loss(one, *a), has_aux=True)
+  whole = jax.value_and_grad(lambda *a: total_loss(one, *a), has_aux=True)
   (_, expected), gradients = jax.jit(whole)(trainable, setup.frozen, batch, key)
-  (_, metrics), ours = jax.jit(lambda *a: step.accumulated(four, *a))(
+  (_, metrics), ours = jax.jit(lambda *a: accumulate_gradients(four, *a))(
     trainable, setup.frozen, batch, key
   )
   assert metrics.keys() == expected.keys()
@@ -379,13 +401,13 @@ def test_what_is_computed_again_does_not_change_the_gradient(setup):
     key: np.asarray(value + 0.3 * rng.normal(size=value.shape), np.float32)
     for key, value in sorted(setup.trainable.items())
   }
-  draws = step.draw(methods[0], jax.random.key(1), 4)
+  draws = sample_step_noise(methods[0], jax.random.key(1), 4)
   batch = next(setup.batches())
 
   def loss(method, trainable):
     model = method.learning_model(trainable, setup.frozen)
-    features, _ = model.image_features(step.unit(batch["reference"]))
-    return step.diffusion(method, model, batch, features, draws)[0]
+    features, _ = model.image_features(to_unit_range(batch["reference"]))
+    return diffusion_objective(method, model, batch, features, draws)[0]
 
   gradients, kept = [], []
   for method in methods:
@@ -401,7 +423,7 @@ def test_what_is_computed_again_does_not_change_the_gradient(setup):
 
 def test_over_fsdp_neither_activations_nor_gathered_weights_are_kept(setup, monkeypatch):
   """As much as without a mesh: each way to compute again would undo the other one."""
-  rules = tuple(rule._replace(above=2) for rule in sharding.RULES)
+  rules = tuple(rule._replace(above=2) for rule in RULES)
   monkeypatch.setattr(sharding, "RULES", rules)
   batch, key = next(setup.batches()), jax.random.key(1)
   inside = {x.shape for x in setup.frozen.values()}
@@ -409,13 +431,13 @@ def test_over_fsdp_neither_activations_nor_gathered_weights_are_kept(setup, monk
   def kept(remat, mesh):
     method = setup.method(train__remat_unet=(remat,), train__remat_text=remat)
     method = dataclasses.replace(method, mesh=mesh)
-    of = method.gathered_again(functools.partial(step.loss, method))
+    of = method.remat_all_gathers(functools.partial(total_loss, method))
     back = jax.eval_shape(
       lambda t, f: jax.vjp(lambda t: of(t, f, batch, key), t, has_aux=True)[1],
       setup.trainable, setup.frozen)
     return sum(x.size for x in jax.tree.leaves(back) if x.shape not in inside)
 
-  mesh = AbstractMesh((1, 2, 1), sharding.AXES)
+  mesh = AbstractMesh((1, 2, 1), AXES)
   with jax.sharding.use_abstract_mesh(mesh):
     cut = {remat: kept(remat, mesh) for remat in ("none", "full")}
   whole = {remat: kept(remat, None) for remat in ("none", "full")}
@@ -425,27 +447,27 @@ def test_over_fsdp_neither_activations_nor_gathered_weights_are_kept(setup, monk
 
 def test_cut_and_paste():
   x = np.arange(24).reshape(12, 2)
-  parts = step.cut({"x": x}, 3)["x"]
+  parts = split_microbatches({"x": x}, 3)["x"]
   assert parts.shape == (3, 4, 2)
   np.testing.assert_array_equal(parts[1], x[1::3])
   layered = np.arange(48).reshape(2, 12, 2)
-  stacked = jnp.moveaxis(step.cut(jnp.moveaxis(layered, 1, 0), 3), 2, 1)  # as a scan stacks them
-  whole = step.paste(step.Embeddings(visual_cls=parts, anchors=stacked))
+  stacked = jnp.moveaxis(split_microbatches(jnp.moveaxis(layered, 1, 0), 3), 2, 1)  # as a scan stacks them
+  whole = merge_microbatches(Embeddings(visual_cls=parts, anchors=stacked))
   np.testing.assert_array_equal(whole.visual_cls, x)
   np.testing.assert_array_equal(whole.anchors, layered)
 
 
 def test_conditions_are_dropped_at_their_shares():
   objective = ml_collections.ConfigDict(dict(drop_text=0.1, drop_image=0.2, drop_both=0.3))
-  text, image = step.keep_conditions(jax.random.key(0), 20_000, objective)
+  text, image = keep_conditions(jax.random.key(0), 20_000, objective)
   shares = [np.mean(x) for x in (~text & image, text & ~image, ~text & ~image, text & image)]
   np.testing.assert_allclose(shares, [0.1, 0.2, 0.3, 0.4], atol=0.015)
 
 
 def test_timesteps_move_towards_noise():
-  t = np.asarray(step.sample_timesteps(jax.random.key(0), 40_000, 1000, 1.0))
+  t = np.asarray(sample_timesteps(jax.random.key(0), 40_000, 1000, 1.0))
   assert t.min() == 0 and t.max() == 999 and abs(t.mean() - 499.5) < 5
-  t = np.asarray(step.sample_timesteps(jax.random.key(0), 40_000, 1000, 3.0))
+  t = np.asarray(sample_timesteps(jax.random.key(0), 40_000, 1000, 3.0))
   # u' = 3u / (1 + 2u): half of the draws lie above 3/4.
   assert t.min() >= 0 and t.max() == 999 and abs(np.median(t) - 750) < 5
 
@@ -453,10 +475,10 @@ def test_timesteps_move_towards_noise():
 def test_the_subject_weighs_more():
   masks = np.zeros((2, 4, 4), np.uint8)
   masks[0, :2, :2] = 255
-  weights = step.subject_weights(jnp.asarray(masks), (4, 4), 3.0)
+  weights = subject_weights(jnp.asarray(masks), (4, 4), 3.0)
   np.testing.assert_allclose(weights, 1 + 3 * (masks / 255), rtol=1e-6)
-  assert step.subject_weights(jnp.asarray(masks), (2, 2), 0.0) is None
-  half = step.subject_weights(jnp.asarray(masks), (2, 2), 1.0)
+  assert subject_weights(jnp.asarray(masks), (2, 2), 0.0) is None
+  half = subject_weights(jnp.asarray(masks), (2, 2), 1.0)
   # A triangle two pixels wide on either side: 3/7 + 3/7 of it lie on the mask, in each direction.
   np.testing.assert_allclose(half[0, 0, 0], 1 + (6 / 7) ** 2, rtol=1e-6)
   assert np.all(half[1] == 1)
@@ -470,7 +492,7 @@ def test_latents_are_a_sample_of_the_posterior_in_the_unets_units():
       return x, jnp.full_like(x, 2 * np.log(0.1))
 
   images = jnp.tile(jnp.asarray([0, 255, 51], jnp.uint8), (4, 32, 32, 1))
-  z = step.to_latents(Vae(), images, jax.random.split(jax.random.key(0), 4))
+  z = sample_latents(Vae(), images, jax.random.split(jax.random.key(0), 4))
   expected = (np.asarray([-1, 1, -0.6]) - 0.25) * 3
   np.testing.assert_allclose(z.mean((0, 1, 2)), expected, atol=0.02)
   np.testing.assert_allclose(z.std((0, 1, 2)), 0.3, atol=0.02)
@@ -484,7 +506,7 @@ def test_stops_after_max_bad_steps_with_the_last_good_checkpoint(setup, loader, 
   config = setup.config.copy_and_resolve_references()
   config.train.update(max_bad_steps=2, save_every=3, gaps_every=0, log_every=1)
   with pytest.raises(UserError, match="2 steps in a row up to step 5; .*step 3 is intact; lower"):
-    train.train(config, tmp_path)
+    train(config, tmp_path)
   bad = tmp_path / "bad_steps"
   assert sorted(os.listdir(bad)) == [f"000000{step}.process0.json" for step in (2, 4, 5)]
   found = json.loads((bad / "0000004.process0.json").read_text())
@@ -496,13 +518,13 @@ def test_stops_after_max_bad_steps_with_the_last_good_checkpoint(setup, loader, 
     assert np.isfinite(np.asarray(value)).all()
   loader.clear()  # the data were mended: the same command goes on
   seen = []
-  views = train.Views(lambda *a: seen.append(a[-1].name), lambda *a: seen.append("end"))
+  views = Callbacks(lambda *a: seen.append(a[-1].name), lambda *a: seen.append("end"))
   config.train.sample_every = 4
-  state = train.train(config, tmp_path, views, profile_steps=(5, 6))
+  state = train(config, tmp_path, views, profile_steps=(5, 6))
   assert list((tmp_path / "profile").rglob("*.xplane.pb"))
   assert state.step == 8 and seen == ["0000004.png", "0000008.png", "end"]
   assert (tmp_path / "adapter.safetensors").exists()
-  steps = [line["step"] for line in telemetry.read(tmp_path / "metrics.jsonl")]
+  steps = [line["step"] for line in read_log(tmp_path / "metrics.jsonl")]
   assert steps == [1, 2, 3, 4, 5, 6, 7, 8]
 
 
@@ -530,9 +552,9 @@ def test_a_workdir_in_a_bucket(setup, loader, tmp_path, monkeypatch):
   config = setup.config.copy_and_resolve_references()
   config.train.update(gaps_every=0, sample_every=4)
   picture = Image.new("RGB", (2, 2))
-  views = train.Views(lambda *a: evaluate._save(picture, a[-1]), None)
-  state = train.train(config, "gs://mine/run", views)
-  assert [line["step"] for line in telemetry.read(run / "metrics.jsonl")] == [2, 4, 6, 8]
+  views = Callbacks(lambda *a: evaluate._save(picture, a[-1]), None)
+  state = train(config, "gs://mine/run", views)
+  assert [line["step"] for line in read_log(run / "metrics.jsonl")] == [2, 4, 6, 8]
   assert sorted(os.listdir(run / "samples")) == ["0000004.png", "0000008.png"]
   tensors = load_adapter(run / "adapter.safetensors").tensors
   assert all(np.array_equal(value, state.ema[key]) for key, value in tensors.items())
@@ -548,31 +570,31 @@ def test_weights_that_lie_whole_though_they_should_not_stop_the_run(
 
   monkeypatch.setattr(sharding, "check", check)
   with pytest.raises(UserError, match="they lie whole"):
-    train.train(setup.config, tmp_path)
+    train(setup.config, tmp_path)
   assert not (tmp_path / "metrics.jsonl").exists()
 
 
 def test_a_checkpoint_of_another_base_or_model_is_refused(setup, tmp_path, tiny_folder):
-  state = sharding.put_replicated(setup.state(), sharding.make_mesh(setup.config.mesh, 4))
+  state = replicate(setup.state(), make_mesh(setup.config.mesh, 4))
   checkpoints = Checkpoints(tmp_path / "checkpoints", keep=1)
   record = {"base_hash": "0" * 64, "config": setup.config.to_dict(), "telemetry": {}}
   checkpoints.save(1, state, record)
   checkpoints.close()
   with pytest.raises(UserError, match="belongs to the base .* use that base or choose another"):
-    train.train(setup.config, tmp_path)
+    train(setup.config, tmp_path)
   config = tiny.tiny_config(tiny_folder, encoder__depth=2, train__steps=8)
   record = {"base_hash": setup.base.hash, "config": setup.config.to_dict(), "telemetry": {}}
   checkpoints = Checkpoints(tmp_path / "checkpoints", keep=1)
   checkpoints.save(2, state, record)
   checkpoints.close()
   with pytest.raises(UserError, match="encoder.depth=1 and the config now says 2"):
-    train.train(config, tmp_path)
+    train(config, tmp_path)
 
 
 def test_a_workdir_that_cannot_be_written(setup, tmp_path):
   (tmp_path / "file").write_text("")
   with pytest.raises(UserError, match="cannot write to .*choose another --workdir"):
-    train.train(setup.config, tmp_path / "file" / "run")
+    train(setup.config, tmp_path / "file" / "run")
 
 
 @pytest.mark.parametrize(
@@ -598,7 +620,7 @@ def test_values_that_make_no_sense(setup, tmp_path, key, value, message, loader)
   config = setup.config.copy_and_resolve_references()
   config.update_from_flattened_dict({key: value})
   with pytest.raises(UserError, match=message):
-    train.train(config, tmp_path)
+    train(config, tmp_path)
 
 
 # Wrong-word gaps.
@@ -687,7 +709,7 @@ def test_every_config_key_is_read():
 def test_packages_and_their_norms(setup, compiled):
   """Together they are the whole adapter's; what a step is asked for lies on the devices."""
   state, metrics = compiled(setup.state(), setup.frozen, next(setup.batches()))
-  parts = step.packages(state.trainable)
+  parts = group_by_module(state.trainable)
   assert sorted(parts) == [
     "mfi_encoder.fusion", "mfi_encoder.heads", "mfi_encoder.textual", "mfi_encoder.visual", "unet"
   ]  # fmt: skip
@@ -699,9 +721,9 @@ def test_packages_and_their_norms(setup, compiled):
 
 @pytest.mark.parametrize("text", ["5", "7:5", "a:b"])
 def test_profile_steps(text):
-  assert train.parse_steps("10:15") == (10, 15) and train.parse_steps("") == (0, 0)
+  assert train_command.parse_steps("10:15") == (10, 15) and train_command.parse_steps("") == (0, 0)
   with pytest.raises(UserError, match="give the first and last step"):
-    train.parse_steps(text)
+    train_command.parse_steps(text)
 
 
 def test_mistakes_on_the_command_line_are_one_line(tmp_path):
@@ -741,7 +763,7 @@ def test_mistakes_on_the_command_line_are_one_line(tmp_path):
 )
 def test_the_tables_of_stable_diffusion_need_no_weights(name, unet, text, trained):
   config = importlib.import_module(f"configs.{name}").get_config()
-  rows = {tuple(line.split()[:2]): line.split()[2:] for line in train.table(config).split("\n")}
+  rows = {tuple(line.split()[:2]): line.split()[2:] for line in parameter_table(config).split("\n")}
   assert rows["unet", "frozen"][1] == unet and rows["text_encoders", "frozen"][1] == text
   assert rows["vae", "frozen"][1] == "83,653,863"
   frozen = [int(rows[part, "frozen"][1].replace(",", ""))
@@ -758,13 +780,13 @@ def test_bfloat16_computes_in_it_and_keeps_float32_where_it_learns(setup):
   """Shapes and dtypes only: nothing is compiled."""
   config = setup.config.copy_and_resolve_references()
   config.train.update(dtype="bfloat16", base_dtype="bfloat16")
-  base = hub.abstract_base(config.base, **train.storage(config))
-  definition, trainable, frozen = assemble(
-    base, *train.networks(config), dtype=config.train.dtype, transform=abstractly
+  base = abstract_base(config.base, **base_options(config))
+  definition, trainable, frozen = build_customcontrast(
+    base, *adapter_configs(config), dtype=config.train.dtype, transform=eval_shape_only
   )
   assert {x.dtype for x in frozen.values()} == {jnp.dtype(jnp.bfloat16)}
   assert {x.dtype for x in trainable.values()} == {jnp.dtype(jnp.float32)}
-  method = train.make_method(config, definition, base)
+  method = make_step_context(config, definition, base)
   state = jax.eval_shape(lambda t: step.init_state(t, config), trainable)
   seen = []
   real = CustomContrast.predict

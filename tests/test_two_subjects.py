@@ -9,16 +9,16 @@ from flax import nnx
 from PIL import Image
 from test_customcontrast import BOS, EOS, B, L, T, configs, split
 
-from cc_jax import generate
-from cc_jax.bases import base as hub
+from cc_jax.bases.base import load_base, random_base
 from cc_jax.customcontrast.adapter_file import adapter_tensors, save_adapter
 from cc_jax.customcontrast.injection import InjectionConfig
 from cc_jax.customcontrast.mfi_encoder import MFIEncoderConfig
 from cc_jax.customcontrast.model import CustomContrast, Subject
 from cc_jax.errors import UserError
 from cc_jax.models.abstract import abstract
+from cc_jax.sampling.pipeline import load
+from cc_jax.sampling.prompts import encode_prompts
 from cc_jax.sampling.sample import _with_copies
-from cc_jax.sampling.sampler import encode_prompts
 from data_pipeline.errors import DataError
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -132,11 +132,11 @@ def test_no_room_for_two(parts, asked):
 @pytest.fixture(scope="module")
 def pipe(tmp_path_factory):
   folder = tiny.tiny_base(tmp_path_factory.mktemp("two") / "base")
-  base, config = hub.load_base(folder), tiny.tiny_config(folder)
+  base, config = load_base(folder), tiny.tiny_config(folder)
   encoder = MFIEncoderConfig.from_config(config.encoder)
   injection = InjectionConfig.from_config(config.injection)
   model = abstract(lambda rngs: CustomContrast(
-    hub.random_base(folder), encoder, injection, rngs=rngs))
+    random_base(folder), encoder, injection, rngs=rngs))
   rng = np.random.default_rng(2)
   tensors = {
     name: (rng.standard_normal(x.shape) / np.sqrt(x.shape[0] if x.ndim > 1 else 1)).astype("f4")
@@ -145,7 +145,7 @@ def pipe(tmp_path_factory):
   file = folder.parent / "adapter.safetensors"
   save_adapter(file, tensors, encoder=encoder, injection=injection, base_name=str(folder),
                base_hash=base.hash)
-  return generate.load(file)
+  return load(file)
 
 
 @pytest.fixture(scope="module")

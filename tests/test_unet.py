@@ -11,7 +11,7 @@ from diffusers import UNet2DConditionModel
 from flax import nnx
 from torch_parity import TOLERANCE, assert_same, randomise, relative_error
 
-from cc_jax.bases import base as hub
+from cc_jax.bases.base import load_module
 from cc_jax.bases.torch_names import from_torch, torch_name, torch_shapes
 from cc_jax.errors import UserError
 from cc_jax.models.abstract import abstract
@@ -100,7 +100,7 @@ def pair(config, folder):
   torch.manual_seed(0)
   original = randomise(UNet2DConditionModel(**config))
   original.save_pretrained(folder)
-  unet = hub.load_module(folder, UNet2DCondition)
+  unet = load_module(folder, UNet2DCondition)
   assert epsilons(unet) == torch_epsilons(original)
   return original, unet
 

@@ -20,11 +20,11 @@ from torch_parity import (
   to_nchw,
 )
 
-from cc_jax import generate
-from cc_jax.bases import base as hub
+from cc_jax.bases.base import load_base, load_module
 from cc_jax.bases.weights import load_weights
 from cc_jax.errors import UserError
 from cc_jax.models.vae import AutoencoderKL, AutoencoderKLConfig
+from cc_jax.sampling.pipeline import Pipeline
 
 MINI = dict(
   block_out_channels=[16, 32, 32],
@@ -143,7 +143,7 @@ def test_float16_overflows_where_the_config_does_not_ask_for_float32(tmp_path):
   wanted = theirs.decode(to_nchw(z)).sample.detach().permute(0, 2, 3, 1)
 
   def decode():
-    vae = hub.load_module(tmp_path, AutoencoderKL, dtype=jnp.float16, param_dtype=jnp.float16)
+    vae = load_module(tmp_path, AutoencoderKL, dtype=jnp.float16, param_dtype=jnp.float16)
     assert vae.decoder.conv_in.kernel.dtype == jnp.float16
     return np.asarray(jax.jit(vae.decode)(z))
 
@@ -157,10 +157,10 @@ def test_a_picture_that_is_not_finite_is_a_mistake_with_a_remedy(tiny_folder, tm
   """The VAE alone is in float16, whose attention XLA's CPU backend does not have."""
   folder = shutil.copytree(tiny_folder / "vae", tmp_path / "vae")
   change_config(folder, scaling_factor=1e-7, force_upcast=False)
-  base = hub.load_base(tiny_folder)
-  base.vae = hub.load_module(folder, AutoencoderKL, dtype=jnp.float16)
+  base = load_base(tiny_folder)
+  base.vae = load_module(folder, AutoencoderKL, dtype=jnp.float16)
   with pytest.raises(UserError, match="not finite; draw in float32"):
-    generate.Pipeline(base)("a duck on the beach", steps=1, guidance=1.0)
+    Pipeline(base)("a duck on the beach", steps=1, guidance=1.0)
 
 
 @pytest.mark.parametrize(

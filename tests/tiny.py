@@ -12,6 +12,7 @@ import ml_collections
 import numpy as np
 from flax import nnx
 
+from cc_jax.bases.save import finish_base, save_module
 from configs import subjects3d
 
 IMAGE = 16  # px
@@ -85,7 +86,6 @@ SCHEDULER = dict(
 
 def tiny_base(folder: str | Path, seed: int = 0) -> Path:
   """Writes the base to `folder` and returns it. Other seeds have other weights, same shapes."""
-  from cc_jax.bases import base as hub
   from cc_jax.bases.tokenizer import train_tokenizer
   from cc_jax.models.clip_text import CLIPTextConfig, CLIPTextModel
   from cc_jax.models.clip_vision import CLIPVisionConfig, CLIPVisionModel
@@ -108,8 +108,8 @@ def tiny_base(folder: str | Path, seed: int = 0) -> Path:
     "image_encoder": (CLIPVisionModel, CLIPVisionConfig.from_dict(VISION)),
   }
   for index, (name, (cls, config)) in enumerate(networks.items()):
-    hub.save_module(random_module(cls, config, 10 * seed + index), folder / name)
-  hub.finish_base(folder, SCHEDULER)
+    save_module(random_module(cls, config, 10 * seed + index), folder / name)
+  finish_base(folder, SCHEDULER)
   return folder
 
 

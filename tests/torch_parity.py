@@ -7,7 +7,7 @@ import torch
 from flax import nnx
 
 from cc_jax.bases.torch_names import to_torch, torch_shapes
-from cc_jax.models.keys import Keys
+from cc_jax.models.keys import StatelessRngs
 
 TOLERANCE = 1e-4
 
@@ -30,7 +30,7 @@ def to_nhwc(tensor: torch.Tensor) -> np.ndarray:
 
 
 def abstract(cls, config) -> nnx.Module:
-  return nnx.eval_shape(lambda: cls(config, rngs=Keys(0)))
+  return nnx.eval_shape(lambda: cls(config, rngs=StatelessRngs(0)))
 
 
 def relative_error(ours, theirs, floor: float = 0.0) -> float:

@@ -9,8 +9,6 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
-import importlib.metadata
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,40 +20,23 @@ from flax import nnx
 
 from cc_jax.bases import ldm_names
 from cc_jax.bases.files import (
-  ASSETS,
   COMPONENTS,
-  NETWORKS,
-  Found,
-  find,
+  BaseFiles,
   find_file,
+  locate_base,
   read_config,
-  read_json,
-  resolve_base,
 )
 from cc_jax.bases.lora import Lora, Merged
-from cc_jax.bases.tokenizer import load_tokenizer, save_tokenizer
+from cc_jax.bases.tokenizer import load_tokenizer
 from cc_jax.bases.torch_names import torch_shapes
-from cc_jax.bases.weights import load_weights, replacing, save_weights
+from cc_jax.bases.weights import load_weights
 from cc_jax.errors import UserError
 from cc_jax.models.abstract import abstract
-from cc_jax.models.clip_pixels import CLIP_PROCESSOR, clip_pixels, processor_to_dict
 from cc_jax.models.clip_text import CLIPTextModel
 from cc_jax.models.clip_vision import CLIPVisionModel
-from cc_jax.models.keys import Keys
+from cc_jax.models.keys import StatelessRngs
 from cc_jax.models.unet import UNet2DCondition
-from cc_jax.models.unet_config import UNetConfig
 from cc_jax.models.vae import AutoencoderKL
-
-__all__ = [
-  "ASSETS", "CLIP_PROCESSOR", "Base", "abstract_base", "clip_pixels", "finish_base", "load_base",
-  "load_module", "load_tokenizer", "random_base", "resolve_base", "save_base", "save_module",
-  "save_tokenizer",
-]  # fmt: skip
-
-# Our UNetConfig always has one value a block.
-_PER_BLOCK = (
-  "layers_per_block", "cross_attention_dim", "transformer_layers_per_block", "attention_head_dim"
-)  # fmt: skip
 
 # (dotted path as in cc_jax.customcontrast.build, shape in our layout) -> where a parameter shall lie.
 Sharding = Callable[[str, tuple[int, ...]], jax.sharding.Sharding | None]
@@ -111,7 +92,7 @@ def load_base(
     UserError: a folder or file is missing, unreadable, or not what its config.json says; a LoRA is
       for another base.
   """
-  found = find(name, image_encoder)
+  found = locate_base(name, image_encoder)
   base = _build(found, lambda cls, config: _abstract(cls, config, dtype, param_dtype))
   if len(base.tokenizers) < len(base.text_encoders):
     raise UserError(
@@ -161,9 +142,9 @@ def random_base(
   """
 
   def create(cls: type[nnx.Module], config: Any) -> nnx.Module:
-    return cls(config, dtype=dtype, param_dtype=param_dtype, rngs=Keys(seed))
+    return cls(config, dtype=dtype, param_dtype=param_dtype, rngs=StatelessRngs(seed))
 
-  return _build(find(name, image_encoder), create)
+  return _build(locate_base(name, image_encoder), create)
 
 
 def abstract_base(
@@ -175,7 +156,7 @@ def abstract_base(
 ) -> Base:
   """A base whose parameters are shapes and dtypes only, from the config files alone."""
   return _build(
-    find(name, image_encoder), lambda cls, config: _abstract(cls, config, dtype, param_dtype)
+    locate_base(name, image_encoder), lambda cls, config: _abstract(cls, config, dtype, param_dtype)
   )
 
 
@@ -193,77 +174,10 @@ def load_module(
   return load_weights(module, folder, digests=digests)
 
 
-def save_module(module: nnx.Module, folder: str | Path, *, dtype: Any = None) -> None:
-  """Writes one network as diffusers or transformers would; `dtype` None keeps the parameters'."""
-  folder = Path(folder)
-  _, stem, _ = NETWORKS[type(module)]
-  save_weights(module, folder / f"{stem}.safetensors", dtype=dtype)
-  _write_json(folder / "config.json", _config_json(module))
-
-
-def save_base(base: Base, folder: str | Path, *, dtype: Any = None) -> None:
-  """Writes the whole base. `model_index.json` comes last: a folder without it is incomplete.
-
-  Raises:
-    UserError: the folder cannot be written.
-  """
-  folder = Path(folder)
-  try:
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "model_index.json").unlink(missing_ok=True)
-  except OSError as error:
-    raise UserError(f"{folder} cannot be written: {error.strerror}; choose another") from error
-  for suffix, tokenizer in zip(("", "_2"), base.tokenizers):
-    save_tokenizer(tokenizer, folder / f"tokenizer{suffix}")
-  for name, module in base.networks.items():
-    save_module(module, folder / name, dtype=dtype)
-  finish_base(folder, base.scheduler_config, base.image_processor)
-
-
-def finish_base(
-  folder: str | Path, scheduler: Mapping[str, Any], processor: Mapping[str, Any] | None = None
-) -> None:
-  """Adds what makes a folder of saved networks and tokenizers a base.
-
-  Args:
-    scheduler: the scheduler's config with its `_class_name`.
-    processor: as in `Base.image_processor`; default CLIP's at the image encoder's size.
-  """
-  folder = Path(folder)
-  index = {"_class_name": "StableDiffusionPipeline", "_diffusers_version": _diffusers_version()}
-  for name, cls in COMPONENTS.items():
-    if (folder / name).is_dir():
-      values = read_json(folder / name / "config.json")
-      in_transformers = "architectures" in values
-      kind = values["architectures"][0] if in_transformers else values["_class_name"]
-      assert kind in NETWORKS[cls][2], (name, kind)
-      index[name] = ["transformers" if in_transformers else "diffusers", kind]
-  for name in ("tokenizer", "tokenizer_2"):
-    if (folder / name).is_dir():
-      index[name] = ["transformers", "CLIPTokenizer"]
-
-  # The pipeline forces an offset of 1 on every scheduler; the file says so, for all who read it.
-  scheduler = {"steps_offset": 1, **scheduler}
-  _write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
-  index["scheduler"] = ["diffusers", scheduler["_class_name"]]
-  index["feature_extractor"] = [None, None]
-  if "image_encoder" in index:
-    index["feature_extractor"] = ["transformers", "CLIPImageProcessor"]
-    size = read_json(folder / "image_encoder" / "config.json")["image_size"]
-    processor = processor or {**CLIP_PROCESSOR, "size": size}
-    file = folder / "feature_extractor" / "preprocessor_config.json"
-    _write_json(file, processor_to_dict(processor))
-  if "text_encoder_2" in index:
-    index |= {"_class_name": "StableDiffusionXLPipeline", "force_zeros_for_empty_prompt": True}
-  else:
-    index |= {"safety_checker": [None, None], "requires_safety_checker": False}
-  _write_json(folder / "model_index.json", index)
-
-
 # ---- reading
 
 
-def _build(found: Found, make: Callable[[type[nnx.Module], Any], nnx.Module]) -> Base:
+def _build(found: BaseFiles, make: Callable[[type[nnx.Module], Any], nnx.Module]) -> Base:
   modules = {part: make(COMPONENTS[part], config) for part, config in found.configs.items()}
   suffixes = [suffix for suffix in ("", "_2") if f"text_encoder{suffix}" in modules]
   # A folder of config files only, for abstract states, has no vocabulary.
@@ -329,28 +243,3 @@ def _abstract(cls: type[nnx.Module], config: Any, dtype: Any, param_dtype: Any) 
 def _skeleton(cls: type[nnx.Module], config: Any, dtype: Any, param_dtype: Any) -> tuple:
   return nnx.split(
     abstract(lambda rngs: cls(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)))
-
-
-# ---- writing
-
-
-def _config_json(module: nnx.Module) -> dict[str, Any]:
-  """The network's config.json in the words of its PyTorch original."""
-  config = module.config
-  values = config.to_dict() if hasattr(config, "to_dict") else dataclasses.asdict(config)
-  if isinstance(config, UNetConfig):
-    for name in _PER_BLOCK:  # some readers of these take a number only
-      values[name] = values[name][0] if len(set(values[name])) == 1 else values[name]
-  if "architectures" in values:
-    return values
-  kind = NETWORKS[type(module)][2][0]
-  return {"_class_name": kind, "_diffusers_version": _diffusers_version(), **values}
-
-
-def _write_json(file: Path, values: Mapping[str, Any]) -> None:
-  with replacing(file) as temporary:
-    temporary.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-
-
-def _diffusers_version() -> str:
-  return importlib.metadata.version("diffusers")

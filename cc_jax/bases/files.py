@@ -85,7 +85,7 @@ def resolve_base(name: str | Path) -> Path:
 
 
 @dataclasses.dataclass
-class Found:
+class BaseFiles:
   """Where the parts of a base are."""
 
   name: str
@@ -114,7 +114,7 @@ class Found:
     return sources | {label: tensors.select(own) for label, own in used.items()}, unused
 
 
-def find(name: str | Path, image_encoder: str | Path | None) -> Found:
+def locate_base(name: str | Path, image_encoder: str | Path | None) -> BaseFiles:
   path = resolve_base(name)
   found = _find_in_file(str(name), path) if path.is_file() else _find_in_folder(str(name), path)
   if image_encoder is not None:
@@ -133,7 +133,7 @@ def find(name: str | Path, image_encoder: str | Path | None) -> Found:
   return found
 
 
-def _find_in_folder(name: str, folder: Path) -> Found:
+def _find_in_folder(name: str, folder: Path) -> BaseFiles:
   index = read_json(folder / "model_index.json")
   listed = {
     part: entry[1]
@@ -156,7 +156,7 @@ def _find_in_folder(name: str, folder: Path) -> Found:
   known = {*COMPONENTS, *_OTHERS}
   on_disk = {path.name for path in folder.iterdir() if path.is_dir() and path.name[0] != "."}
   unused = sorted((set(listed) | on_disk) - known | on_disk & known - set(listed))
-  return Found(
+  return BaseFiles(
     name=name,
     folder=folder,
     configs=configs,
@@ -168,7 +168,7 @@ def _find_in_folder(name: str, folder: Path) -> Found:
   )
 
 
-def _find_in_file(name: str, file: Path) -> Found:
+def _find_in_file(name: str, file: Path) -> BaseFiles:
   with contextlib.ExitStack() as stack:
     checkpoint = ldm_names.describe(open_tensors(file, stack).shapes(), str(file))
   configs = {
@@ -200,7 +200,7 @@ def _find_in_file(name: str, file: Path) -> Found:
       "%s: no file says what an SD 2.x predicts; taken for v_prediction. For one that predicts the "
       "noise put its scheduler/scheduler_config.json beside its tokenizer/", file,
     )  # fmt: skip
-  return Found(
+  return BaseFiles(
     name=name,
     folder=folder,
     configs=configs,

@@ -21,12 +21,12 @@ from cc_jax.bases.base import Base
 from cc_jax.customcontrast.injection import InjectionConfig
 from cc_jax.customcontrast.mfi_encoder import MFIEncoderConfig
 from cc_jax.customcontrast.model import CustomContrast, is_trainable
-from cc_jax.models.keys import Keys
+from cc_jax.models.keys import StatelessRngs
 
 Params = dict[str, Array]
 
 
-def split(model: CustomContrast) -> tuple[nnx.GraphDef, Params, Params]:
+def split_params(model: CustomContrast) -> tuple[nnx.GraphDef, Params, Params]:
   """(definition, trainable, frozen); the parts flat: dotted path -> array or abstract array."""
   definition, *states = nnx.split(model, is_trainable, ...)
   return definition, *(
@@ -35,7 +35,7 @@ def split(model: CustomContrast) -> tuple[nnx.GraphDef, Params, Params]:
   )
 
 
-def join(definition: nnx.GraphDef, *parts: Params) -> CustomContrast:
+def merge_params(definition: nnx.GraphDef, *parts: Params) -> CustomContrast:
   """The inverse of `split`."""
   tree: dict[Any, Any] = {}
   for part in parts:
@@ -48,7 +48,7 @@ def join(definition: nnx.GraphDef, *parts: Params) -> CustomContrast:
   return nnx.merge(definition, tree)
 
 
-def assemble(
+def build_customcontrast(
   base: Base,
   encoder: MFIEncoderConfig,
   injection: InjectionConfig,
@@ -82,9 +82,9 @@ def assemble(
       injection,
       dtype=jnp.dtype(dtype),
       param_dtype=jnp.float32,
-      rngs=Keys(seed),
+      rngs=StatelessRngs(seed),
     )
-    found["definition"], trainable, frozen = split(model)
+    found["definition"], trainable, frozen = split_params(model)
     # A jitted function copies what it only passes on, so the frozen arrays stay outside.
     number = {id(leaf): i for i, leaf in enumerate(jax.tree.leaves(arrays))}
     found["frozen"] = {path: number[id(x)] for path, x in frozen.items() if id(x) in number}
@@ -96,6 +96,6 @@ def assemble(
   return found["definition"], trainable, {**old, **new}
 
 
-def abstractly(function: Callable) -> Callable:
+def eval_shape_only(function: Callable) -> Callable:
   """A function that returns the shapes and dtypes of `function`'s results, and computes nothing."""
   return lambda *args: jax.eval_shape(function, *args)

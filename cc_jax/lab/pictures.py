@@ -19,12 +19,13 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from PIL import Image
 
-from cc_jax import evaluate, generate
 from cc_jax.errors import UserError
 from cc_jax.lab.scorer import embed, make_views
+from cc_jax.lab.trials import Trials, make_interventions, make_trials
 from cc_jax.metrics import features
 from cc_jax.sampling.images import grid
-from cc_jax.sampling.sampler import encode_prompts
+from cc_jax.sampling.pipeline import Pipeline, load
+from cc_jax.sampling.prompts import encode_prompts
 from data_pipeline.subjects3d import factors as world
 
 MARKERS = "os^Dv*P<X>hp"  # one for each subject
@@ -44,10 +45,10 @@ def pictures(
     UserError: an adapter that does not exist or does not fit the base.
   """
   folder.mkdir(parents=True, exist_ok=True)
-  pipe = generate.load(checkpoint, config.run.base)
+  pipe = load(checkpoint, config.run.base)
   pipes = {_name(checkpoint): pipe}
   if against is not None:
-    pipes = {_name(against): generate.load(against, config.run.base)} | pipes
+    pipes = {_name(against): load(against, config.run.base)} | pipes
   steps, score = config.run.sample.steps, config.score
   trials = trials_of(pipe, min(6, score.subjects), split=score.split)
   subjects = min(8, score.probe_subjects)
@@ -68,7 +69,7 @@ def pictures(
 
 
 def s_plus_map(
-  pipes: dict[str, generate.Pipeline], *, layers: Sequence[int] | None = None, subjects: int = 8,
+  pipes: dict[str, Pipeline], *, layers: Sequence[int] | None = None, subjects: int = 8,
   views: int = 10, split: str = "validation", timestep: int = 500,
 ) -> Figure:
   """t-SNE of S+ at four layers, a row per adapter: one shape per subject, one colour per view.
@@ -107,7 +108,7 @@ def s_plus_map(
 
 
 def interventions(
-  pipes: dict[str, generate.Pipeline], count: int = 2, *, split: str = "validation",
+  pipes: dict[str, Pipeline], count: int = 2, *, split: str = "validation",
   steps: int = 20,
 ) -> Image.Image:
   """A reference with one irrelevant factor moved at a time, and below what each adapter draws.
@@ -116,7 +117,7 @@ def interventions(
   adapters' trainings must have shown references alike.
   """
   pipe, rows = next(iter(pipes.values())), range(count)
-  what = evaluate.make_interventions(split, count, **pipe.shown)
+  what = make_interventions(split, count, **pipe.shown)
   names = list(what.references)
   references = np.concatenate([[what.references[name][i] for name in names] for i in rows])
   prompts, nouns = ([given[i] for i in rows for _ in names] for given in (what.prompts, what.nouns))
@@ -133,7 +134,7 @@ def interventions(
 
 
 def picture(
-  pipe: generate.Pipeline, trials: evaluate.Trials, subject: int, prompt: str, *,
+  pipe: Pipeline, trials: Trials, subject: int, prompt: str, *,
   scale: float = 1.0, seed: int = SEED, steps: int = 20,
 ) -> Image.Image:
   """A reference, what is drawn from it, and what the base draws from the same noise.
@@ -149,7 +150,7 @@ def picture(
 
 
 def location(
-  pipe: generate.Pipeline, trials: evaluate.Trials, subject: int, *, layer: int = 1, step: int = 1,
+  pipe: Pipeline, trials: Trials, subject: int, *, layer: int = 1, step: int = 1,
   scale: float = 1.0, steps: int = 20,
 ) -> Image.Image:
   """A reference, the map m of one layer at one step (both counted from 1), and the picture.
@@ -172,7 +173,7 @@ def location(
 
 
 def location_maps(
-  pipe: generate.Pipeline, trials: evaluate.Trials, *, count: int = 3, columns: int = 6,
+  pipe: Pipeline, trials: Trials, *, count: int = 3, columns: int = 6,
   steps: int = 20, layer: int | None = None,
 ) -> Image.Image | None:
   """The map m of one layer over the denoising steps, the drawn picture at the end of each row.
@@ -197,7 +198,7 @@ def location_maps(
 
 
 def two_subjects(
-  pipe: generate.Pipeline, trials: evaluate.Trials, *, count: int = 3, steps: int = 20,
+  pipe: Pipeline, trials: Trials, *, count: int = 3, steps: int = 20,
 ) -> Image.Image | None:
   """Two references and one picture with both, each S+ behind its own noun."""
   count = min(count, len(trials.nouns) // 2)
@@ -217,7 +218,7 @@ def two_subjects(
 
 
 def between_subjects(
-  pipe: generate.Pipeline, trials: evaluate.Trials, *, rows: int = 3, columns: int = 5,
+  pipe: Pipeline, trials: Trials, *, rows: int = 3, columns: int = 5,
   steps: int = 20,
 ) -> Image.Image | None:
   """From one subject to another of another class, in equal steps of everything the encoder says.
@@ -241,7 +242,7 @@ def between_subjects(
 
 
 def sheet(
-  pipe: generate.Pipeline, trials: evaluate.Trials, *, subjects: int = 6,
+  pipe: Pipeline, trials: Trials, *, subjects: int = 6,
   scenes: Sequence[str] = ("on the beach", "in the snow", "at night", "by a brick wall"),
   steps: int = 20,
 ) -> Image.Image:
@@ -261,38 +262,38 @@ def sheet(
   return grid(cells, columns=len(heads), column_headings=heads, scale=1.5)
 
 
-def draw(pipe: generate.Pipeline, prompts: Sequence[str], nouns: Sequence, references, seeds,
+def draw(pipe: Pipeline, prompts: Sequence[str], nouns: Sequence, references, seeds,
          **options):
   """(pictures, location maps) of references [n, h, w, 3] that are shown as training showed them.
 
   A pipeline would cut out and re-centre them. `references` None draws with the base.
   """
   own = references is not None
-  return pipe.drawer(
+  return pipe.sampler(
     encode_prompts(pipe.base.tokenizers, list(prompts), list(nouns) if own else None,
                    s_words=pipe.s_words if own else 0),
     encode_prompts(pipe.base.tokenizers, [""]),
-    noise=pipe.drawer.noise([int(seed) for seed in seeds]),
+    noise=pipe.sampler.noise([int(seed) for seed in seeds]),
     references=references[:, None] if own else None,
     batch_size=BATCH,
     **options)
 
 
-def model_of(pipe: generate.Pipeline):
+def model_of(pipe: Pipeline):
   """The CustomContrast model of a pipeline."""
-  return pipe.drawer.merge(pipe.drawer.params)
+  return pipe.sampler.merge(pipe.sampler.params)
 
 
-def pipe_group(pipe: generate.Pipeline, layer: int) -> int:
+def pipe_group(pipe: Pipeline, layer: int) -> int:
   """The group of layers that shares its S+ with `layer`, counted from 0."""
   return pipe.adapter.encoder.group_of_layer(len(pipe.layer_paths))[layer]
 
 
 def trials_of(
-  pipe: generate.Pipeline, count: int, *, split: str = "validation"
-) -> evaluate.Trials:
+  pipe: Pipeline, count: int, *, split: str = "validation"
+) -> Trials:
   """Unseen subjects, shown as the adapter's training showed its references."""
-  return evaluate.make_trials(split, count, **pipe.shown)
+  return make_trials(split, count, **pipe.shown)
 
 
 def _grey(m: np.ndarray, side: int) -> Image.Image:

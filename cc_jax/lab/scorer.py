@@ -17,16 +17,26 @@ import numpy as np
 from flax import nnx
 from jaxtyping import UInt8
 
-from cc_jax import evaluate
-from cc_jax.bases import base as hub
+from cc_jax.bases.base import Base
 from cc_jax.customcontrast.model import CustomContrast
 from cc_jax.diffusion.schedule import NoiseSchedule
+from cc_jax.evaluate import reference_display
 from cc_jax.lab import judge as judging
 from cc_jax.lab import leakage
+from cc_jax.lab.scoring import draw_trials, prompt_agreement, subject_fidelity, text_control
+from cc_jax.lab.trials import (
+  Interventions,
+  Trials,
+  choose_subjects,
+  make_interventions,
+  make_trials,
+  show_references,
+)
 from cc_jax.metrics import features
 from cc_jax.metrics.statistics import mean_of_known
-from cc_jax.parallel import rules as sharding
-from cc_jax.sampling.sampler import Drawer, bundle
+from cc_jax.parallel.mesh import batch_sharding, make_mesh, pad_batch
+from cc_jax.sampling.sample import bundle
+from cc_jax.sampling.sampler import ImageSampler
 from data_pipeline.subjects3d import factors as world
 from data_pipeline.subjects3d.renderer import render_many
 
@@ -34,30 +44,30 @@ ON_THE_WAY = ("size", "place")  # moves that are drawn at every checkpoint
 LABELS = ("class_id", "color1", "color2", "pattern", "pattern_color", "scene")
 NUMBERS = ("wide", "tall", "ratio", "size", "x", "y", "elevation", "roll", "light_azimuth")
 _SEED = 30_000  # of the views whose features are looked at
-_DRAWERS: dict[Any, Drawer] = {}  # by the model's structure; they hold no parameters
+_DRAWERS: dict[Any, ImageSampler] = {}  # by the model's structure; they hold no parameters
 # All runs are scored on the same pictures, unless they show references in ways of their own.
-_trials = functools.lru_cache(4)(evaluate.make_trials)
-_interventions = functools.lru_cache(4)(evaluate.make_interventions)
+_trials = functools.lru_cache(4)(make_trials)
+_interventions = functools.lru_cache(4)(make_interventions)
 
 
 class Scorer:
   """Scores one run's model, again and again."""
 
-  def __init__(self, config: ml_collections.ConfigDict, base: hub.Base):
+  def __init__(self, config: ml_collections.ConfigDict, base: Base):
     """`config`: the laboratory's, with the arm's changes in `run`."""
     self.run, self.score, self.base = config.run, config.score, base
-    self.mesh = sharding.make_mesh(self.run.mesh, self.run.train.batch_size)
+    self.mesh = make_mesh(self.run.mesh, self.run.train.batch_size)
     self.judge, _ = judging.load_judge()
-    self.shown = evaluate.shown(self.run.data)
+    self.shown = reference_display(self.run.data)
 
   @property
-  def trials(self) -> evaluate.Trials:
+  def trials(self) -> Trials:
     score = self.score
     return _trials(score.split, score.subjects, styled=score.styled, hatted=score.hatted,
                    rounds=score.rounds, **self.shown)
 
   @property
-  def interventions(self) -> evaluate.Interventions:
+  def interventions(self) -> Interventions:
     return _interventions(self.score.split, self.score.interventions, **self.shown)
 
   @property
@@ -71,24 +81,24 @@ class Scorer:
     key = self.base.hash, definition, self.mesh
     if key not in _DRAWERS:
       schedule = NoiseSchedule.from_config(self.base.scheduler_config)
-      _DRAWERS[key] = Drawer(
+      _DRAWERS[key] = ImageSampler(
         model, schedule, merge=lambda params: nnx.merge(definition, params), mesh=self.mesh)
-    return evaluate.draw_trials(
+    return draw_trials(
       _DRAWERS[key], self.base.tokenizers, what, self.run.sample, params=params, scale=scale,
       s_words=self.run.encoder.s_words, batch_size=self.score.batch, progress=False)
 
-  def pictures(self, model: nnx.Module, trials: evaluate.Trials, scale: float = 1.0) -> dict:
+  def pictures(self, model: nnx.Module, trials: Trials, scale: float = 1.0) -> dict:
     """`subjects`: identity and control of each; `scores`: their means and those of each factor.
 
     Of several rounds `subjects` has each subject's mean, and `rounds` the rows of each round.
     """
     images = self.draw(trials, model, scale)
     reading = judging.read(self.judge, images)
-    rows = dict(fidelity=evaluate.identity(reading, trials),
-                control=evaluate.control(reading, trials))
+    rows = dict(fidelity=subject_fidelity(reading, trials),
+                control=text_control(reading, trials))
     means = {name: mean(row) for name, row in rows.items()}
     parts = judging.agreement(reading, trials.factors, trials.seen)
-    parts |= evaluate.followed(reading, trials)
+    parts |= prompt_agreement(reading, trials)
     found = dict(scores=means | {name: mean(part) for name, part in parts.items()})
     count = min(self.score.subjects, len(images))
     by_round = {name: row.reshape(-1, count) for name, row in rows.items()}
@@ -103,7 +113,7 @@ class Scorer:
     what = self.interventions
     names = ["start", *(leakage.MOVES if moves is None else moves)]
     cut = slice(count)
-    what = evaluate.Interventions(
+    what = Interventions(
       {name: what.references[name][cut] for name in names}, what.prompts[cut], what.nouns[cut],
       what.factors.take(cut))
     drawn = self.draw(what, model)
@@ -172,7 +182,7 @@ class Scorer:
     return found
 
 
-def of_base(config: ml_collections.ConfigDict, base: hub.Base) -> dict:
+def of_base(config: ml_collections.ConfigDict, base: Base) -> dict:
   """What the base draws without adapter, on the same prompts and noise; it can leak nothing."""
   scorer = Scorer(config, base)
   model = bundle(base)
@@ -190,7 +200,7 @@ def make_views(
   stands for a view; else every picture is drawn by itself. `share`, `size`, `place`: see
   `evaluate.show`.
   """
-  subjects, rng = evaluate.choose_subjects(split, count)
+  subjects, rng = choose_subjects(split, count)
   rng = np.random.Generator(np.random.Philox(key=[_SEED, int(rng.integers(2**31))]))
   table = subjects.take(np.repeat(np.arange(count), views))
   factors = world.sample_factors(rng, table, hat=0, style=0)
@@ -199,7 +209,7 @@ def make_views(
     factors = factors._replace(
       **{name: np.tile(getattr(factors, name)[:views], count) for name in irrelevant})
   rendered = render_many(factors, resolution=size, progress=False)
-  return evaluate.show(rendered, share=share, size=size, place=place), factors
+  return show_references(rendered, share=share, size=size, place=place), factors
 
 
 def embed(
@@ -217,9 +227,9 @@ def embed(
   rows: dict[str, list] = {}
   for start in range(0, len(references), size):
     here = references[start : start + size]
-    pixels = sharding.filled(here, size)
+    pixels = pad_batch(here, size)
     if mesh is not None:
-      pixels = jax.device_put(pixels, sharding.over_data(mesh))
+      pixels = jax.device_put(pixels, batch_sharding(mesh))
     textual, *others = jax.device_get(_tokens(definition, params, pixels, timestep))
     named = {f"layer {number}": layer for number, layer in enumerate(textual, 1)}
     named |= zip(("visual", "image encoder", "image embedding"), others)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 
 
-class Keys:
+class StatelessRngs:
   """Takes the place of `nnx.Rngs(seed)` in constructors: each `keys.params()` is a new key.
 
   The count of nnx.Rngs is an nnx variable, and under `nnx.eval_shape` flax 0.12 looks through the

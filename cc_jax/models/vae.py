@@ -7,14 +7,14 @@ UNet's resnets have 1e-5.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, UInt8
 
 from cc_jax.errors import UserError
 from cc_jax.models.layers import (
@@ -268,3 +268,27 @@ def _resnet(c_in: int, c_out: int, config: AutoencoderKLConfig, **kw) -> ResnetB
   return ResnetBlock2D(
     c_in, c_out, temb_channels=None, groups=config.norm_num_groups, epsilon=EPSILON, **kw
   )
+
+
+def latents_to_images(vae: nnx.Module, latents: Float[Array, "b h w c"]) -> Float[Array, "b h w 3"]:
+  """Latents in the UNet's units -> pixels in [0, 1], clipped, float32."""
+  z = latents / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
+  return jnp.clip(vae.decode(z).astype(jnp.float32) / 2 + 0.5, 0.0, 1.0)
+
+
+def images_to_latents(
+  vae: nnx.Module,
+  images: UInt8[Array, "b h w 3"],
+  noise_of: Callable[[tuple[int, ...]], Float[Array, "b h w c"]] | None = None,
+) -> Float[Array, "b h w c"]:
+  """Pixels -> latents in the UNet's units, float32: the VAE's mean or a sample of its posterior.
+
+  `noise_of`: a latent's shape [h, w, c] -> unit normal noise, for a sample.
+  """
+  z, logvar = vae.encode(images.astype(jnp.float32) / 127.5 - 1)
+  z = z.astype(jnp.float32)
+  if noise_of is not None:
+    # The bounds of diffusers' DiagonalGaussianDistribution.
+    deviation = jnp.exp(0.5 * jnp.clip(logvar.astype(jnp.float32), -30.0, 20.0))
+    z = z + deviation * noise_of(z.shape[1:])
+  return (z - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor

@@ -17,159 +17,38 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import ml_collections
-import numpy as np
 from absl import flags
 from ml_collections import config_flags
 
 from cc_jax import errors
 from cc_jax.errors import UserError
-from cc_jax.parallel import rules as sharding
-from cc_jax.plan.estimate import REACHED, TRUST, Overflow, Plan, all_bytes, chip_bytes, make_plan
-from cc_jax.plan.lower import Slice, Work, find_slice, generate_work, train_work
-from cc_jax.training.telemetry import align
+from cc_jax.parallel.distributed import set_cpu_devices
+from cc_jax.parallel.mesh import make_mesh
+from cc_jax.plan.batch_search import largest_batch
+from cc_jax.plan.estimate import (
+  CompiledPlan,
+  Overflow,
+  make_plan,
+)
+from cc_jax.plan.lower import AbstractProgram, generate_program, train_program
+from cc_jax.plan.report import describe_plan, describe_refusal, describe_truth, state_table
+from cc_jax.plan.topology import Slice, find_slice
 
 WHATS = ("train", "generate", "state")
-
-
-# How many images.
-
-
-class Search(NamedTuple):
-  """What was found when the batch that was asked for did not fit."""
-
-  largest: int  # images a chip, compiled and seen to fit; 0 = none
-  tried: dict[int, float]  # images a chip -> bytes needed
-
-
-def largest_batch(
-  asked: int, needed: float, limit: float, need: Callable[[int], float]
-) -> Search:
-  """The largest batch a chip that fits: by a straight line through two compiles, and a third.
-
-  Where the third does not fit, the line is drawn again.
-
-  Args:
-    asked: images a chip, which do not fit.
-    needed: bytes that they need; NaN where the compiler does not say.
-    limit: bytes that there are.
-    need: compiles for a number of images a chip and returns the bytes that these need.
-  """
-  tried, batch = {asked: needed}, asked // 2
-  while batch:
-    tried[batch] = need(batch)
-    floor = max((b for b, n in tried.items() if n <= limit), default=0)
-    ceiling = min(b for b, n in tried.items() if not n <= limit) - 1
-    if floor == batch and len(tried) > 2 or floor >= ceiling:
-      return Search(floor, tried)
-    (one, at_one), (two, at_two) = sorted(tried.items())[:2]
-    slope = (at_two - at_one) / (two - one)
-    middle = (floor + ceiling + 1) // 2
-    guess = math.floor(one + (limit - at_one) / slope) if slope > 0 else middle
-    batch = min(max(guess, floor, 1), ceiling)
-    if batch in tried:
-      return Search(floor, tried)
-  return Search(0, tried)
-
-
-# What is told.
-
-
-def state_table(work: Work) -> str:
-  """What lies on the chips between two steps, and the gradients of a step."""
-  rows = [("kind", "GB in all", "GB a chip", "of it whole on every chip")]
-  parts = {k: v for k, v in work.parts.items() if k != "batch"}
-  if "adapter" in parts and "Adam" in parts:
-    parts["gradients"] = parts["adapter"]  # in float32 and placed like the weights
-  totals = np.zeros(3)
-  for name, tree in parts.items():
-    leaves = jax.tree.leaves(tree)
-    numbers = np.asarray(
-      [all_bytes(tree), chip_bytes(tree), all_bytes([x for x in leaves if _is_whole(x)])]
-    )
-    totals += numbers
-    rows.append((name, *(f"{n / 1e9:.4g}" for n in numbers)))
-  rows.append(("all", *(f"{n / 1e9:.4g}" for n in totals)))
-  return align(rows, left=1)
-
-
-def _is_whole(leaf: Any) -> bool:
-  return tuple(leaf.sharding.shard_shape(leaf.shape)) == tuple(leaf.shape)
-
-
-def describe(plan: Plan, what: str) -> str:
-  """The plan for people."""
-  n, gib, memory, chip = plan.numbers(), 2**30, plan.memory, plan.chip
-  low, high = n["seconds_range"]
-  rows = [("memory of a chip", "GiB")]
-  rows += [(name, f"{size / gib:.3f}") for name, size in memory.parts.items()]
-  rows += [
-    ("padding of these", f"{memory.padding / gib:.3f}"),
-    ("activations, gradients, the rest", f"{memory.temporaries / gib:.3f}"),
-    ("outputs apart from these", f"{memory.outputs / gib:.3f}"),
-    ("program", f"{memory.code / gib:.3f}"),
-    ("all", f"{memory.total / gib:.3f}"),
-  ]
-  if not math.isinf(chip.memory):
-    rows.append(("the chip has", f"{chip.memory / gib:.3f}"))
-  lines = [
-    f"{what} on {plan.count} x {chip.name}, {plan.images} images a run", "",
-    align(rows, left=1), "",
-    f"FLOPs a chip        {n['flops']:.4g} ({n['flops'] * plan.count / plan.images:.4g} an image)",
-    f"bytes moved a chip  {n['bytes_moved']:.4g}",
-  ]  # fmt: skip
-  rows = [("collective", "runs", "output MiB a chip")]
-  rows += [
-    (kind, f"{own['runs']:g}", f"{own['output_bytes'] / 2**20:,.2f}")
-    for kind, own in n["collectives"].items()
-  ]
-  lines += ["", align(rows, left=1)] if len(rows) > 1 else ["no collectives"]
-  e = plan.estimate
-  lines += [
-    "",
-    f"estimated step      {e.seconds:.4g} s ({low:.3g} to {high:.3g}): products {e.products:.3g}, "
-    f"other traffic {e.memory:.3g}, collectives {e.collectives:.3g}",
-    f"model FLOPs used    {100 * n['flops_utilisation']:.1f} % of {chip.flops / 1e12:,.4g} TFLOP/s",
-    f"images/s            {n['images_per_second']:.4g} "
-    f"({n['images_per_second_per_chip']:.4g} a chip)",
-    f"chip-hours per million images  {n['chip_hours_per_million_images']:,.4g}",
-    "",
-    *_error_sources(plan),
-  ]
-  return "\n".join(lines)
-
-
-def _error_sources(plan: Plan) -> list[str]:
-  chip, program = plan.chip, plan.program
-  cycles = "libtpu's cycles" if chip.clock else "FLOPs at the chip's peak"
-  lines = [
-    f"Method: products take {cycles} or their traffic, the rest its traffic at {REACHED:.0%} of "
-    f"{chip.bandwidth / 1e9:,.0f} GB/s, collectives what a ring sends at "
-    f"{chip.interconnect / 1e9:,.0f} GB/s; nothing overlaps.",
-    f"Errors: {TRUST:.0%} either way; a collective that uses one axis of the torus alone is "
-    f"{plan.dimensions} times as slow (the upper end); reading data, saving and drawing samples "
-    "are not in it.",
-    f"Numbers of the chip: {chip.source}",
-  ]
-  for target, times in program.opaque.items():
-    lines.append(f"Not counted: the work of {times:g} calls of {target}.")
-  for name in sorted(program.endless):
-    lines.append(f"Counted once: the loop {name}, whose turns the program does not tell.")
-  return lines
 
 
 # The truth.
 
 
-def run_here(plan: Plan, work: Work, *, steps: int = 5) -> dict[str, Any]:
+def run_here(plan: CompiledPlan, work: AbstractProgram, *, steps: int = 5) -> dict[str, Any]:
   """Runs the compiled program on this machine: the best of some steps, and its peak of memory.
 
   The weights are constants: what a step costs does not depend on them.
@@ -193,24 +72,12 @@ def run_here(plan: Plan, work: Work, *, steps: int = 5) -> dict[str, Any]:
   return {"seconds": min(times[1:]), "memory": stats.get("peak_bytes_in_use")}
 
 
-def describe_truth(plan: Plan, truth: Mapping[str, Any]) -> str:
-  seconds, memory = truth["seconds"], truth["memory"]
-  return "\n".join([
-    f"measured step       {seconds:.4g} s; the estimate is {plan.estimate.seconds / seconds:.2f} "
-    f"times that; {100 * plan.program.flops / seconds / plan.chip.flops:.1f} % of the chip's peak",
-    f"measured memory     {memory / 2**30:.3f} GiB at its peak; the plan says "
-    f"{plan.memory.total / 2**30:.3f}"
-    if memory
-    else "measured memory     this device does not tell it",
-  ])
-
-
 # The command line.
 
 
 def plan_for(
   config: ml_collections.ConfigDict, place: Slice, what: str, batch_per_chip: int
-) -> tuple[Plan | Overflow, Work]:
+) -> tuple[CompiledPlan | Overflow, AbstractProgram]:
   """Plans one batch; 0 images a chip means the config's own global batch."""
   with contextlib.redirect_stdout(sys.stderr):  # what a program says of itself while it is traced
     work, count = work_for(config, place, what, batch_per_chip)
@@ -219,13 +86,13 @@ def plan_for(
 
 def work_for(
   config: ml_collections.ConfigDict, place: Slice, what: str, batch_per_chip: int
-) -> tuple[Work, int]:
+) -> tuple[AbstractProgram, int]:
   """(the program, how many chips it runs on)."""
   config = config.copy_and_resolve_references()
   if batch_per_chip:
     config.train.batch_size = batch_per_chip * len(place.devices)
-  mesh = sharding.make_mesh(config.mesh, config.train.batch_size, devices=place.devices)
-  return (generate_work if what == "generate" else train_work)(config, mesh), mesh.size
+  mesh = make_mesh(config.mesh, config.train.batch_size, devices=place.devices)
+  return (generate_program if what == "generate" else train_program)(config, mesh), mesh.size
 
 
 def main(argv: Sequence[str]) -> None:
@@ -238,7 +105,7 @@ def main(argv: Sequence[str]) -> None:
     raise UserError(f"--batch_per_chip={asked}; it must be at least 1")
   local = topology == "local"
   if local:
-    sharding.set_cpu_devices(config.mesh, config.train.batch_size)
+    set_cpu_devices(config.mesh, config.train.batch_size)
   elif jax.config.jax_platforms is None:
     jax.config.update("jax_platforms", "cpu")  # libtpu compiles here; there is no TPU to look for
   place = find_slice(topology, config.train.dtype)
@@ -247,8 +114,8 @@ def main(argv: Sequence[str]) -> None:
     return
 
   plan, work = plan_for(config, place, what, asked)
-  if isinstance(plan, Plan) and plan.fits:
-    numbers, text = plan.numbers(), describe(plan, what)
+  if isinstance(plan, CompiledPlan) and plan.fits:
+    numbers, text = plan.numbers(), describe_plan(plan, what)
     if local:
       truth = run_here(plan, work)
       numbers["measured"], text = truth, f"{text}\n\n{describe_truth(plan, truth)}"
@@ -274,30 +141,11 @@ def main(argv: Sequence[str]) -> None:
   sys.exit(1)
 
 
-def _need(plan: Plan | Overflow) -> tuple[float, float]:
+def _need(plan: CompiledPlan | Overflow) -> tuple[float, float]:
   """(bytes needed, bytes there are)."""
   if isinstance(plan, Overflow):
     return plan.needed, plan.limit
   return plan.memory.total, plan.chip.memory
-
-
-def describe_refusal(refusal: Mapping[str, Any], place: Slice) -> str:
-  gib, memory = 2**30, refusal["memory"]
-  lines = [
-    f"{refusal['images_per_chip']} images a chip do not fit on {len(place.devices)} x "
-    f"{place.chip.name}: "
-    f"{memory['total'] / gib:.2f} GiB of {memory['chip'] / gib:.2f}"
-  ]
-  lines += [f"  {b} images a chip: {n / gib:.2f} GiB" for b, n in refusal["tried"].items()]
-  largest = refusal["largest_images_per_chip"]
-  if largest:
-    lines.append(f"the largest that fits, compiled: --batch_per_chip={largest}")
-  else:
-    lines.append(
-      "not one image a chip fits: shard more (--config.mesh.fsdp), keep less for the backward "
-      "pass, or take a chip with more memory"
-    )
-  return "\n".join(lines)
 
 
 def define_flags() -> None:

@@ -11,7 +11,8 @@ import jax
 
 from cc_jax.plan import hlo
 from cc_jax.plan.chips import Chip
-from cc_jax.plan.lower import Slice, Work
+from cc_jax.plan.lower import AbstractProgram
+from cc_jax.plan.topology import Slice
 
 # A share of the published memory bandwidth that programs reach; from the recipe of `Estimate`.
 REACHED = 0.9
@@ -66,7 +67,7 @@ class Estimate:
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class CompiledPlan:
   """What the compiled program says of itself."""
 
   chip: Chip
@@ -114,7 +115,7 @@ class Plan:
     }
 
 
-def make_plan(work: Work, place: Slice, count: int) -> Plan | Overflow:
+def make_plan(work: AbstractProgram, place: Slice, count: int) -> CompiledPlan | Overflow:
   """Compiles for `count` of the chips, and reads the program.
 
   Returns `Overflow` if the compiler finds that it does not fit.
@@ -137,7 +138,7 @@ def make_plan(work: Work, place: Slice, count: int) -> Plan | Overflow:
     stats.generated_code_size_in_bytes,
   )
   estimate = make_estimate(program, place.chip)
-  return Plan(
+  return CompiledPlan(
     place.chip, count, len(place.sides), work.images, memory, program, estimate, compiled
   )
 

@@ -6,31 +6,26 @@ shapes in place of arrays. cc_jax.plan compiles and reads them.
 
 from __future__ import annotations
 
-import math
-import os
-import re
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import ml_collections
 import numpy as np
-from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh
 
-from cc_jax import train
-from cc_jax.bases import base as hub
+from cc_jax.bases.base import Base
 from cc_jax.diffusion.samplers import adds_noise, step_table
-from cc_jax.errors import UserError
-from cc_jax.parallel import rules as sharding
-from cc_jax.plan import chips
-from cc_jax.plan.chips import Chip
-from cc_jax.sampling import sample as drawing
-from cc_jax.training.step import Method, init_state, make_train_step
+from cc_jax.parallel.mesh import batch_sharding, replicated_sharding
+from cc_jax.parallel.rules import abstract_params
+from cc_jax.sampling.prompts import Prompts
+from cc_jax.sampling.sample import SamplerInputs, SamplingConfig, guidance_branches, sample_images
+from cc_jax.training.context import StepContext
+from cc_jax.training.setup import build_abstract, make_step_context
+from cc_jax.training.step import init_state, make_train_step
 
 
-class Work(NamedTuple):
+class AbstractProgram(NamedTuple):
   """A program and the shapes and placements of what it takes."""
 
   function: Callable  # jitted
@@ -39,13 +34,13 @@ class Work(NamedTuple):
   images: int  # made or learned from in one run, on all chips
 
 
-def train_work(config: ml_collections.ConfigDict, mesh: Mesh | AbstractMesh) -> Work:
+def train_program(config: ml_collections.ConfigDict, mesh: Mesh | AbstractMesh) -> AbstractProgram:
   """The training step of `cc_jax.train`, without weights."""
   method, trainable, frozen, _ = _method(config)
   state = jax.eval_shape(lambda t: init_state(t, config), trainable)
-  state, frozen = sharding.placed((state, frozen), mesh)
+  state, frozen = abstract_params((state, frozen), mesh)
   batch = {
-    name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.over_data(mesh))
+    name: jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(mesh))
     for name, (shape, dtype, _) in _batch(config, len(method.empty_prompt)).items()
   }
   parts = {
@@ -55,30 +50,30 @@ def train_work(config: ml_collections.ConfigDict, mesh: Mesh | AbstractMesh) -> 
     "average": state.ema,
     "batch": batch,
   }
-  seed = jax.ShapeDtypeStruct((), np.uint32, sharding=sharding.replicated(mesh))
+  seed = jax.ShapeDtypeStruct((), np.uint32, sharding=replicated_sharding(mesh))
   step = make_train_step(method, mesh, state, frozen)
-  return Work(step, (state, frozen, batch, seed), parts, config.train.batch_size)
+  return AbstractProgram(step, (state, frozen, batch, seed), parts, config.train.batch_size)
 
 
-def generate_work(config: ml_collections.ConfigDict, mesh: Mesh) -> Work:
+def generate_program(config: ml_collections.ConfigDict, mesh: Mesh) -> AbstractProgram:
   """The sampler of `cc_jax.generate` with a reference, as config.sample has it."""
   method, trainable, frozen, base = _method(config)
   sample, size = config.sample, config.train.batch_size
   table = step_table(method.schedule, steps=sample.steps, sampler=sample.sampler)
   apart = sample.image_guidance if sample.image_guidance >= 0 else None
-  fixed = drawing.Plan(drawing.branches(sample.guidance, apart), adds_noise(table))
+  fixed = SamplingConfig(guidance_branches(sample.guidance, apart), adds_noise(table))
 
   def cut(shape, dtype) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct((size, *shape), dtype, sharding=sharding.over_data(mesh))
+    return jax.ShapeDtypeStruct((size, *shape), dtype, sharding=batch_sharding(mesh))
 
   def whole(shape, dtype=np.float32) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.replicated(mesh))
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=replicated_sharding(mesh))
 
   tokens = [tower.config.max_position_embeddings for tower in base.text_encoders]
   pixels, layers = config.data.image_size, len(_layers(trainable))
   side = pixels // base.vae.config.factor
-  request = drawing.Request(
-    prompts=drawing.Prompts(
+  request = SamplerInputs(
+    prompts=Prompts(
       tuple(cut((t,), np.int32) for t in tokens), cut((), np.int32), cut((2,), np.int32)
     ),
     negative=tuple(whole((1, t), np.int32) for t in tokens),
@@ -93,23 +88,23 @@ def generate_work(config: ml_collections.ConfigDict, mesh: Mesh) -> Work:
     time_ids=whole((6,)),
   )
   parts = {
-    "frozen base": sharding.placed(frozen, mesh),
-    "adapter": sharding.placed(trainable, mesh),
+    "frozen base": abstract_params(frozen, mesh),
+    "adapter": abstract_params(trainable, mesh),
     "batch": request,
   }
   function = jax.jit(
-    lambda trainable, frozen, request: drawing.draw(
+    lambda trainable, frozen, request: sample_images(
       lambda params: method.model(*params), (trainable, frozen), request, fixed
     ),
-    out_shardings=sharding.over_data(mesh),
+    out_shardings=batch_sharding(mesh),
   )
-  return Work(function, (parts["adapter"], parts["frozen base"], request), parts, size)
+  return AbstractProgram(function, (parts["adapter"], parts["frozen base"], request), parts, size)
 
 
-def _method(config: ml_collections.ConfigDict) -> tuple[Method, Any, Any, hub.Base]:
+def _method(config: ml_collections.ConfigDict) -> tuple[StepContext, Any, Any, Base]:
   """(method, abstract trainable and frozen parameters, base) of a config, without weights."""
-  config, base, (definition, trainable, frozen) = train.without_weights(config)
-  return train.make_method(config, definition, base), trainable, frozen, base
+  config, base, (definition, trainable, frozen) = build_abstract(config)
+  return make_step_context(config, definition, base), trainable, frozen, base
 
 
 def _layers(trainable: Mapping[str, Any]) -> list[str]:
@@ -132,79 +127,3 @@ def _batch(config: ml_collections.ConfigDict, tokens: int) -> dict[str, tuple]:
     "family_id": ((size,), np.int32, 0),
     "class_id": ((size,), np.int32, 0),
   }
-
-
-# Where it is compiled for.
-
-
-class Slice(NamedTuple):
-  """The devices that are planned for."""
-
-  devices: Sequence[Any]
-  chip: Chip
-  sides: tuple[int, ...]  # of the torus
-
-
-def parse_topology(name: str) -> tuple[Chip, tuple[int, ...]]:
-  """'v5e:4x4' -> the chip, and the sides of the slice.
-
-  Raises:
-    UserError: it names no TPU of chips.CHIPS, or no sides.
-  """
-  known = [chip.name for chip in chips.CHIPS if chip.clock]
-  found = re.fullmatch(r"(\w+):(\d+(?:x\d+){1,2})", name)
-  if not found or found[1] not in known:
-    raise UserError(
-      f"--topology={name!r} is no slice; write one of {', '.join(known)}, a colon and its sides, "
-      "such as v5e:4x4 or v5p:2x2x4, or local"
-    )
-  return chips.find(found[1]), tuple(int(side) for side in found[2].split("x"))
-
-
-def find_slice(name: str, dtype: str) -> Slice:
-  """The devices of a topology; without a TPU they can be compiled for, and nothing more.
-
-  Raises:
-    UserError: see `parse_topology`; libtpu is missing, or knows no such slice.
-  """
-  if name == "local":
-    devices = jax.devices()
-    chip = chips.find(devices[0].device_kind) or measured_chip(devices, dtype)
-    return Slice(devices, chip, (len(devices),))
-  chip, sides = parse_topology(name)
-  from jax.experimental import topologies
-
-  os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # no machine's metadata is asked for
-  os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-  try:
-    devices = topologies.get_topology_desc(platform="tpu", topology_name=name).devices
-  except Exception as error:  # whatever the plugin raises
-    text = " ".join(str(error).split())
-    remedy = "is libtpu installed (pip install -e '.[tpu]')?"
-    raise UserError(f"--topology={name}: {text[:200]}; {remedy}") from error
-  return Slice(devices, chip, sides)
-
-
-def measured_chip(devices: Sequence[Any], dtype: str) -> Chip:
-  """A device that is in no table, by what all of them reach at once: a product and a copy."""
-  count, side = len(devices), 1024
-  mesh = Mesh(np.asarray(devices), ("d",))
-  place = NamedSharding(mesh, PartitionSpec("d"))
-  x = jax.device_put(jnp.ones((count, side, side), dtype), place)
-  big = jax.device_put(jnp.ones((count, 2**24), jnp.float32), place)
-  product = jax.jit(lambda x: jnp.einsum("dij,djk->dik", x, x), out_shardings=place)
-  copy = jax.jit(lambda x: x + 1, out_shardings=place)
-  flops = 2 * side**3 / _seconds(product, x)
-  bandwidth = 2 * 4 * 2**24 / _seconds(copy, big)
-  kind = f"{devices[0].device_kind} (measured here)"
-  return Chip(kind, (), math.inf, flops, bandwidth, bandwidth, None, "a product and a copy, timed")
-
-
-def _seconds(function: Callable, *arguments: Any, repeats: int = 5) -> float:
-  """The best of some runs, the first left out."""
-  times = []
-  for _ in range(repeats + 1):
-    began = time.perf_counter()
-    jax.block_until_ready(function(*arguments))
-    times.append(time.perf_counter() - began)
-  return min(times[1:])

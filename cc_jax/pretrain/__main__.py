@@ -22,17 +22,21 @@ from jaxtyping import Float
 from ml_collections import config_flags
 
 from cc_jax import errors
-from cc_jax.bases import base as hub
 from cc_jax.bases import tokenizer as tokenizer_lib
+from cc_jax.bases.base import load_base, load_module
+from cc_jax.bases.save import finish_base, save_base, save_module
+from cc_jax.bases.tokenizer import load_tokenizer
 from cc_jax.diffusion.schedule import NoiseSchedule
 from cc_jax.lab import judge as factors_judge
+from cc_jax.models.clip_pixels import CLIP_PROCESSOR, clip_pixels
 from cc_jax.models.clip_text import CLIPTextConfig, CLIPTextModel
 from cc_jax.models.clip_vision import CLIPVisionConfig, CLIPVisionModel
 from cc_jax.models.unet import UNet2DCondition, UNetConfig
 from cc_jax.models.vae import AutoencoderKL, AutoencoderKLConfig
 from cc_jax.objectives.cscl import cscl
 from cc_jax.objectives.infonce import l2_normalize
-from cc_jax.parallel import rules as sharding
+from cc_jax.parallel.distributed import set_cpu_devices
+from cc_jax.parallel.mesh import make_mesh
 from cc_jax.pretrain import loop as fitting
 from data_pipeline.subjects3d import captions as captions_lib
 from data_pipeline.subjects3d import factors as factors_lib
@@ -48,7 +52,7 @@ def main(argv: Sequence[str]) -> None:
   """Command line entry: runs the stages of --config in --workdir."""
   del argv
   config = flags.FLAGS.config
-  sharding.set_cpu_devices(config.mesh, _common_batch(config))
+  set_cpu_devices(config.mesh, _common_batch(config))
   run(config, Path(flags.FLAGS.workdir))
 
 
@@ -58,7 +62,7 @@ def run(config: ml_collections.ConfigDict, workdir: Path) -> None:
     if stage not in STAGES:
       raise errors.UserError(f"no pretraining stage {stage!r}; there are {', '.join(STAGES)}")
   world = config.world
-  mesh = sharding.make_mesh(config.mesh, _common_batch(config))
+  mesh = make_mesh(config.mesh, _common_batch(config))
   pictures = prerender(
       workdir / "world", world.images, seed=config.seed, split=world.split,
       calm_share=world.calm_share, plain_share=world.plain_share,
@@ -152,7 +156,7 @@ def make_clip(config, tokenizer) -> nnx.Dict:
   towers = nnx.Dict(text=CLIPTextModel(CLIPTextConfig.from_dict(text), rngs=rngs),
                     vision=CLIPVisionModel(CLIPVisionConfig.from_dict(vision), rngs=rngs))
   if config.clip.position_scale:
-    code_positions(towers.vision, hub.CLIP_PROCESSOR, config.clip.position_scale)
+    code_positions(towers.vision, CLIP_PROCESSOR, config.clip.position_scale)
   return towers
 
 
@@ -248,7 +252,7 @@ def train_vae(config, workdir: Path, pictures: Pictures, mesh) -> None:
   c = config.vae
   vae = make_vae(config)
   if config.init_from:
-    vae = hub.load_base(config.init_from).vae
+    vae = load_base(config.init_from).vae
   # A changed encoder would make every latent that the UNet has learned from another one.
   fixed = ("encoder", "quant_conv") if c.freeze_encoder else ()
   graph, frozen, params = nnx.split(vae, lambda path, _: path[0] in fixed, ...)
@@ -275,7 +279,7 @@ def train_vae(config, workdir: Path, pictures: Pictures, mesh) -> None:
   vae = nnx.merge(graph, frozen, params)
   if not fixed:
     whiten(vae, pictures.images[:: max(1, len(pictures.images) // 2000)])
-  hub.save_module(vae, workdir / "base" / "vae")
+  save_module(vae, workdir / "base" / "vae")
 
 
 def whiten(vae: AutoencoderKL, images: np.ndarray) -> None:
@@ -321,10 +325,10 @@ def train_clip(config, workdir: Path, pictures: Pictures, mesh) -> None:
   its embedding how alike subjects are (`likeness`).
   """
   c = config.clip
-  tokenizer = hub.load_tokenizer(workdir / "base" / "tokenizer")
+  tokenizer = load_tokenizer(workdir / "base" / "tokenizer")
   towers = make_clip(config, tokenizer)
   if config.init_from:
-    base = hub.load_base(config.init_from)
+    base = load_base(config.init_from)
     towers = nnx.Dict(text=base.text_encoders[0], vision=base.image_encoder)
   # A changed text encoder would speak to the UNet in other words, changed features to an adapter.
   fixed = {"text": c.freeze_text, "vision_model": c.freeze_features}
@@ -335,7 +339,7 @@ def train_clip(config, workdir: Path, pictures: Pictures, mesh) -> None:
   params = dict(towers=params, heads=heads, log_scale=jnp.log(10.0))
   plain = captioned(tokenizer, pictures, config.world.captions, config.seed, MENTIONS)
   everything = {part: 0.9 for part in MENTIONS}
-  processor = dict(hub.CLIP_PROCESSOR, size=c.vision.image_size)
+  processor = dict(CLIP_PROCESSOR, size=c.vision.image_size)
   # Cut out on white nothing of the scene is left to be named.
   white = captioned(tokenizer, pictures, config.world.captions, config.seed + 1,
                     everything | dict(scene=0.0, size=0.0))
@@ -347,7 +351,7 @@ def train_clip(config, workdir: Path, pictures: Pictures, mesh) -> None:
     del key
     towers = nnx.merge(graph, frozen, params["towers"])
     text = towers.text(batch["ids"]).pooled
-    pixels = hub.clip_pixels(batch["images"].astype(jnp.float32) / 255, processor)
+    pixels = clip_pixels(batch["images"].astype(jnp.float32) / 255, processor)
     out = towers.vision(pixels)
     contrast, metrics = cscl(
         out.image_embeds, text, temperature=jnp.exp(-jnp.clip(params["log_scale"], 0, 4)),
@@ -381,20 +385,20 @@ def train_clip(config, workdir: Path, pictures: Pictures, mesh) -> None:
   params = fitting.fit(
       "clip", loss_fn, params, frozen, batch_fn, c.train, workdir, config.seed, mesh)
   towers = nnx.merge(graph, frozen, params["towers"])
-  hub.save_module(towers.text, workdir / "base" / "text_encoder")
-  hub.save_module(towers.vision, workdir / "base" / "image_encoder")
+  save_module(towers.text, workdir / "base" / "text_encoder")
+  save_module(towers.vision, workdir / "base" / "image_encoder")
 
 
 def train_unet(config, workdir: Path, pictures: Pictures, mesh) -> None:
   """The UNet on whitened latents, v-prediction, frozen text encoder (recipe: shared/lab.md)."""
   c = config.unet
-  tokenizer = hub.load_tokenizer(workdir / "base" / "tokenizer")
-  vae = hub.load_module(workdir / "base" / "vae", AutoencoderKL)
-  text_encoder = hub.load_module(workdir / "base" / "text_encoder", CLIPTextModel)
+  tokenizer = load_tokenizer(workdir / "base" / "tokenizer")
+  vae = load_module(workdir / "base" / "vae", AutoencoderKL)
+  text_encoder = load_module(workdir / "base" / "text_encoder", CLIPTextModel)
   schedule = NoiseSchedule.from_config(_plain(c.scheduler))
   unet = make_unet(config)
   if config.init_from:
-    unet = hub.load_base(config.init_from).unet
+    unet = load_base(config.init_from).unet
   graph, params = nnx.split(unet)
   text_graph, text_params = nnx.split(text_encoder)
 
@@ -438,10 +442,10 @@ def train_unet(config, workdir: Path, pictures: Pictures, mesh) -> None:
   params = fitting.fit("unet", loss_fn, params, dict(text=text_params), batch_fn, c.train, workdir,
                        config.seed, mesh, watch=gaps)
   unet = nnx.merge(graph, params)
-  hub.save_module(unet, workdir / "base" / "unet")
-  hub.finish_base(workdir / "base", _plain(c.scheduler))
+  save_module(unet, workdir / "base" / "unet")
+  finish_base(workdir / "base", _plain(c.scheduler))
   # What ships as cc_jax/assets/subjects3d-base.
-  hub.save_base(hub.load_base(workdir / "base"), workdir / "subjects3d-base", dtype="float16")
+  save_base(load_base(workdir / "base"), workdir / "subjects3d-base", dtype="float16")
 
 
 def encode_all(vae: AutoencoderKL, pictures: Pictures, file: Path, mesh) -> np.ndarray:

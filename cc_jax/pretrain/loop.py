@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from cc_jax.bases.weights import replacing
 from cc_jax.errors import UserError
-from cc_jax.parallel import rules as sharding
+from cc_jax.parallel.mesh import batch_sharding, pad_batch, replicated_sharding
 from cc_jax.training import optimizer
 
 Tree = Any
@@ -60,7 +60,7 @@ def fit(
   Raises:
     UserError: the loss is not finite, or the save belongs to other shapes.
   """
-  replicated, rows = sharding.replicated(mesh), sharding.over_data(mesh)
+  replicated, rows = replicated_sharding(mesh), batch_sharding(mesh)
   tx = optax.chain(
       optax.clip_by_global_norm(config.clip_norm),
       optax.adamw(
@@ -83,7 +83,7 @@ def fit(
         state.params, frozen, batch, key)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    ema = optimizer.ema(state.ema, params, config.ema, state.step)
+    ema = optimizer.update_ema(state.ema, params, config.ema, state.step)
     return FitState(params, opt_state, ema, state.step + 1), dict(metrics, loss=loss)
 
   def make(step: int):
@@ -126,13 +126,13 @@ def batched(
     function: Callable, params: Tree, mesh: jax.sharding.Mesh, *, size: int, label: str
 ) -> Callable:
   """`apply(array [n, ...])`: jitted `function(params, rows)` in equal chunks over the mesh."""
-  params = jax.device_put(params, sharding.replicated(mesh))
+  params = jax.device_put(params, replicated_sharding(mesh))
 
   def apply(array: np.ndarray) -> np.ndarray:
     results = []
     for start in tqdm(range(0, len(array), size), desc=label, unit="batch", mininterval=2):
       chunk = np.asarray(array[start : start + size])
-      rows = jax.device_put(sharding.filled(chunk, size), sharding.over_data(mesh))
+      rows = jax.device_put(pad_batch(chunk, size), batch_sharding(mesh))
       result = function(params, rows)
       results.append(np.asarray(result)[: len(chunk)])
     return np.concatenate(results)

@@ -12,29 +12,20 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from cc_jax.customcontrast.model import Conditioning, CustomContrast, Subject
 from cc_jax.diffusion.guidance import classifier_free
 from cc_jax.diffusion.samplers import StepTable, integrate, keyed_noise
+from cc_jax.models.vae import images_to_latents, latents_to_images
+from cc_jax.sampling.prompts import Prompts
 
 # What one denoising step asks the UNet, stacked along the batch in this order.
 EMPTY, TEXT, FULL = "empty prompt, no image", "prompt, no image", "prompt and image"
 
 
-class Prompts(NamedTuple):
-  """Tokenized prompts; one id array per text encoder (SDXL has two)."""
-
-  ids: tuple[Int[np.ndarray, "b t"], ...]
-  slot: Int[np.ndarray, " b"]  # where S+ goes
-  noun_span: Int[np.ndarray, "b 2"]  # the class noun's tokens
-  # Of the further subjects in the same prompts, in the order of their slots.
-  more: tuple[tuple[Int[np.ndarray, " b"], Int[np.ndarray, "b 2"]], ...] = ()
-
-
-class Request(NamedTuple):
+class SamplerInputs(NamedTuple):
   """One batch for `draw`: B pictures, each of one subject with R references, or of several."""
 
   prompts: Prompts
@@ -54,7 +45,7 @@ class Request(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class SamplingConfig:
   """What is fixed when `draw` is compiled."""
 
   branches: tuple[str, ...]
@@ -64,27 +55,27 @@ class Plan:
   clip_skip: int = 0  # layers of the text encoders left out at the end
 
 
-def branches(guidance: float, image_guidance: float | None) -> tuple[str, ...]:
+def guidance_branches(guidance: float, image_guidance: float | None) -> tuple[str, ...]:
   """What guidance needs of the UNet; `image_guidance` None = `guidance` is for both."""
   if image_guidance is not None:
     return (EMPTY, TEXT, FULL)
   return (FULL,) if guidance == 1.0 else (EMPTY, FULL)
 
 
-class Drawing(NamedTuple):
+class SamplerOutput(NamedTuple):
   """`images` in [0, 1]; `maps`: per layer, the location map m at every step (may be empty)."""
 
   images: Float[Array, "b h w 3"]
   maps: tuple[Float[Array, "steps b s 1"], ...] = ()
 
 
-def draw(
+def sample_images(
   merge: Callable[[Any], Any],
   params: Any,
-  request: Request,
-  plan: Plan,
+  request: SamplerInputs,
+  plan: SamplingConfig,
   tick: Callable[[], None] | None = None,
-) -> Drawing:
+) -> SamplerOutput:
   """Noise -> pictures; pure.
 
   The visual Q-Former and the image encoder run once. The textual Q-Former, and with S+ the text
@@ -98,7 +89,7 @@ def draw(
     tick: called on the host at every call of the UNet, for a progress bar.
   """
   model = merge(params)
-  conditions = (_subject if isinstance(model, CustomContrast) else _plain)(model, request, plan)
+  conditions = (_subject_conditions if isinstance(model, CustomContrast) else _base_conditions)(model, request, plan)
   count = len(plan.branches)
 
   def denoise(latents, t, step):
@@ -118,13 +109,13 @@ def draw(
     denoise,
     request.noise,
     request.table,
-    image=None if request.image is None else encode(model.vae, request.image),
+    image=None if request.image is None else images_to_latents(model.vae, request.image),
     noise_fn=_fresh_noise(request.noise) if plan.adds_noise else None,
     return_inputs=True,
   )
-  images = decode(model.vae, latents)
+  images = latents_to_images(model.vae, latents)
   if not plan.maps:
-    return Drawing(images)
+    return SamplerOutput(images)
 
   # A second look at the states that steps began with, with the prompt and the image alone.
   def look(row):
@@ -133,31 +124,7 @@ def draw(
 
   steps = jnp.arange(len(request.scale))
   first = jnp.searchsorted(request.table.step, steps)  # of a step's calls
-  return Drawing(images, jax.lax.map(look, (steps, request.table.timestep[first], states[first])))
-
-
-def decode(vae: nnx.Module, latents: Float[Array, "b h w c"]) -> Float[Array, "b h w 3"]:
-  """Latents in the UNet's units -> pixels in [0, 1], clipped, float32."""
-  z = latents / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
-  return jnp.clip(vae.decode(z).astype(jnp.float32) / 2 + 0.5, 0.0, 1.0)
-
-
-def encode(
-  vae: nnx.Module,
-  images: UInt8[Array, "b h w 3"],
-  noise_of: Callable[[tuple[int, ...]], Float[Array, "b h w c"]] | None = None,
-) -> Float[Array, "b h w c"]:
-  """Pixels -> latents in the UNet's units, float32: the VAE's mean or a sample of its posterior.
-
-  `noise_of`: a latent's shape [h, w, c] -> unit normal noise, for a sample.
-  """
-  z, logvar = vae.encode(images.astype(jnp.float32) / 127.5 - 1)
-  z = z.astype(jnp.float32)
-  if noise_of is not None:
-    # The bounds of diffusers' DiagonalGaussianDistribution.
-    deviation = jnp.exp(0.5 * jnp.clip(logvar.astype(jnp.float32), -30.0, 20.0))
-    z = z + deviation * noise_of(z.shape[1:])
-  return (z - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
+  return SamplerOutput(images, jax.lax.map(look, (steps, request.table.timestep[first], states[first])))
 
 
 def _fresh_noise(noise: Float[Array, "b h w c"]):
@@ -172,7 +139,7 @@ def bundle(base: Any) -> nnx.Module:
   return nnx.Dict(unet=base.unet, vae=base.vae, text_encoders=nnx.List(base.text_encoders))
 
 
-def _subject(model: CustomContrast, request: Request, plan: Plan):
+def _subject_conditions(model: CustomContrast, request: SamplerInputs, plan: SamplingConfig):
   """`conditions(branches, t, step)` -> Conditioning, for a CustomContrast model."""
   prompts, use_image, size = request.prompts, request.use_image, request.noise.shape[0]
   time_ids = jnp.broadcast_to(request.time_ids, (size, 6))
@@ -246,7 +213,7 @@ def _subject(model: CustomContrast, request: Request, plan: Plan):
   return conditions
 
 
-def _plain(model: nnx.Module, request: Request, plan: Plan):
+def _base_conditions(model: nnx.Module, request: SamplerInputs, plan: SamplingConfig):
   """`conditions(branches, t, step)` -> arguments of the UNet, for a plain base."""
   size = request.noise.shape[0]
   rows = []

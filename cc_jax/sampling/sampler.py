@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
-from jaxtyping import Bool, Float, Int, UInt8
+from jaxtyping import Bool, Float, UInt8
 from tqdm import tqdm
 
 from cc_jax.customcontrast.model import CustomContrast
@@ -21,18 +21,20 @@ from cc_jax.diffusion.samplers import (
 )
 from cc_jax.diffusion.schedule import NoiseSchedule
 from cc_jax.errors import UserError
-from cc_jax.parallel import rules as sharding
+from cc_jax.parallel.mesh import batch_sharding, pad_batch, replicate
 from cc_jax.sampling.images import to_uint8
-from cc_jax.sampling.sample import Plan, Prompts, Request, branches, bundle, draw
-from data_pipeline.tokens import encode_prompt
-
-__all__ = ["Drawer", "Prompts", "bundle", "check_guidance", "encode_prompts"]
-
+from cc_jax.sampling.prompts import Prompts
+from cc_jax.sampling.sample import (
+  SamplerInputs,
+  SamplingConfig,
+  guidance_branches,
+  sample_images,
+)
 
 CALLS = 25  # numbers of UNet calls are rounded up to multiples of this
 
 
-class Drawer:
+class ImageSampler:
   """Draws any number of pictures with one model, in batches of one size.
 
   What is compiled once serves all prompts, seeds, scales, guidances above 1 and, up to the next
@@ -62,7 +64,7 @@ class Drawer:
     if merge is not None:
       self.params = None
     elif mesh is not None:
-      self.params = sharding.put_replicated(self.params, mesh)
+      self.params = replicate(self.params, mesh)
     self.schedule, self.mesh = schedule, mesh
     self.is_subject_model = isinstance(model, CustomContrast)
     self.layers = len(model.group_of_layer) if self.is_subject_model else 1
@@ -70,9 +72,9 @@ class Drawer:
     self.latent_size = (side, side) if isinstance(side, int) else tuple(side)
     self.latent_channels = model.vae.config.latent_channels
     self.factor = model.vae.config.factor  # pixels per latent
-    # Bound here, so that what one Drawer has compiled is never looked up for another.
+    # Bound here, so that what one ImageSampler has compiled is never looked up for another.
     self._draw = jax.jit(
-      lambda params, request, plan, tick: draw(self.merge, params, request, plan, tick),
+      lambda params, request, plan, tick: sample_images(self.merge, params, request, plan, tick),
       static_argnames=("plan", "tick"),
     )
 
@@ -164,10 +166,10 @@ class Drawer:
       scale = np.zeros_like(scale)
     elif use_image is None:
       use_image = np.ones(count, bool)
-    asked = branches(guidance, None if references is None else image_guidance)
+    asked = guidance_branches(guidance, None if references is None else image_guidance)
     if maps and not self.is_subject_model:
       raise UserError("a plain base has no location maps; give an adapter")
-    plan = Plan(asked, adds_noise(table), s_plus, maps, clip_skip)
+    plan = SamplingConfig(asked, adds_noise(table), s_plus, maps, clip_skip)
 
     table = padded(table, -(-len(table.step) // CALLS) * CALLS)
     scale = np.pad(scale, ((0, len(table.step) - made), (0, 0)))
@@ -185,12 +187,12 @@ class Drawer:
       range(0, count, size), desc="drawing", unit="batch", disable=not progress
     ):
       here = min(size, count - start)
-      cut = lambda x: sharding.filled(x[start : start + here], size)  # noqa: B023, E731
+      cut = lambda x: pad_batch(x[start : start + here], size)  # noqa: B023, E731
       rows_here = jax.tree.map(cut, rows)
       if self.mesh is not None:
-        rows_here = jax.device_put(rows_here, sharding.over_data(self.mesh))
+        rows_here = jax.device_put(rows_here, batch_sharding(self.mesh))
       batch, subjects = rows_here
-      request = Request(
+      request = SamplerInputs(
         batch[0],
         tuple(i[:1] for i in negative.ids),
         *batch[1:],
@@ -231,62 +233,3 @@ def check_guidance(guidance: float, image_guidance: float | None) -> None:
   for name, value in (("guidance", guidance), ("image_guidance", image_guidance)):
     if value is not None and not (np.isfinite(value) and value >= 0):
       raise UserError(f"{name} {value} makes no sense; use 1 (none) to about 10, usually 5")
-
-
-def encode_prompts(
-  tokenizers: Sequence[Any], prompts: Sequence[str],
-  nouns: Sequence[str | Sequence[str]] | None = None,
-  *, s_words: int = 0,
-) -> Prompts:
-  """Token ids of prompts and, with `nouns`, where S+ goes (else at the end: no S+ may be used).
-
-  A prompt of several subjects has a sequence of nouns, in the order in which the prompt names them,
-  and as many as the others; a noun that comes twice means its second occurrence the second time.
-
-  Raises:
-    UserError, DataError: a prompt is too long (with S+'s `s_words` tokens), lacks its noun, or
-      names its subjects in another order.
-  """
-  first = tokenizers[0]
-  places = [(np.zeros(len(prompts), np.int32), np.zeros((len(prompts), 2), np.int32))]
-  if nouns is None:
-    ids = np.stack([_plain_ids(first, prompt) for prompt in prompts])
-  else:
-    nouns = [(noun,) if isinstance(noun, str) else tuple(noun) for noun in nouns]
-    rows = [_encode_subjects(first, *row, s_words) for row in zip(prompts, nouns, strict=True)]
-    ids = np.stack([row[0] for row in rows])
-    places = [
-      (np.asarray([slot for slot, _ in place], np.int32), np.stack([span for _, span in place]))
-      for place in zip(*(row[1] for row in rows), strict=True)
-    ]
-  others = [np.stack([_plain_ids(t, p) for p in prompts]) for t in tokenizers[1:]]
-  return Prompts((ids, *others), *places[0], more=tuple(places[1:]))
-
-
-def _encode_subjects(tokenizer: Any, prompt: str, nouns: tuple[str, ...], s_words: int):
-  """(ids, (slot, span) of each noun's subject)."""
-  places = []
-  for number, noun in enumerate(nouns):
-    ids, slot, span = encode_prompt(
-      tokenizer, prompt, noun, s_words * len(nouns), occurrence=nouns[:number].count(noun)
-    )
-    if places and slot <= places[-1][0]:
-      raise UserError(
-        f"the prompt {prompt!r} names {noun!r} before {nouns[number - 1]!r}; give the class nouns, "
-        "and their references, in the order of the prompt"
-      )
-    places.append((slot, span))
-  return ids, places
-
-
-def _plain_ids(tokenizer: Any, prompt: str) -> Int[np.ndarray, " t"]:
-  limit = tokenizer.model_max_length
-  found = tokenizer(prompt)["input_ids"]
-  if len(found) > limit:
-    raise UserError(
-      f"the prompt {prompt!r} has {len(found)} tokens and the tokenizer's limit is {limit}; "
-      f"shorten it by {len(found) - limit} tokens"
-    )
-  padded = np.full(limit, tokenizer.pad_token_id, np.int32)
-  padded[: len(found)] = found
-  return padded

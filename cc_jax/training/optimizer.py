@@ -41,11 +41,11 @@ def make_optimizer(train: ml_collections.ConfigDict) -> optax.GradientTransforma
   return optax.chain(
     optax.clip_by_global_norm(train.clip_norm) if train.clip_norm > 0 else optax.identity(),
     optax.scale_by_adam(train.beta1, train.beta2, eps=1e-8),
-    optax.add_decayed_weights(train.weight_decay, mask=decayed),
+    optax.add_decayed_weights(train.weight_decay, mask=decay_mask),
   )
 
 
-def decayed(params: Params) -> dict[str, bool]:
+def decay_mask(params: Params) -> dict[str, bool]:
   """Which parameters weight decay pulls to zero: not biases, norms' scales, gates and scalars."""
 
   def matrix(path: str, value: Array) -> bool:
@@ -54,7 +54,7 @@ def decayed(params: Params) -> dict[str, bool]:
   return {path: matrix(path, value) for path, value in params.items()}
 
 
-def apply(
+def apply_update(
   params: Params, directions: Params, rate: Float[Array, ""], gate_rate: float = 1.0
 ) -> tuple[Params, Params]:
   """(params - rate * directions, the change itself); the injection's gates move gate_rate as fast.
@@ -72,7 +72,7 @@ def apply(
   return optax.apply_updates(params, change), change
 
 
-def ema(average: Any, params: Any, decay: float, step: Int[Array, ""]) -> Any:
+def update_ema(average: Any, params: Any, decay: float, step: Int[Array, ""]) -> Any:
   """decay * average + (1 - decay) * params, with the decay held at (1 + n) / (10 + n) at first.
 
   Without the cap an average over 1 / (1 - decay) steps remembers the random start of a short run.

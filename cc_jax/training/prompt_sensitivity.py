@@ -18,29 +18,31 @@ from jaxtyping import Array, Bool, Float
 
 from cc_jax.customcontrast.build import Params
 from cc_jax.objectives.diffusion import per_sample_mse
-from cc_jax.parallel import rules as sharding
-from cc_jax.training.step import Batch, Draws, Method, denoise, unit
+from cc_jax.parallel.mesh import replicated_sharding, shard_batch
+from cc_jax.training.context import Batch, StepContext, to_unit_range
+from cc_jax.training.losses import denoise
+from cc_jax.training.noise import StepNoise
 
 NOISE_LEVEL = 0.85  # t / T: late enough that the picture itself says little (lab.md's value)
 NumpyBatch = dict[str, np.ndarray]
 
 
 def sample_losses(
-  method: Method, adapter: Params, frozen: Params, batch: Batch
+  method: StepContext, adapter: Params, frozen: Params, batch: Batch
 ) -> Float[Array, " b"]:
   """Diffusion loss of each sample at t = 0.85 T, with reference, prompt and one noise."""
   model = method.model(adapter, frozen)
   size = batch["target"].shape[0]
   t = jnp.full((size,), int(NOISE_LEVEL * method.schedule.num_train_timesteps), jnp.int32)
   every = jnp.ones(size, bool)
-  features, _ = model.image_features(unit(batch["reference"]))
+  features, _ = model.image_features(to_unit_range(batch["reference"]))
   keys = jax.random.split(jax.random.key(method.config.seed), size)
-  draws = Draws(t, keep_text=every, keep_image=every, noise=keys)
+  draws = StepNoise(t, keep_text=every, keep_image=every, noise=keys)
   return per_sample_mse(*denoise(method, model, batch, features, draws))
 
 
-def make_gaps(
-  method: Method, mesh: Mesh, batch: NumpyBatch, wrong: Mapping[str, tuple[NumpyBatch, np.ndarray]]
+def make_prompt_sensitivity(
+  method: StepContext, mesh: Mesh, batch: NumpyBatch, wrong: Mapping[str, tuple[NumpyBatch, np.ndarray]]
 ) -> Callable[[Params, Params], dict[str, float]]:
   """A function (adapter, frozen) -> {'gap/<word>': relative rise of the loss} on one fixed batch.
 
@@ -48,11 +50,11 @@ def make_gaps(
   """
   losses = jax.jit(
     lambda adapter, frozen, batch: sample_losses(method, adapter, frozen, batch),
-    out_shardings=sharding.replicated(mesh),
+    out_shardings=replicated_sharding(mesh),
   )
-  right = sharding.put_batch(batch, mesh)
+  right = shard_batch(batch, mesh)
   others = {
-    name: (sharding.put_batch(values, mesh), sharding.put_batch({"changed": changed}, mesh))
+    name: (shard_batch(values, mesh), shard_batch({"changed": changed}, mesh))
     for name, (values, changed) in wrong.items()
   }
 

@@ -16,7 +16,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -60,7 +60,7 @@ class Telemetry:
     if not writes:
       return
     self._path = workdir / "metrics.jsonl"
-    cut_back(self._path, start)
+    truncate_log(self._path, start)
     self._file = self._tensorboard = None
     if "://" in str(workdir):  # a bucket's files cannot grow
       self._text = self._path.read_text() if self._path.exists() else ""
@@ -119,7 +119,7 @@ class Telemetry:
     """Writes one line of any values now: averages, wrong-word gaps, scores."""
     if not self._writes:
       return
-    line = json.dumps({"step": step, **plain(values)}) + "\n"
+    line = json.dumps({"step": step, **json_numbers(values)}) + "\n"
     if self._file is None:
       self._text += line
       self._path.write_text(self._text)
@@ -134,7 +134,7 @@ class Telemetry:
     folder = self._workdir / "bad_steps"
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"{step:07d}.process{jax.process_index()}.json"
-    found = {"step": step, "metrics": plain({k: float(v) for k, v in metrics.items()})}
+    found = {"step": step, "metrics": json_numbers({k: float(v) for k, v in metrics.items()})}
     found |= {key: np.asarray(ids).tolist() for key, ids in batch.items() if key.endswith("_id")}
     file.write_text(json.dumps(found, indent=1) + "\n")
     return str(file)
@@ -195,12 +195,12 @@ class Profile:
       self._runs = False
 
 
-def plain(values: Mapping[str, float]) -> dict[str, float | str]:
+def json_numbers(values: Mapping[str, float]) -> dict[str, float | str]:
   """JSON has no NaN: a line with one must still be readable by every program."""
   return {k: v if math.isfinite(v) else str(v) for k, v in values.items()}
 
 
-def cut_back(path: epath.Path, step: int) -> None:
+def truncate_log(path: epath.Path, step: int) -> None:
   """Drops the lines of a JSONL log after `step`, and a last line that was cut off by a kill."""
   if not path.exists():
     return
@@ -216,18 +216,8 @@ def cut_back(path: epath.Path, step: int) -> None:
   beside.replace(path)
 
 
-def read(path: epath.PathLike) -> list[dict[str, float]]:
+def read_log(path: epath.PathLike) -> list[dict[str, float]]:
   """The log's lines, timings left out: what two equal runs must agree on."""
   lines = [json.loads(line) for line in epath.Path(path).read_text().splitlines()]
   timings = {*TIMINGS, *(f"share/{kind}" for kind in SHARES)}
   return [{k: v for k, v in line.items() if k not in timings} for line in lines]
-
-
-def align(rows: Sequence[Sequence[str]], left: int) -> str:
-  """A table in plain text; the first `left` columns are flush left, numbers flush right."""
-  widths = [max(map(len, column)) for column in zip(*rows)]
-  lines = []
-  for row in rows:
-    cells = [c.ljust(w) if i < left else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths))]
-    lines.append("  ".join(cells).rstrip())
-  return "\n".join(lines)

@@ -1,0 +1,121 @@
+"""Writes bases and single networks as diffusers and transformers would."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from flax import nnx
+
+from cc_jax.bases.base import Base
+from cc_jax.bases.files import (
+  COMPONENTS,
+  NETWORKS,
+  read_json,
+)
+from cc_jax.bases.tokenizer import save_tokenizer
+from cc_jax.bases.weights import replacing, save_weights
+from cc_jax.errors import UserError
+from cc_jax.models.clip_pixels import CLIP_PROCESSOR, processor_to_dict
+from cc_jax.models.unet_config import UNetConfig
+
+# Our UNetConfig always has one value a block.
+_PER_BLOCK = (
+  "layers_per_block", "cross_attention_dim", "transformer_layers_per_block", "attention_head_dim"
+)  # fmt: skip
+
+
+def save_module(module: nnx.Module, folder: str | Path, *, dtype: Any = None) -> None:
+  """Writes one network as diffusers or transformers would; `dtype` None keeps the parameters'."""
+  folder = Path(folder)
+  _, stem, _ = NETWORKS[type(module)]
+  save_weights(module, folder / f"{stem}.safetensors", dtype=dtype)
+  _write_json(folder / "config.json", _config_json(module))
+
+
+def save_base(base: Base, folder: str | Path, *, dtype: Any = None) -> None:
+  """Writes the whole base. `model_index.json` comes last: a folder without it is incomplete.
+
+  Raises:
+    UserError: the folder cannot be written.
+  """
+  folder = Path(folder)
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "model_index.json").unlink(missing_ok=True)
+  except OSError as error:
+    raise UserError(f"{folder} cannot be written: {error.strerror}; choose another") from error
+  for suffix, tokenizer in zip(("", "_2"), base.tokenizers):
+    save_tokenizer(tokenizer, folder / f"tokenizer{suffix}")
+  for name, module in base.networks.items():
+    save_module(module, folder / name, dtype=dtype)
+  finish_base(folder, base.scheduler_config, base.image_processor)
+
+
+def finish_base(
+  folder: str | Path, scheduler: Mapping[str, Any], processor: Mapping[str, Any] | None = None
+) -> None:
+  """Adds what makes a folder of saved networks and tokenizers a base.
+
+  Args:
+    scheduler: the scheduler's config with its `_class_name`.
+    processor: as in `Base.image_processor`; default CLIP's at the image encoder's size.
+  """
+  folder = Path(folder)
+  index = {"_class_name": "StableDiffusionPipeline", "_diffusers_version": _diffusers_version()}
+  for name, cls in COMPONENTS.items():
+    if (folder / name).is_dir():
+      values = read_json(folder / name / "config.json")
+      in_transformers = "architectures" in values
+      kind = values["architectures"][0] if in_transformers else values["_class_name"]
+      assert kind in NETWORKS[cls][2], (name, kind)
+      index[name] = ["transformers" if in_transformers else "diffusers", kind]
+  for name in ("tokenizer", "tokenizer_2"):
+    if (folder / name).is_dir():
+      index[name] = ["transformers", "CLIPTokenizer"]
+
+  # The pipeline forces an offset of 1 on every scheduler; the file says so, for all who read it.
+  scheduler = {"steps_offset": 1, **scheduler}
+  _write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
+  index["scheduler"] = ["diffusers", scheduler["_class_name"]]
+  index["feature_extractor"] = [None, None]
+  if "image_encoder" in index:
+    index["feature_extractor"] = ["transformers", "CLIPImageProcessor"]
+    size = read_json(folder / "image_encoder" / "config.json")["image_size"]
+    processor = processor or {**CLIP_PROCESSOR, "size": size}
+    file = folder / "feature_extractor" / "preprocessor_config.json"
+    _write_json(file, processor_to_dict(processor))
+  if "text_encoder_2" in index:
+    index |= {"_class_name": "StableDiffusionXLPipeline", "force_zeros_for_empty_prompt": True}
+  else:
+    index |= {"safety_checker": [None, None], "requires_safety_checker": False}
+  _write_json(folder / "model_index.json", index)
+
+
+# ---- writing
+
+
+def _config_json(module: nnx.Module) -> dict[str, Any]:
+  """The network's config.json in the words of its PyTorch original."""
+  config = module.config
+  values = config.to_dict() if hasattr(config, "to_dict") else dataclasses.asdict(config)
+  if isinstance(config, UNetConfig):
+    for name in _PER_BLOCK:  # some readers of these take a number only
+      values[name] = values[name][0] if len(set(values[name])) == 1 else values[name]
+  if "architectures" in values:
+    return values
+  kind = NETWORKS[type(module)][2][0]
+  return {"_class_name": kind, "_diffusers_version": _diffusers_version(), **values}
+
+
+def _write_json(file: Path, values: Mapping[str, Any]) -> None:
+  with replacing(file) as temporary:
+    temporary.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+def _diffusers_version() -> str:
+  return importlib.metadata.version("diffusers")

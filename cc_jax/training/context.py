@@ -1,0 +1,105 @@
+"""What a training step knows besides arrays."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+
+import jax.numpy as jnp
+import ml_collections
+from flax import nnx
+from jax.sharding import Mesh
+from jaxtyping import Array, Float
+
+from cc_jax.customcontrast.build import Params, merge_params
+from cc_jax.customcontrast.model import CustomContrast
+from cc_jax.diffusion.schedule import NoiseSchedule
+from cc_jax.errors import UserError
+from cc_jax.models.remat import check_policies, set_policies
+from cc_jax.objectives.contrast import Contrast
+from cc_jax.parallel.fsdp import all_gather_on_use, remat_all_gathers
+from cc_jax.parallel.mesh import batch_sharding
+from cc_jax.parallel.rules import shards_params
+
+Batch = Mapping[str, Array]
+Metrics = dict[str, Float[Array, ""]]
+CSCL_FRAMES = ("same_frame", "cross_frame")
+
+
+@dataclasses.dataclass(frozen=True)
+class StepContext:
+  """What a step knows besides arrays."""
+
+  definition: nnx.GraphDef
+  schedule: NoiseSchedule
+  config: ml_collections.ConfigDict
+  empty_prompt: tuple[int, ...]  # [T] token ids of ""
+  mesh: Mesh | None = None  # over which the batch is cut, for losses that must know
+
+  def __post_init__(self):
+    objective, train = self.config.objective, self.config.train
+    parts = train.accumulate * self.contrast.devices  # the latter checks its own settings
+    if train.batch_size % parts:
+      raise UserError(
+        f"train.batch_size={train.batch_size} does not divide into train.accumulate="
+        f"{train.accumulate} parts on {self.contrast.devices} devices; use a multiple of {parts}"
+      )
+    check_policies("train.remat_unet", train.remat_unet)
+    check_policies("train.remat_text", [train.remat_text])
+    if objective.cscl_frame not in CSCL_FRAMES:
+      raise UserError(
+        f"unknown cscl_frame {objective.cscl_frame!r}; we have {', '.join(CSCL_FRAMES)}"
+      )
+    drops = [objective.drop_text, objective.drop_image, objective.drop_both]
+    if min(drops) < 0 or sum(drops) > 1:
+      raise UserError(f"drop_text, drop_image, drop_both are {drops}: shares that sum to at most 1")
+    if objective.timestep_shift <= 0 or objective.subject_weight < 0:
+      raise UserError(
+        f"objective.timestep_shift={objective.timestep_shift} must be positive (1 = uniform), "
+        f"objective.subject_weight={objective.subject_weight} not negative (0 = plain loss)"
+      )
+
+  @property
+  def contrast(self) -> Contrast:
+    """The implementation of the contrastive losses."""
+    objective, axes = self.config.objective, ()
+    if self.mesh is not None:
+      axes = batch_sharding(self.mesh).spec[0]
+      axes = axes if isinstance(axes, tuple) else (axes,)
+    return Contrast(objective.contrast, objective.tile, self.mesh, axes)
+
+  def model(self, *parts: Params) -> CustomContrast:
+    """The CustomContrast module with these weights (adapter's and base's)."""
+    return merge_params(self.definition, *parts)
+
+  def learning_model(self, *parts: Params) -> CustomContrast:
+    """The same for a gradient: gathered over fsdp, with train.remat_unet and train.remat_text."""
+    model, train = self.model(*parts), self.config.train
+    if self.mesh is not None and shards_params(self.mesh):
+      all_gather_on_use(model, self.mesh)
+    unet = model.unet
+    blocks = [*unet.down_blocks, unet.mid_block, *unet.up_blocks]
+    check_policies("train.remat_unet", train.remat_unet, len(blocks))
+    set_policies(blocks, train.remat_unet)
+    set_policies([t.text_model.encoder for t in model.text_encoders], [train.remat_text])
+    return model
+
+  def remat_all_gathers(self, function: Callable) -> Callable:
+    """A loss whose gradient keeps no gathered weights.
+
+    With train.remat_* the blocks that compute again see to their own; the rest, such as the
+    MFI-Encoder's, are then kept.
+    """
+    train = self.config.train
+    if any(word != "none" for word in (*train.remat_unet, train.remat_text)):
+      return function
+    return remat_all_gathers(function, self.mesh)
+
+
+def to_unit_range(images: Array) -> Float[Array, "b h w 3"]:
+  """uint8 -> [0, 1], what image encoders take."""
+  return images.astype(jnp.float32) / 255
+
+
+def prefix_keys(prefix: str, values: Mapping[str, Array]) -> Metrics:
+  return {f"{prefix}/{key}": value for key, value in values.items()}

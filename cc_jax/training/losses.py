@@ -1,0 +1,112 @@
+"""The loss of a training step: diffusion and contrast over the global batch."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from cc_jax.customcontrast.build import Params
+from cc_jax.customcontrast.model import CustomContrast
+from cc_jax.models.vae import images_to_latents
+from cc_jax.objectives.diffusion import diffusion_loss, min_snr_weights
+from cc_jax.training.context import Batch, Metrics, StepContext, prefix_keys, to_unit_range
+from cc_jax.training.contrastive import contrastive_objective
+from cc_jax.training.noise import StepNoise, sample_step_noise
+
+
+def sample_latents(vae: nnx.Module, images: Array, keys: Array) -> Float[Array, "b h w c"]:
+  """uint8 images [B, H, W, 3] -> a sample of the VAE's posterior in the UNet's units, float32.
+
+  `keys` [B]: one for each sample.
+  """
+  return images_to_latents(vae, images, functools.partial(_normal, keys))
+
+
+def subject_weights(
+  masks: Array, size: tuple[int, int], weight: float
+) -> Float[Array, "b h w"] | None:
+  """1 + weight * mask at the latents' size, for uint8 masks [B, H, W]; None for weight 0. [R]"""
+  if not weight:
+    return None
+  share = masks.astype(jnp.float32) / 255
+  return 1 + weight * jax.image.resize(share, (share.shape[0], *size), "linear", antialias=True)
+
+
+def denoise(
+  method: StepContext,
+  model: CustomContrast,
+  batch: Batch,
+  features: Float[Array, "b p c"],
+  draws: StepNoise,
+) -> tuple[Float[Array, "b h w c"], Float[Array, "b h w c"]]:
+  """(prediction, what it should be) for the target frame noised to t."""
+  t, keep_text, keep_image, keys = draws
+  of_posterior, of_noise = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
+  latents = sample_latents(model.vae, batch["target"], of_posterior)
+  noise = _normal(of_noise, latents.shape[1:])
+  empty = jnp.asarray(method.empty_prompt, jnp.int32)
+  conditioning = model.condition(
+    features,
+    jnp.where(keep_text[:, None], batch["input_ids"], empty),
+    batch["slot"],
+    batch["noun_span"],
+    t,
+    use_image=keep_image,
+    # An empty prompt has no noun for S+ to stand after. [R]
+    use_s_plus=keep_image & keep_text,
+    time_ids=_whole_picture(model.unet, batch["target"]),
+  )
+  schedule = method.schedule
+  prediction = model.predict(schedule.add_noise(latents, noise, t), t, conditioning)
+  return prediction, schedule.target(latents, noise, t)
+
+
+def total_loss(
+  method: StepContext, trainable: Params, frozen: Params, batch: Batch, key: Array
+) -> tuple[Float[Array, ""], Metrics]:
+  """L = L_diffusion + λ_cscl L_CSCL + λ_macl L_MACL [P: the form; R: λ] over the global batch.
+
+  `batch` is the loader's (data_pipeline.make_loader), arrays of the whole global batch. Contrast
+  sees every image: condition dropout concerns the diffusion loss alone, since the tokens of dropped
+  images would all be the same.
+  """
+  model = method.learning_model(trainable, frozen)
+  draws = sample_step_noise(method, key, batch["target"].shape[0])
+  features, embed = model.image_features(to_unit_range(batch["reference"]))
+  total, metrics = diffusion_objective(method, model, batch, features, draws)
+  contrast, parts = contrastive_objective(
+    model, method.config.objective, batch, features, embed, draws.t, method.contrast
+  )
+  total = total + contrast
+  return total, {"loss": total, **metrics, **parts}
+
+
+def diffusion_objective(
+  method: StepContext, model: CustomContrast, batch: Batch, features: Float[Array, "b p c"], draws: StepNoise
+) -> tuple[Float[Array, ""], Metrics]:
+  """L_diffusion; `features` are the references'."""
+  objective, schedule = method.config.objective, method.schedule
+  prediction, target = denoise(method, model, batch, features, draws)
+  snr = schedule.snr(draws.t)
+  weights = min_snr_weights(snr, objective.min_snr_gamma, schedule.prediction_type)
+  mask = subject_weights(batch["target_mask"], prediction.shape[1:3], objective.subject_weight)
+  total, parts = diffusion_loss(prediction, target, weights, mask)
+  return total, {"loss/diffusion": total, **prefix_keys("diffusion", parts)}
+
+
+
+def _whole_picture(unet: nnx.Module, images: Array) -> Float[Array, "b 6"] | None:
+  """SDXL's time_ids of an uncropped picture: original size, crop corner, target size."""
+  if unet.config.addition_embed_type != "text_time":
+    return None
+  size, height, width = images.shape[:3]
+  return jnp.tile(jnp.asarray([height, width, 0, 0, height, width], jnp.float32), (size, 1))
+
+
+def _normal(keys: Array, shape: tuple[int, ...]) -> Float[Array, "b ..."]:
+  """Standard normal samples [B, *shape], each from a key of its own."""
+  return jax.vmap(lambda key: jax.random.normal(key, shape))(keys)

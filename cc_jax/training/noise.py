@@ -1,0 +1,56 @@
+"""The randomness of a training step, sample by sample."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+from jaxtyping import Array, Bool, Int
+
+from cc_jax.training.context import StepContext
+
+
+class StepNoise(NamedTuple):
+  """The randomness of a step, sample by sample, so that it does not depend on how the batch is cut.
+  """
+
+  t: Int[Array, " b"]
+  keep_text: Bool[Array, " b"]
+  keep_image: Bool[Array, " b"]
+  noise: Array  # [B] keys
+
+
+def sample_step_noise(method: StepContext, key: Array, size: int) -> StepNoise:
+  """Everything random about `size` samples."""
+  objective, steps = method.config.objective, method.schedule.num_train_timesteps
+  of_t, of_dropout, of_noise = jax.random.split(key, 3)
+  t = sample_timesteps(of_t, size, steps, objective.timestep_shift)
+  keep = keep_conditions(of_dropout, size, objective)
+  return StepNoise(t, *keep, jax.random.split(of_noise, size))
+
+
+def keep_conditions(
+  key: Array, size: int, objective: ml_collections.ConfigDict
+) -> tuple[Bool[Array, " b"], Bool[Array, " b"]]:
+  """(keep text, keep image) per sample: disjoint shares lose the text, the image, or both.
+
+  IP-Adapter's published values are 5 % each.
+  """
+  u = jax.random.uniform(key, (size,))
+  text, image, both = objective.drop_text, objective.drop_image, objective.drop_both
+  drops_text, drops_image = u < text, (u >= text) & (u < text + image)
+  drops_both = (u >= text + image) & (u < text + image + both)
+  return ~(drops_text | drops_both), ~(drops_image | drops_both)
+
+
+def sample_timesteps(key: Array, size: int, steps: int, shift: float) -> Int[Array, " b"]:
+  """Uniform timesteps in [0, steps), moved towards noise: u -> shift u / (1 + (shift - 1) u).
+
+  shift 1 is the plain draw. More than 1 dwells where an image's colours and layout are decided; the
+  map is that of SD3 (arXiv 2403.03206, section 5.3.2), here for training alone. [R]
+  """
+  u = jax.random.uniform(key, (size,))
+  u = shift * u / (1 + (shift - 1) * u)
+  return jnp.minimum((u * steps).astype(jnp.int32), steps - 1)

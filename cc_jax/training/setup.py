@@ -1,0 +1,153 @@
+"""From a config to what the training loop needs: base, adapter, context, data."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+from etils import epath
+from flax import nnx
+
+import data_pipeline
+from cc_jax.bases.base import Base, abstract_base
+from cc_jax.bases.files import ASSETS
+from cc_jax.customcontrast.build import Params, build_customcontrast, eval_shape_only
+from cc_jax.customcontrast.injection import InjectionConfig
+from cc_jax.customcontrast.mfi_encoder import MFIEncoderConfig
+from cc_jax.diffusion.schedule import NoiseSchedule
+from cc_jax.errors import UserError
+from cc_jax.parallel.mesh import local_rows
+from cc_jax.training import prompt_sensitivity as gaps
+from cc_jax.training.context import StepContext
+from cc_jax.training.prompt_sensitivity import make_prompt_sensitivity
+from data_pipeline.subjects3d.factors import SCENES
+from data_pipeline.tokens import empty_prompt
+
+DTYPES = ("float32", "bfloat16")
+
+
+def adapter_configs(config: ml_collections.ConfigDict) -> tuple[MFIEncoderConfig, InjectionConfig]:
+  """The adapter's two sections, checked. Raises UserError for a wrong key, type or choice."""
+  return MFIEncoderConfig.from_config(config.encoder), InjectionConfig.from_config(config.injection)
+
+
+def base_options(config: ml_collections.ConfigDict) -> dict[str, Any]:
+  """How the base is computed with and kept."""
+  return dict(
+    dtype=jnp.dtype(config.train.dtype),
+    param_dtype=jnp.dtype(config.train.base_dtype),
+    image_encoder=config.encoder.image_encoder or None,
+  )
+
+
+def make_step_context(
+  config: ml_collections.ConfigDict, definition: nnx.GraphDef, base: Base
+) -> StepContext:
+  """What the step knows besides arrays."""
+  if base.tokenizers:
+    empty = tuple(int(i) for i in empty_prompt(base.tokenizers[0]))
+  else:  # known architectures have none (`build_abstract`); the words matter to no plan
+    empty = (0,) * base.text_encoders[0].config.max_position_embeddings
+  schedule = NoiseSchedule.from_config(base.scheduler_config)
+  return StepContext(definition, schedule, ml_collections.FrozenConfigDict(config), empty)
+
+
+def step_seed(config: ml_collections.ConfigDict) -> np.ndarray:
+  """The seed as the step takes it."""
+  return np.asarray(config.seed % 2**32, np.uint32)
+
+
+def make_batches(
+  config: ml_collections.ConfigDict,
+  base: Base,
+  seed: int,
+  start: int,
+  mesh: jax.sharding.Mesh,
+) -> Iterator[dict[str, np.ndarray]]:
+  """This process's share of every batch from step `start` on."""
+  return data_pipeline.make_loader(
+    config.data,
+    base.tokenizers[0],
+    batch_size=config.train.batch_size,
+    seed=seed,
+    start_step=start,
+    rows=local_rows(mesh, config.train.batch_size),
+    s_words=config.encoder.s_words,
+  )
+
+
+def heldout_prompt_sensitivity(
+  config: ml_collections.ConfigDict, base: Base, method: StepContext, mesh: jax.sharding.Mesh
+) -> Callable[[Params, Params], dict[str, float]]:
+  """Wrong-word gaps on one batch that training does not see: class noun, and scene if there is."""
+  batch = next(make_batches(config, base, config.seed + 1, 0, mesh))
+  tokenizer, words = base.tokenizers[0], config.encoder.s_words
+  wrong = {
+    "class": gaps.wrong_nouns(batch, tokenizer, words),
+    "scene": gaps.wrong_phrases(batch, SCENES, tokenizer, words),
+  }
+  return make_prompt_sensitivity(method, mesh, batch, wrong)
+
+
+def check_config(config: ml_collections.ConfigDict) -> None:
+  """Raises UserError for values of config.train that make no sense; others check their own."""
+  settings = config.train
+  for key in ("steps", "batch_size", "accumulate", "log_every", "max_bad_steps", "keep"):
+    if settings[key] < 1:
+      raise UserError(f"train.{key} is {settings[key]}; it must be at least 1")
+  every = ("save_every", "keep_every", "sample_every", "gaps_every")
+  for key in ("warmup_steps", "weight_decay", *every):
+    if settings[key] < 0:
+      raise UserError(f"train.{key} is {settings[key]}; it must not be negative")
+  for key in ("ema", "beta1", "beta2"):
+    if not 0 <= settings[key] < 1:
+      raise UserError(f"train.{key} is {settings[key]}; it must lie in [0, 1)")
+  for key in ("dtype", "base_dtype"):
+    if settings[key] not in DTYPES:
+      raise UserError(f"train.{key} is {settings[key]!r}; use one of {', '.join(DTYPES)}")
+
+
+def build_abstract(
+  config: ml_collections.ConfigDict,
+) -> tuple[ml_collections.ConfigDict, Base, tuple[nnx.GraphDef, Params, Params]]:
+  """(config with the folders that are read, abstract base, what `assemble` makes of it).
+
+  The base needs no weights, and a known one not even a folder: its config.json files lie in
+  assets/architectures.
+  """
+  check_config(config)
+  config = config.copy_and_resolve_references()
+  config.base = _known_architecture(config.base)
+  config.encoder.image_encoder = _known_architecture(config.encoder.image_encoder)
+  base = abstract_base(config.base, **base_options(config))
+  parts = build_customcontrast(base, *adapter_configs(config), dtype=config.train.dtype, transform=eval_shape_only)
+  return config, base, parts
+
+
+def _known_architecture(folder: str) -> str:
+  """The folder itself, or, if it is not there, the one with the shapes of the model it names."""
+  shapes = ASSETS / "architectures" / folder
+  return str(shapes) if folder and not epath.Path(folder).is_dir() and shapes.is_dir() else folder
+
+
+def use_compilation_cache(workdir: epath.Path) -> None:
+  """Compiled programs are kept in the workdir: a run that goes on there starts at once.
+
+  A folder for each kind of processor, since XLA compiles for the very one. JAX's own settings, such
+  as JAX_COMPILATION_CACHE_DIR, come first.
+  """
+  if jax.config.jax_compilation_cache_dir is None:
+    info = Path("/proc/cpuinfo")
+    text = info.read_text() if info.exists() else ""
+    features = re.search(r"^(flags|Features)\s*:.*$", text, re.MULTILINE)
+    machine = platform.machine() + (features[0] if features else platform.processor())
+    folder = workdir / "compiled" / hashlib.sha256(machine.encode()).hexdigest()[:12]
+    jax.config.update("jax_compilation_cache_dir", str(folder))
