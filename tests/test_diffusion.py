@@ -1,6 +1,7 @@
 """The schedule, the samplers and guidance against diffusers and against values known by hand."""
 
 import contextlib
+import dataclasses
 import inspect
 import sys
 from unittest import mock
@@ -14,6 +15,7 @@ import torch
 from diffusers.training_utils import compute_snr
 
 from cc_jax.diffusion import guidance, samplers
+from cc_jax.diffusion.registry import REGISTRY
 from cc_jax.diffusion.schedule import NoiseSchedule
 from cc_jax.errors import UserError
 
@@ -618,6 +620,51 @@ def test_default_sampler_is_the_one_the_base_names():
     resolve("KDPM2DiscreteScheduler")
   with pytest.raises(UserError, match="algorithm_type='sde-dpmsolver'.*dpmsolver"):
     resolve("DPMSolverMultistepScheduler", algorithm_type="sde-dpmsolver")
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_one_registry_entry_adds_a_sampler(name, monkeypatch, latents, fresh):
+  """A copy under another name and class behaves as the original does, so no other place names it.
+
+  Its entry alone says what it draws, which class has it as the default, and its options.
+  """
+  original = REGISTRY[name]
+  options = {**original.options, "new_option": (1, 2)}
+  new = dataclasses.replace(original, name="new", scheduler_class="NewScheduler", options=options)
+  with pytest.raises(UserError, match="unknown sampler 'new'"):
+    samplers.resolve_sampler(NoiseSchedule(), "new")
+  monkeypatch.setitem(REGISTRY, "new", new)
+
+  def tables(sampler, class_name, **config):
+    config = {**SD, "prediction_type": "v_prediction", "_class_name": class_name, **config}
+    schedule = NoiseSchedule.from_config(config)
+    eta = 0.5 if new.takes_eta else 0.0
+    return [
+      samplers.step_table(schedule, steps=6, sampler=sampler, eta=eta, skip=skip)
+      for skip in (None, 2)
+    ]
+
+  shared = {"skip_prk_steps": True, "new_option": 2}
+  for config in (
+    {},
+    {"timestep_spacing": "trailing"},
+    {"clip_sample": True, "set_alpha_to_one": True, "lambda_min_clipped": -2.0},
+    {**KARRAS, "sigma_min": 0.1, "sigma_max": 9.0, "final_sigmas_type": "sigma_min"},
+    {"use_lu_lambdas": True, "final_sigmas_type": "sigma_min"},
+  ):
+    expected = tables(name, "", **shared, **config)
+    for sampler, class_name in [("new", ""), ("default", "NewScheduler")]:
+      for ours, theirs in zip(tables(sampler, class_name, **shared, **config), expected):
+        jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+  drawn = trajectory(latents, ours, fresh, latents)
+  np.testing.assert_array_equal(drawn, trajectory(latents, theirs, fresh, latents))
+
+  with pytest.raises(UserError, match="new_option=3, and our new has only 1 or 2"):
+    tables("default", "NewScheduler", **{**shared, "new_option": 3})
+  if original.class_defaults:
+    with pytest.raises(UserError, match="skip_prk_steps=False, and our new"):
+      tables("default", "NewScheduler")
+  assert samplers.SAMPLERS == tuple(REGISTRY)[:-1]
 
 
 def test_betas_where_the_config_is_silent_are_the_classes():

@@ -18,64 +18,12 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 from cc_jax.diffusion import solvers
+from cc_jax.diffusion.paths import Path, spacing_of
+from cc_jax.diffusion.registry import REGISTRY, Sampler
 from cc_jax.diffusion.schedule import NoiseSchedule
 from cc_jax.errors import UserError
 
-_OF_CLASS = {
-  "DDIMScheduler": "ddim",
-  "DDPMScheduler": "ddpm",
-  "PNDMScheduler": "pndm",
-  "LCMScheduler": "lcm",
-  "EulerDiscreteScheduler": "euler",
-  "EulerAncestralDiscreteScheduler": "euler_ancestral",
-  "HeunDiscreteScheduler": "heun",
-  "DPMSolverMultistepScheduler": "dpmsolver++",  # or sde-dpmsolver++, by its algorithm_type
-  "UniPCMultistepScheduler": "unipc",
-}
-SAMPLERS = (*_OF_CLASS.values(), "sde-dpmsolver++")
-
-_CLIP = {"thresholding": (False,)}
-_ENDS = {"final_sigmas_type": ("zero", "sigma_min")}
-_RESPACED = {"use_beta_sigmas": (False,)}
-_DPM = {
-  **_CLIP,
-  **_ENDS,
-  **_RESPACED,
-  "use_flow_sigmas": (False,),
-  "variance_type": (None,),
-  "solver_order": (2, 1),
-  # diffusers reads other solvers' types as midpoint.
-  "solver_type": ("midpoint", "heun", "logrho", "bh1", "bh2"),
-}
-# Options of diffusers' schedulers and the values of them that we implement, the default first. What
-# is not listed is either read in full or unknown to diffusers' class, too.
-_IMPLEMENTED = {
-  "ddim": _CLIP,
-  "ddpm": {**_CLIP, "variance_type": ("fixed_small", "fixed_small_log", "fixed_large")},
-  "pndm": {"skip_prk_steps": (True,), "prediction_type": ("epsilon", "v_prediction")},
-  "lcm": _CLIP,
-  "euler": {
-    **_ENDS,
-    **_RESPACED,
-    "interpolation_type": ("linear",),
-    "timestep_type": ("discrete",),
-  },
-  "euler_ancestral": {},
-  "heun": _RESPACED,
-  "dpmsolver++": _DPM,
-  "sde-dpmsolver++": _DPM,
-  "unipc": {
-    **_CLIP,
-    **_ENDS,
-    **_RESPACED,
-    "use_flow_sigmas": (False,),
-    "predict_x0": (True,),
-    "solver_p": (None,),
-    "solver_order": (2, 1, 3),
-    # diffusers reads other solvers' types as bh2.
-    "solver_type": ("bh2", "bh1", "midpoint", "heun", "logrho"),
-  },
-}
+SAMPLERS = tuple(REGISTRY)
 
 
 class StepTable(NamedTuple):
@@ -192,53 +140,76 @@ def step_table(
     UserError: steps < 1 or more than the schedule can hold, an unknown sampler, an option of the
       scheduler config that the sampler lacks, or a start at zero SNR that divides by zero.
   """
-  name = resolve_sampler(schedule, sampler)
-  _check_options(schedule, name)
-  steps = _count(steps, schedule.num_train_timesteps)
+  entry = REGISTRY[resolve_sampler(schedule, sampler)]
+  _check_options(schedule, entry)
+  steps = _checked_steps(steps, schedule.num_train_timesteps)
   if skip is not None and not 0 <= skip < steps:
     raise UserError(f"{skip} of {steps} steps are left out and none is drawn; raise the strength")
-  if eta and name != "ddim":
-    raise UserError(f"eta={eta:g} is an option of ddim, not of {name}; leave it out")
+  if eta and not entry.takes_eta:
+    takers = " and ".join(other.name for other in REGISTRY.values() if other.takes_eta)
+    raise UserError(f"eta={eta:g} is an option of {takers}, not of {entry.name}; leave it out")
   if not 0 <= eta <= 1:
     raise UserError(f"eta={eta:g} makes no sense; use 0 (no noise) to 1")
-  made = solvers.calls(schedule, name, steps=steps, eta=eta, skip=skip)
-  x0_state, x0_prediction = solvers.x0_of(schedule.prediction_type, made.alpha, made.sigma)
-  limit = np.full(len(made.t), _x0_limit(schedule, name))
-  columns = (x0_state, x0_prediction, limit, made.mix, np.array(made.start))
+  path = entry.path(schedule, steps, entry.spacing)
+  path = Path(*(column[skip or 0 :] for column in path))
+  if path.alpha[0] == 0.0 and (entry.divides_by_alpha or schedule.prediction_type == "epsilon"):
+    what = entry.name if entry.divides_by_alpha else "a base with epsilon prediction"
+    raise UserError(
+      f"{what} cannot start at zero SNR; set timestep_spacing to 'leading' or "
+      "rescale_betas_zero_snr to false in its scheduler config"
+    )
+  with np.errstate(divide="ignore", invalid="ignore"):
+    calls = entry.solver(schedule, path, steps=steps, eta=eta, skip=skip or 0)
+  if not np.isfinite(calls.mix).all():
+    raise UserError(
+      f"the scheduler config's options lead {entry.name} to a division by zero in {steps} steps; "
+      "leave out final_sigmas_type and lower_order_final, or choose another sampler"
+    )
+  scaled = skip is not None or (
+    entry.scales_noise and spacing_of(schedule, entry.spacing) != "leading"
+  )
+  start = (0.0 if skip is None else path.alpha[0], path.sigma[0] if scaled else 1.0)
+  x0_state, x0_prediction = solvers.x0_of(schedule.prediction_type, calls.alpha, calls.sigma)
+  limit = np.full(len(calls.t), _x0_limit(schedule, entry))
+  columns = (x0_state, x0_prediction, limit, calls.mix, np.array(start))
   columns = (np.asarray(column, np.float32) for column in columns)
-  return StepTable(made.t.astype(np.float32), made.step.astype(np.int32), *columns)
+  return StepTable(calls.t.astype(np.float32), calls.step.astype(np.int32), *columns)
 
 
 def padded(table: StepTable, calls: int) -> StepTable:
-  """The same trajectory in `calls` rows, for a function compiled for them; the rest is skipped."""
-  more = calls - len(table.step)
-  rows = [np.pad(x, [(0, more)] + [(0, 0)] * (x.ndim - 1)) for x in table[:-1]]
-  made = StepTable(*rows, table.start)
-  made.timestep[len(table.step) :] = -1  # no time that a network was trained for
-  made.step[len(table.step) :] = table.step[-1] + 1
-  return made
+  """The same trajectory in `calls` rows, for a function compiled for them; `integrate` skips the
+  rows that are added.
+  """
+  count = len(table.step)
+  columns = [np.pad(x, [(0, calls - count)] + [(0, 0)] * (x.ndim - 1)) for x in table[:-1]]
+  table = StepTable(*columns, table.start)
+  table.timestep[count:] = -1  # marks a row as padding
+  table.step[count:] = table.step[count - 1] + 1
+  return table
 
 
 def resolve_sampler(schedule: NoiseSchedule, sampler: str) -> str:
   """One of SAMPLERS. 'default' is the sampler of the class that the scheduler config names."""
-  if sampler == "default":
-    if schedule.class_name not in _OF_CLASS:
-      raise UserError(
-        f"the base names the scheduler {schedule.class_name or 'nothing'}, which we lack (we have "
-        f"{', '.join(_OF_CLASS)}); choose a sampler: {', '.join(SAMPLERS)}"
-      )
-    name = _OF_CLASS[schedule.class_name]
-    if name == "dpmsolver++":
-      name = schedule.option("algorithm_type", name)
-      if name not in ("dpmsolver++", "sde-dpmsolver++"):
-        raise UserError(
-          f"the scheduler config has algorithm_type={name!r}, and we have dpmsolver++ and "
-          "sde-dpmsolver++; change it or choose another sampler"
-        )
-    return name
-  if sampler not in SAMPLERS:
-    raise UserError(f"unknown sampler {sampler!r}; we have {', '.join(SAMPLERS)}, default")
-  return sampler
+  if sampler != "default":
+    if sampler not in REGISTRY:
+      raise UserError(f"unknown sampler {sampler!r}; we have {', '.join(REGISTRY)}, default")
+    return sampler
+  by_class = {}
+  for entry in REGISTRY.values():
+    by_class.setdefault(entry.scheduler_class, []).append(entry.name)
+  if schedule.class_name not in by_class:
+    raise UserError(
+      f"the base names the scheduler {schedule.class_name or 'nothing'}, which we lack (we have "
+      f"{', '.join(by_class)}); choose a sampler: {', '.join(REGISTRY)}"
+    )
+  names = by_class[schedule.class_name]
+  name = names[0] if len(names) == 1 else schedule.option("algorithm_type", names[0])
+  if name not in names:
+    raise UserError(
+      f"the scheduler config has algorithm_type={name!r}, and we have {' and '.join(names)}; "
+      "change it or choose another sampler"
+    )
+  return name
 
 
 def adds_noise(table: StepTable) -> bool:
@@ -270,21 +241,20 @@ def skip_of_strength(steps: int, strength: float) -> int:
   return steps - left
 
 
-def _check_options(schedule: NoiseSchedule, name: str) -> None:
-  for key, implemented in _IMPLEMENTED[name].items():
-    value = schedule.option(key, implemented[0])
+def _check_options(schedule: NoiseSchedule, entry: Sampler) -> None:
+  defaults = entry.class_defaults if schedule.class_name == entry.scheduler_class else {}
+  for key, implemented in entry.options.items():
+    value = schedule.option(key, defaults.get(key, implemented[0]))
     if key == "prediction_type":
       value = schedule.prediction_type
-    if key == "skip_prk_steps" and schedule.class_name == "PNDMScheduler":
-      value = schedule.option(key, False)  # diffusers' own default
     if value not in implemented:
       raise UserError(
-        f"the scheduler config has {key}={value!r}, and our {name} has only "
+        f"the scheduler config has {key}={value!r}, and our {entry.name} has only "
         f"{' or '.join(map(repr, implemented))}; change it or choose another sampler"
       )
 
 
-def _count(steps: int, total: int) -> int:
+def _checked_steps(steps: int, total: int) -> int:
   try:
     count = 0 if isinstance(steps, bool) else operator.index(steps)
   except TypeError:
@@ -294,11 +264,11 @@ def _count(steps: int, total: int) -> int:
   return count
 
 
-def _x0_limit(schedule: NoiseSchedule, name: str) -> float:
+def _x0_limit(schedule: NoiseSchedule, entry: Sampler) -> float:
   """The bound of |x_0|, none unless the config asks for it.
 
   DDIM's and DDPM's schedulers clip by default, but diffusers' Stable Diffusion pipelines switch it
   off: latents have no such range.
   """
-  clips = name in ("ddim", "ddpm", "heun", "lcm") and schedule.option("clip_sample", False)
+  clips = entry.clips_x0 and schedule.option("clip_sample", False)
   return float(schedule.option("clip_sample_range", 1.0)) if clips else np.inf

@@ -25,40 +25,6 @@ _CLASS_BETAS = {
   "LCMScheduler": {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"},
 }
 
-# Keys that only a sampler reads. They are kept as they are and judged when a sampler is built, so
-# that training does not refuse a base because of an option that training never uses.
-SAMPLER_KEYS = (
-  "algorithm_type",
-  "clip_sample",
-  "clip_sample_range",
-  "disable_corrector",
-  "euler_at_final",
-  "final_sigmas_type",
-  "interpolation_type",
-  "lambda_min_clipped",
-  "lower_order_final",
-  "original_inference_steps",
-  "predict_x0",
-  "set_alpha_to_one",
-  "sigma_max",
-  "sigma_min",
-  "skip_prk_steps",
-  "solver_order",
-  "solver_p",
-  "solver_type",
-  "steps_offset",
-  "thresholding",
-  "timestep_scaling",
-  "timestep_spacing",
-  "timestep_type",
-  "use_beta_sigmas",
-  "use_exponential_sigmas",
-  "use_flow_sigmas",
-  "use_karras_sigmas",
-  "use_lu_lambdas",
-  "variance_type",
-)
-
 
 @dataclasses.dataclass(frozen=True)
 class NoiseSchedule:
@@ -83,12 +49,14 @@ class NoiseSchedule:
   prediction_type: str = "epsilon"
   rescale_betas_zero_snr: bool = False
   class_name: str = ""  # the scheduler that the base names
-  sampler_options: tuple[tuple[str, Any], ...] = ()  # the SAMPLER_KEYS that the config states
+  sampler_options: tuple[tuple[str, Any], ...] = ()  # the other keys of the config, sorted
 
   @classmethod
   def from_config(cls, config: Mapping[str, Any], *, prediction_type: str | None = None) -> Self:
-    """Reads the dict of a scheduler_config.json; keys that neither we nor SAMPLER_KEYS know are
-    other schedulers' and stay unread.
+    """Reads the dict of a scheduler_config.json.
+
+    Keys that are no field here are kept for the samplers, which check them when a step table is
+    made: training does not refuse a base because of an option that training never uses.
 
     Args:
       config: the dict.
@@ -102,6 +70,8 @@ class NoiseSchedule:
     config = {**_CLASS_BETAS.get(name, {}), **config}
     default = cls()
     betas = config.get("trained_betas")
+    fields = cls.__dataclass_fields__
+    options = {k: v for k, v in config.items() if k not in fields and not k.startswith("_")}
     return cls(
       num_train_timesteps=int(config.get("num_train_timesteps", default.num_train_timesteps)),
       beta_start=float(config.get("beta_start", default.beta_start)),
@@ -111,7 +81,7 @@ class NoiseSchedule:
       prediction_type=_agreed_prediction_type(config, prediction_type),
       rescale_betas_zero_snr=bool(config.get("rescale_betas_zero_snr", False)),
       class_name=name,
-      sampler_options=tuple((k, _hashable(config[k])) for k in SAMPLER_KEYS if k in config),
+      sampler_options=_hashable(options),
     )
 
   def __post_init__(self):
@@ -227,7 +197,9 @@ def _one_of(value: str, known: tuple[str, ...], key: str) -> None:
 
 
 def _hashable(value: Any) -> Any:
-  return tuple(value) if isinstance(value, list) else value
+  if isinstance(value, Mapping):
+    return tuple((k, _hashable(v)) for k, v in sorted(value.items()))
+  return tuple(map(_hashable, value)) if isinstance(value, list | tuple) else value
 
 
 def _agreed_prediction_type(config: Mapping[str, Any], elsewhere: str | None) -> str:
