@@ -1,4 +1,4 @@
-"""Which timesteps and noise levels a sampler visits: float64 numpy, made on the host.
+"""Which timesteps and noise levels a sampler visits: float64 numpy, computed on the host.
 
 Noise is measured by alpha and sigma with alpha² + sigma² = 1, or by r = sigma / alpha (what Euler's
 scheduler calls sigma).
@@ -143,7 +143,7 @@ def _timesteps(schedule, steps, spacing, *, unvisited=0, clipped=0, rounded=True
 
 
 def _lcm_timesteps(schedule: NoiseSchedule, steps: int) -> np.ndarray:
-  """[steps] of the original_inference_steps timesteps that an LCM was distilled at; evenly."""
+  """[steps], evenly spaced among the original_inference_steps timesteps of the distillation."""
   original = schedule.option("original_inference_steps", 50)
   if steps > original:
     raise UserError(
@@ -164,7 +164,7 @@ def _training_levels(schedule, t: np.ndarray, t_next: np.ndarray, final: float) 
 
 
 def _positive_alpha_bar(schedule: NoiseSchedule) -> np.ndarray:
-  """alpha_bar with diffusers' stand-in for a zero at the end, so that sigma / alpha is finite."""
+  """alpha_bar with diffusers' substitute for a zero at the end, so that sigma / alpha is finite."""
   smallest = SMALLEST_ALPHA_BAR if schedule.rescale_betas_zero_snr else 0.0
   return np.maximum(schedule.alphas_cumprod_f64, smallest)
 

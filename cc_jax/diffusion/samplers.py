@@ -1,11 +1,10 @@
-"""Samplers: a table of numbers per call of the network, made on the host, and one lax.scan.
+"""Samplers: a table of numbers per call of the network, computed on the host, and one lax.scan.
 
-All samplers are the same recurrence with other numbers (solvers.py), and the numbers are arguments.
-So what is compiled depends on nothing but the number of calls of the network and on whether noise
-is added: that is the shape class. Within it, other prompts, samplers, spacings, prediction types
-and schedules compile nothing anew. The length of the scan is the number of calls: another number of
-steps is another class. There is one call per step, but Heun's method makes 2 steps - 1 and PNDM
-steps + 1.
+All samplers are the same recurrence with different numbers (solvers.py), which are arguments of the
+compiled function. So it depends only on the number of calls of the network, which is the length of
+the scan, and on whether noise is added. Different prompts, samplers, spacings, prediction types and
+schedules share it; a different number of calls compiles again, unless the table is `padded`. There
+is one call per step, except for Heun's method with 2 steps - 1 and PNDM with steps + 1.
 """
 
 import operator
@@ -27,19 +26,19 @@ SAMPLERS = tuple(REGISTRY)
 
 
 class StepTable(NamedTuple):
-  """A trajectory, one row per call of the network in the order of denoising; float32 but `step`.
+  """A trajectory, one row per call of the network in the order of denoising; float32 except `step`.
 
   first x = start[0] image + start[1] noise
   x_0 = clip(x0_state x + x0_prediction prediction, +-x0_limit)
   next (x, memory...) = mix (x, prediction, x_0, fresh noise, memory...)
   """
 
-  timestep: Float[Array, "calls"]  # whole numbers, but for Euler and Heun
-  step: Int[Array, "calls"]  # which of the steps asked for a call belongs to
+  timestep: Float[Array, "calls"]  # whole numbers, except for Euler and Heun
+  step: Int[Array, "calls"]  # the step that a call belongs to; Heun and PNDM have two calls in some
   x0_state: Float[Array, "calls"]
   x0_prediction: Float[Array, "calls"]
   x0_limit: Float[Array, "calls"]
-  mix: Float[Array, "calls made used"]
+  mix: Float[Array, "calls outputs inputs"]
   start: Float[Array, "2"]
 
 
@@ -73,13 +72,13 @@ def integrate(
   noise_fn: NoiseFn | None = None,
   return_inputs: bool = False,
 ) -> Float[Array, "b h w c"] | tuple[Float[Array, "b h w c"], Float[Array, "calls b h w c"]]:
-  """Denoises unit normal `noise` along a table; pure, so it may stand inside a jit.
+  """Denoises unit normal `noise` along a table; pure, so it may be called inside a jit.
 
   Args:
-    model_fn: predicts what the table's schedule says. Guidance belongs in here (guidance.py).
-    noise: of the first state.
+    model_fn: its prediction type is the schedule's. Guidance (guidance.py) is part of it.
+    noise: the first state's.
     table: may be traced, and may be `padded`.
-    image: clean latents to start from, for a table made with `skip`.
+    image: clean latents to start from, for a table with `skip`.
     noise_fn: fresh noise; None leaves it out, which is only right where `adds_noise` is False.
     return_inputs: also return the states that the network saw.
 
@@ -95,26 +94,26 @@ def integrate(
     x0 = row.x0_state * state + row.x0_prediction * prediction
     x0 = jnp.clip(x0, -row.x0_limit, row.x0_limit)
     fresh = None if noise_fn is None else noise_fn(index).astype(jnp.float32)
-    used = (state, prediction, x0, fresh, *memory)
-    made = [
-      sum(factor * x for factor, x in zip(factors, used, strict=True) if x is not None)
+    inputs = (state, prediction, x0, fresh, *memory)
+    outputs = [
+      sum(factor * x for factor, x in zip(factors, inputs, strict=True) if x is not None)
       for factors in row.mix
     ]
-    return (made[0], tuple(made[1:])), (state if return_inputs else None)
+    return (outputs[0], tuple(outputs[1:])), (state if return_inputs else None)
 
-  def skip(carry, row):
+  def no_call(carry, row):
     return carry, (carry[0] if return_inputs else None)
 
-  def unless_padding(carry, row):  # a branch at run time: what is left out costs nothing
-    return jax.lax.cond(row[1].timestep >= 0, call, skip, carry, row)
+  def call_unless_padding(carry, row):  # a branch at run time: padding costs no call
+    return jax.lax.cond(row[1].timestep >= 0, call, no_call, carry, row)
 
   first = table.start[1] * noise.astype(jnp.float32)
   if image is not None:
     first += table.start[0] * image.astype(jnp.float32)
   memory = (jnp.zeros_like(first),) * slots
   rows = (jnp.arange(len(table.step)), table._replace(start=None))
-  (final, _), inputs = jax.lax.scan(unless_padding, (first, memory), rows)
-  return (final, inputs) if return_inputs else final
+  (final, _), states = jax.lax.scan(call_unless_padding, (first, memory), rows)
+  return (final, states) if return_inputs else final
 
 
 def step_table(
@@ -125,20 +124,21 @@ def step_table(
   eta: float = 0.0,
   skip: int | None = None,
 ) -> StepTable:
-  """The numbers of a whole trajectory, in numpy.
+  """The numbers of a trajectory, in numpy.
 
   Args:
     schedule: the base's.
     steps: at least 1.
     sampler: one of SAMPLERS, or 'default': the one that the base's scheduler_config names.
-    eta: the share of fresh noise in DDIM's steps, 0 to 1; other samplers have none.
-    skip: None starts from noise. A number starts from an image instead, noised, and leaves the
-      first `skip` steps out (see `skip_of_strength`). Multistep samplers start anew there, PNDM by
-      its first step; diffusers' PNDM goes one step too far.
+    eta: the share of fresh noise in DDIM's steps, 0 to 1; other samplers do not take it.
+    skip: None starts from noise. A number starts from a noised image instead and leaves out the
+      first `skip` steps (see `skip_of_strength`). Multistep samplers begin there with no memory,
+      PNDM with its first step; diffusers' PNDM goes one step too far.
 
   Raises:
-    UserError: steps < 1 or more than the schedule can hold, an unknown sampler, an option of the
-      scheduler config that the sampler lacks, or a start at zero SNR that divides by zero.
+    UserError: steps < 1 or more than the schedule has, an unknown sampler, an option of the
+      scheduler config that the sampler lacks, or a division by zero (a start at zero SNR, or
+      options that do not go together).
   """
   entry = REGISTRY[resolve_sampler(schedule, sampler)]
   _check_options(schedule, entry)
@@ -221,8 +221,8 @@ def keyed_noise(keys: Key[Array, " b"], shape: tuple[int, ...]) -> NoiseFn:
   """A `noise_fn`: each picture's noise, of `shape` [h, w, c], depends on its own key alone."""
 
   def noise(index):
-    here = jax.vmap(jax.random.fold_in, (0, None))(keys, index)
-    return jax.vmap(lambda key: jax.random.normal(key, shape))(here)
+    call_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, index)
+    return jax.vmap(lambda key: jax.random.normal(key, shape))(call_keys)
 
   return noise
 
@@ -233,12 +233,12 @@ def skip_of_strength(steps: int, strength: float) -> int:
   Raises:
     UserError: the strength is not in (0, 1], or so small that no step is left.
   """
-  left = int(steps * strength) if 0 < strength <= 1 else 0
-  if left < 1:
+  remaining = int(steps * strength) if 0 < strength <= 1 else 0
+  if remaining < 1:
     raise UserError(
       f"strength {strength:g} of {steps} steps leaves no step; use {1 / max(steps, 1):.2g} to 1"
     )
-  return steps - left
+  return steps - remaining
 
 
 def _check_options(schedule: NoiseSchedule, entry: Sampler) -> None:

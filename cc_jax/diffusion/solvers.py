@@ -116,14 +116,14 @@ def euler(schedule, path, *, fresh_share, **_) -> Calls:
 
 def heun(schedule, path, **_) -> Calls:
   """Heun's method (Algorithm 1 of arXiv 2206.00364 without churn); diffusers'
-  scheduling_heun_discrete.py. Two calls a step, but one in the last, which ends at r = 0.
+  scheduling_heun_discrete.py. Two calls per step, but one in the last, which ends at r = 0.
   """
   first = _x0_step(path, 0.0)
   count = 2 * len(path.t) - 1
-  step, later = np.arange(count) // 2, (np.arange(count) + 1) // 2
+  step, level = np.arange(count) // 2, (np.arange(count) + 1) // 2
   mix = first.mix[step]
   mix[:, 1] = 0
-  mix[0::2, 1, STATE] = 1  # the state before
+  mix[0::2, 1, STATE] = 1  # the state at the start of the step
   mix[0::2, 2, X0] = 1
   mix[1::2] = 0
   # Half of each derivative, (x / alpha - x_0) / r; all but the last step.
@@ -134,7 +134,7 @@ def heun(schedule, path, **_) -> Calls:
   mix[1::2, 0, MEMORY + 1] = -half / r * alpha_next
   mix[1::2, 0, STATE] = half / r_next
   mix[1::2, 0, X0] = -half / r_next * alpha_next
-  return Calls(path.t[later], step, path.alpha[later], path.sigma[later], mix)
+  return Calls(path.t[level], step, path.alpha[level], path.sigma[level], mix)
 
 
 def dpm_solver(schedule, path, *, fresh_share, steps, **_) -> Calls:
@@ -151,8 +151,8 @@ def dpm_solver(schedule, path, *, fresh_share, steps, **_) -> Calls:
       c = (1 + fresh_share) * h[1:]
       weight = np.nan_to_num(1 / -np.expm1(-c) - 1 / c)
     second_order[1:] = weight * h[1:] / h[:-1]
-    few = schedule.option("lower_order_final", True) and steps < 15
-    if few or schedule.option("euler_at_final", False) or path.sigma_next[-1] == 0.0:
+    lower_order = schedule.option("lower_order_final", True) and steps < 15
+    if lower_order or schedule.option("euler_at_final", False) or path.sigma_next[-1] == 0.0:
       second_order[-1] = 0.0
   return _x0_step(path, fresh_share, second_order)
 
@@ -161,16 +161,16 @@ def unipc(schedule, path, *, skip, **_) -> Calls:
   """UniPC, Algorithms 5 and 7 of arXiv 2302.04867 for x_0; diffusers'
   scheduling_unipc_multistep.py.
 
-  Memory: the corrected state of the last step, and the last three x_0.
+  Memory: the corrected state at the start of the previous step, and the previous three x_0.
   """
   calls = _zeros(path)
   count, order = len(path.t), schedule.option("solver_order", 2)
-  falling = schedule.option("lower_order_final", True)
+  lower_order_final = schedule.option("lower_order_final", True)
   uncorrected = schedule.option("disable_corrector", ())
-  kind = schedule.option("solver_type", "bh2")
+  solver_type = schedule.option("solver_type", "bh2")
   r = np.append(path.sigma / path.alpha, path.sigma_next[-1] / path.alpha_next[-1])
   log_snr = -np.log(r)
-  used = [min(order, i + 1, count - i if falling else order) for i in range(count)]
+  orders = [min(order, i + 1, count - i if lower_order_final else order) for i in range(count)]
 
   def advance(start: int, order: int, corrects: bool, newest_x0: int):
     """The state at start + 1 from the one at `start`: (its factor, {column: factor}).
@@ -181,7 +181,7 @@ def unipc(schedule, path, *, skip, **_) -> Calls:
     alpha, h = path.alpha_next[start], log_snr[start + 1] - log_snr[start]
     older = log_snr[start - order + 1 : start][::-1]
     nodes = np.append((older - log_snr[start]) / h, 1.0)
-    scale = -h if kind == "bh1" else np.expm1(-h)
+    scale = -h if solver_type == "bh1" else np.expm1(-h)
     columns = [MEMORY + 1 + corrects + j for j in range(order - 1)]
     if corrects:
       columns.append(X0)
@@ -197,15 +197,15 @@ def unipc(schedule, path, *, skip, **_) -> Calls:
     return path.sigma_next[start] / path.sigma[start], factors
 
   for i, mix in enumerate(calls.mix):
-    here = mix[1]  # the corrected state
+    corrected = mix[1]
     if i and skip + i - 1 not in uncorrected:
-      here[MEMORY], factors = advance(i - 1, used[i - 1], True, MEMORY + 1)
+      corrected[MEMORY], factors = advance(i - 1, orders[i - 1], True, MEMORY + 1)
       for column, factor in factors.items():
-        here[column] = factor
+        corrected[column] = factor
     else:
-      here[STATE] = 1
-    keep, factors = advance(i, used[i], False, X0)
-    mix[0] = keep * here
+      corrected[STATE] = 1
+    state_factor, factors = advance(i, orders[i], False, X0)
+    mix[0] = state_factor * corrected
     for column, factor in factors.items():
       mix[0, column] += factor
     mix[2, X0] = mix[3, MEMORY + 1] = mix[4, MEMORY + 2] = 1
@@ -223,28 +223,28 @@ def _unipc_weights(nodes: np.ndarray, h: float, scale: float) -> np.ndarray:
 
 def pndm(schedule, path, *, steps, **_) -> Calls:
   """PNDM without its Runge-Kutta start (PLMS; arXiv 2202.09778); diffusers' scheduling_pndm.py with
-  skip_prk_steps. The first step is made twice, so that there is one call more than steps.
+  skip_prk_steps. The first step is taken twice, so that there is one call more than steps.
 
   The combined predictions of up to four calls become noise at the state that a step starts from.
-  Memory: the last three predictions, and the state before the first step.
+  Memory: the previous three predictions, and the state at the start of the first step.
   """
-  back, alpha_bar = schedule.num_train_timesteps // steps, schedule.alphas_cumprod_f64
+  stride, alpha_bar = schedule.num_train_timesteps // steps, schedule.alphas_cumprod_f64
   count = len(path.t) + (len(path.t) > 1)
   step = np.maximum(np.arange(count) - 1, 0)
-  call = np.arange(count)
-  call[2:] -= 1  # whose timestep it is: 0, 1, 1, 2, ...
-  calls = _zeros(Path(*(column[call] for column in path)))._replace(step=step)
+  row = np.arange(count)  # of the path, for each call
+  row[2:] -= 1  # 0, 1, 1, 2, ...
+  calls = _zeros(Path(*(column[row] for column in path)))._replace(step=step)
   weights = [[1], [0.5, 0.5], [3 / 2, -1 / 2], [23 / 12, -16 / 12, 5 / 12]]
   weights += [[55 / 24, -59 / 24, 37 / 24, -9 / 24]] * count
   source = np.arange(count) * 0 + STATE
   for i, mix in enumerate(calls.mix):
-    at = call[i]
-    alpha, sigma = path.alpha[at], path.sigma[at]
-    alpha_next, sigma_next = path.alpha_next[at], path.sigma_next[at]
+    start = row[i]
+    alpha, sigma = path.alpha[start], path.sigma[start]
+    alpha_next, sigma_next = path.alpha_next[start], path.sigma_next[start]
     if i == 1:  # the first step again, with the mean of the predictions at both its ends
       source[i] = MEMORY + 3
       alpha_next, sigma_next = alpha, sigma
-      level = alpha_bar[int(path.t[at]) + back]
+      level = alpha_bar[int(path.t[start]) + stride]
       alpha, sigma = np.sqrt(level), np.sqrt(1 - level)
     to_eps = sigma_next - alpha_next * sigma / alpha
     eps_state, eps_prediction = eps_of(schedule.prediction_type, alpha, sigma)
