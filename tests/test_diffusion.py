@@ -1,6 +1,7 @@
 """The schedule, the samplers and guidance against diffusers and against values known by hand."""
 
 import contextlib
+import dataclasses
 import inspect
 import sys
 from unittest import mock
@@ -14,6 +15,7 @@ import torch
 from diffusers.training_utils import compute_snr
 
 from cc_jax.diffusion import guidance, samplers
+from cc_jax.diffusion.registry import REGISTRY
 from cc_jax.diffusion.schedule import NoiseSchedule
 from cc_jax.errors import UserError
 
@@ -113,24 +115,24 @@ def torch_trajectory(scheduler, noise, steps, fresh, model=model, eta=None, imag
   """As `trajectory`; Stable Diffusion's pipelines, img2img if there is an image."""
   noise, fresh = (x.astype(str(torch.get_default_dtype())[6:]) for x in (noise, fresh))
   scheduler.set_timesteps(steps)
-  left = scheduler.timesteps[skip * scheduler.order :]
+  remaining = scheduler.timesteps[skip * scheduler.order :]
   x = torch.from_numpy(noise)
   if hasattr(scheduler, "set_begin_index"):
     scheduler.set_begin_index(skip * scheduler.order)
   if image is None:
     x = x * scheduler.init_noise_sigma
   else:
-    x = scheduler.add_noise(torch.from_numpy(image), x, left[:1])
+    x = scheduler.add_noise(torch.from_numpy(image), x, remaining[:1])
   states = []
-  for call, t in enumerate(left):
+  for call, t in enumerate(remaining):
     seen = scheduler.scale_model_input(x, t)
     states.append(seen.numpy())
-    given = {} if eta is None else {"eta": eta}
+    options = {} if eta is None else {"eta": eta}
     draw = mock.Mock(side_effect=lambda *_, **__: torch.from_numpy(fresh[call]))  # noqa: B023
     with mock.patch.object(
       sys.modules[type(scheduler).__module__], "randn_tensor", draw, create=True
     ):
-      x = scheduler.step(model(torch, seen, t.float()), t, x, **given).prev_sample
+      x = scheduler.step(model(torch, seen, t.float()), t, x, **options).prev_sample
   return np.stack([*states, x.numpy()])
 
 
@@ -481,29 +483,29 @@ def test_one_ddim_step_by_hand():
 def test_state_is_float32_whatever_the_model(latents):
   """A bf16 model only rounds its prediction; the state is never rounded to bf16."""
   schedule = NoiseSchedule.from_config({**SD, "prediction_type": "v_prediction"})
-  seen = []
+  arguments = []
 
   def half_model(x, t, step):
-    seen.append((x.dtype, t.dtype, t.shape, step.dtype))
+    arguments.append((x.dtype, t.dtype, t.shape, step.dtype))
     return jax_model(x, t, step).astype(jnp.bfloat16)
 
   half = jnp.asarray(latents, jnp.bfloat16)
   ours = samplers.sample(half_model, half, schedule, steps=5, sampler="dpmsolver++")
   exact = samplers.sample(jax_model, half, schedule, steps=5, sampler="dpmsolver++")
-  assert ours.dtype == jnp.float32 and seen[0] == (jnp.float32, jnp.float32, (), jnp.int32)
+  assert ours.dtype == jnp.float32 and arguments[0] == (jnp.float32, jnp.float32, (), jnp.int32)
   assert 0 < relative(ours, np.asarray(exact)) < 0.02
 
 
-def test_the_model_is_told_the_step_of_each_call(latents):
+def test_the_model_gets_the_step_of_each_call(latents):
   schedule = NoiseSchedule.from_config(SD)
   expected = {"pndm": [0, 0, 1, 2], "unipc": [0, 1, 2], "heun": [0, 0, 1, 1, 2]}
   for name, steps in expected.items():
     table = samplers.step_table(schedule, steps=3, sampler=name)
     assert table.step.tolist() == steps
-  told = samplers.integrate(lambda x, t, step: 0 * x + step, latents, table)
+  by_step = samplers.integrate(lambda x, t, step: 0 * x + step, latents, table)
   numbered = table._replace(timestep=np.float32(steps))
-  known = samplers.integrate(lambda x, t, step: 0 * x + t, latents, numbered)
-  assert relative(told, np.asarray(known)) < 1e-6
+  by_timestep = samplers.integrate(lambda x, t, step: 0 * x + t, latents, numbered)
+  assert relative(by_step, np.asarray(by_timestep)) < 1e-6
 
 
 def test_only_some_samplers_add_noise_and_each_picture_has_its_own(latents):
@@ -620,6 +622,51 @@ def test_default_sampler_is_the_one_the_base_names():
     resolve("DPMSolverMultistepScheduler", algorithm_type="sde-dpmsolver")
 
 
+@pytest.mark.parametrize("name", CLASSES)
+def test_one_registry_entry_adds_a_sampler(name, monkeypatch, latents, fresh):
+  """A copy under another name and class behaves as the original does, so no other place names it.
+
+  Its entry alone says what it draws, which class has it as the default, and its options.
+  """
+  original = REGISTRY[name]
+  options = {**original.options, "new_option": (1, 2)}
+  new = dataclasses.replace(original, name="new", scheduler_class="NewScheduler", options=options)
+  with pytest.raises(UserError, match="unknown sampler 'new'"):
+    samplers.resolve_sampler(NoiseSchedule(), "new")
+  monkeypatch.setitem(REGISTRY, "new", new)
+
+  def tables(sampler, class_name, **config):
+    config = {**SD, "prediction_type": "v_prediction", "_class_name": class_name, **config}
+    schedule = NoiseSchedule.from_config(config)
+    eta = 0.5 if new.takes_eta else 0.0
+    return [
+      samplers.step_table(schedule, steps=6, sampler=sampler, eta=eta, skip=skip)
+      for skip in (None, 2)
+    ]
+
+  shared = {"skip_prk_steps": True, "new_option": 2}
+  for config in (
+    {},
+    {"timestep_spacing": "trailing"},
+    {"clip_sample": True, "set_alpha_to_one": True, "lambda_min_clipped": -2.0},
+    {**KARRAS, "sigma_min": 0.1, "sigma_max": 9.0, "final_sigmas_type": "sigma_min"},
+    {"use_lu_lambdas": True, "final_sigmas_type": "sigma_min"},
+  ):
+    expected = tables(name, "", **shared, **config)
+    for sampler, class_name in [("new", ""), ("default", "NewScheduler")]:
+      for ours, theirs in zip(tables(sampler, class_name, **shared, **config), expected):
+        jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+  drawn = trajectory(latents, ours, fresh, latents)
+  np.testing.assert_array_equal(drawn, trajectory(latents, theirs, fresh, latents))
+
+  with pytest.raises(UserError, match="new_option=3, and our new has only 1 or 2"):
+    tables("default", "NewScheduler", **{**shared, "new_option": 3})
+  if original.class_defaults:
+    with pytest.raises(UserError, match="skip_prk_steps=False, and our new"):
+      tables("default", "NewScheduler")
+  assert samplers.SAMPLERS == tuple(REGISTRY)[:-1]
+
+
 def test_betas_where_the_config_is_silent_are_the_classes():
   for cls in CLASSES.values():
     ours = NoiseSchedule.from_config({"_class_name": cls})
@@ -702,16 +749,16 @@ def test_bad_sampling(config, sampler, steps, match):
 
 
 @pytest.mark.parametrize(
-  ("given", "match"),
+  ("arguments", "match"),
   [
     ({"eta": 0.5, "sampler": "euler"}, "eta=0.5 is an option of ddim"),
     ({"eta": 1.5}, "eta=1.5 makes no sense"),
     ({"skip": 5}, "5 of 5 steps are left out"),
   ],
 )
-def test_bad_arguments(given, match):
+def test_bad_arguments(arguments, match):
   with pytest.raises(UserError, match=match):
-    samplers.step_table(NoiseSchedule(), **{"steps": 5, "sampler": "ddim", **given})
+    samplers.step_table(NoiseSchedule(), **{"steps": 5, "sampler": "ddim", **arguments})
   for strength in (0.0, 1.1, 0.15, -1.0, float("nan")):
     with pytest.raises(UserError, match="strength .*leaves no step"):
       samplers.skip_of_strength(5, strength)
@@ -721,18 +768,18 @@ def test_padding_of_a_table_changes_nothing_and_calls_nothing():
   """The states that the network sees are the same, and it is not asked for more."""
   table = samplers.step_table(NoiseSchedule(), steps=4, sampler="unipc")
   noise = jnp.asarray(np.random.default_rng(0).standard_normal((2, 3, 3, 1)), jnp.float32)
-  asked = []
+  timesteps = []
 
   def model(x, t, step):
-    jax.debug.callback(lambda t: asked.append(float(t)), t)
+    jax.debug.callback(lambda t: timesteps.append(float(t)), t)
     return jnp.tanh(x) * (1 + t / 1000)
 
-  found = {}
+  results = {}
   for rows in (4, 9):
-    found[rows] = samplers.integrate(
+    results[rows] = samplers.integrate(
       model, noise, samplers.padded(table, rows), return_inputs=True
     )
     jax.effects_barrier()
-  assert asked == list(table.timestep) * 2
-  np.testing.assert_array_equal(found[4][0], found[9][0])
-  np.testing.assert_array_equal(found[4][1], found[9][1][:4])
+  assert timesteps == list(table.timestep) * 2
+  np.testing.assert_array_equal(results[4][0], results[9][0])
+  np.testing.assert_array_equal(results[4][1], results[9][1][:4])

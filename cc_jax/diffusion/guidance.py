@@ -14,18 +14,18 @@ def classifier_free(
 ) -> Float[Array, "b h w c"]:
   """One prediction, float32.
 
-  Together: unconditional + guidance (conditional - unconditional) (arXiv 2207.12598).
-  Apart, when `text_only` and `image_guidance` are given:
+  Jointly: unconditional + guidance (conditional - unconditional) (arXiv 2207.12598).
+  Separately, with `text_only` and `image_guidance`:
     unconditional + guidance (text_only - unconditional) + image_guidance (conditional - text_only),
-  the order of InstructPix2Pix (arXiv 2211.09800) with text first. [R] Equal guidances give the
-  joint form back.
+  the order of InstructPix2Pix (arXiv 2211.09800) with text first. [R] Equal scales give the
+  joint form.
 
   Args:
     unconditional: empty prompt, no image.
     conditional: the prompt with S+ and the image.
-    guidance: 1 leaves `conditional` (or, apart, the text's share) as it is.
+    guidance: the prompt's scale; 1 returns `conditional` (jointly), or the text's part unscaled.
     text_only: the prompt without S+ and without image.
-    image_guidance: the image's own guidance.
+    image_guidance: the image's scale.
 
   Raises:
     ValueError: only one of text_only and image_guidance is given.

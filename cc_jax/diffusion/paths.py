@@ -1,7 +1,11 @@
-"""Which timesteps and noise levels each sampler visits: float64 numpy, made on the host.
+"""Which timesteps and noise levels a sampler visits: float64 numpy, computed on the host.
 
 Noise is measured by alpha and sigma with alpha² + sigma² = 1, or by r = sigma / alpha (what Euler's
 scheduler calls sigma).
+
+There are three kinds of path, `strided`, `consecutive` and `interpolated`; registry.py says which a
+sampler takes. `spacing` is the sampler's default where the config states no timestep_spacing. All
+raise a UserError if the steps do not fit or the config asks for a spacing that we lack.
 """
 
 from typing import NamedTuple
@@ -12,10 +16,6 @@ from cc_jax.diffusion.schedule import SMALLEST_ALPHA_BAR, NoiseSchedule
 from cc_jax.errors import UserError
 
 SPACINGS = ("leading", "trailing", "linspace")
-
-_EULER = ("euler", "euler_ancestral", "heun")
-_DPM = ("dpmsolver++", "sde-dpmsolver++")
-_MULTISTEP = (*_DPM, "unipc")  # these leave out the timestep nearest to the data: they end at r = 0
 
 
 class Path(NamedTuple):
@@ -28,29 +28,88 @@ class Path(NamedTuple):
   sigma_next: np.ndarray
 
 
-def path(schedule: NoiseSchedule, name: str, steps: int) -> Path:
-  """The path of the sampler `name` (samplers.SAMPLERS).
+def strided(schedule: NoiseSchedule, steps: int, spacing: str, *, set_alpha_to_one: bool) -> Path:
+  """Over the training's own noise levels; alpha may start at exactly 0.
 
-  Raises:
-    UserError: the steps do not fit, or the scheduler config asks for a spacing that we lack.
+  The step back is constant (as in diffusers), even where rounding makes the timesteps uneven.
+  `set_alpha_to_one` is the default of that option.
   """
-  looked_up = name in ("ddim", "ddpm", "pndm", "lcm")
-  return (_looked_up if looked_up else _levelled)(schedule, name, steps)
+  t = _timesteps(schedule, steps, spacing)
+  t_next = t - schedule.num_train_timesteps // steps
+  to_one = schedule.option("set_alpha_to_one", set_alpha_to_one)
+  return _training_levels(schedule, t, t_next, 1.0 if to_one else schedule.alphas_cumprod_f64[0])
 
 
-def start(schedule: NoiseSchedule, name: str, path: Path, from_image: bool) -> tuple[float, float]:
-  """The first state as (factor of an image, factor of unit normal noise)."""
-  if from_image:
-    return path.alpha[0], path.sigma[0]
-  # diffusers' init_noise_sigma: Euler's schedulers know that some of the first state is signal.
-  scaled = name in _EULER and _spacing(schedule, name) != "leading"
-  return 0.0, path.sigma[0] if scaled else 1.0
+def consecutive(schedule: NoiseSchedule, steps: int, spacing: str, *, lcm: bool = False) -> Path:
+  """As `strided`, but from each timestep to the next, and then to alpha = 1.
+
+  `lcm`: the timesteps are some of those that an LCM was distilled at, whatever the spacing.
+  """
+  t = _lcm_timesteps(schedule, steps) if lcm else _timesteps(schedule, steps, spacing)
+  return _training_levels(schedule, t, np.append(t[1:], -1), 1.0)
 
 
-def _spacing(schedule: NoiseSchedule, name: str) -> str:
-  """Where the config is silent each of diffusers' schedulers has a default of its own."""
-  own = "linspace" if name in (*_EULER, *_MULTISTEP) else "leading"
-  spacing = schedule.option("timestep_spacing", own)
+def interpolated(
+  schedule: NoiseSchedule,
+  steps: int,
+  spacing: str,
+  *,
+  multistep: bool = False,
+  dpm: bool = False,
+  respaces: bool = True,
+  sigma_range: bool = False,
+  ends_at_zero: bool = False,
+) -> Path:
+  """Over noise levels r that may lie between the training's, ending at 0 or at the smallest.
+
+  Karras: (5) of arXiv 2206.00364 with rho = 7. Lu's uniform lambdas and exponential sigmas are both
+  even in log r; diffusers rounds the timesteps of the former.
+
+  Args:
+    multistep: visits whole timesteps, without the nearest to the data; respacing starts from all of
+      the training's levels instead of the visited ones.
+    dpm: reads use_lu_lambdas and lambda_min_clipped, too.
+    respaces: reads use_karras_sigmas and use_exponential_sigmas.
+    sigma_range: sigma_min and sigma_max bound the respaced levels.
+    ends_at_zero: whatever final_sigmas_type says.
+  """
+  alpha_bar = _positive_alpha_bar(schedule)
+  all_r = np.sqrt((1.0 - alpha_bar) / alpha_bar)
+  clipped = _clipped(schedule) if dpm else 0
+  t = _timesteps(schedule, steps, spacing, unvisited=multistep, clipped=clipped, rounded=multistep)
+  r = np.interp(t, np.arange(len(all_r)), all_r)
+  final = all_r[0]
+
+  keys = ("use_karras_sigmas", "use_exponential_sigmas", "use_lu_lambdas")[: 3 if dpm else 2]
+  requested = [key for key in keys if respaces and schedule.option(key, False)]
+  if len(requested) > 1:
+    raise UserError(f"the scheduler config sets {' and '.join(requested)}; keep one")
+  if requested:
+    high, low = (all_r[-1], all_r[0]) if multistep else (r[0], r[-1])
+    if sigma_range:
+      high, low = schedule.option("sigma_max", high), schedule.option("sigma_min", low)
+    if requested == ["use_karras_sigmas"]:
+      r = np.linspace(high ** (1 / 7), low ** (1 / 7), steps) ** 7
+    else:
+      r = np.exp(np.linspace(np.log(high), np.log(low), steps))
+    t = np.interp(np.log(r), np.log(all_r), np.arange(len(all_r)))
+    if multistep:
+      cosine = schedule.beta_schedule == "squaredcos_cap_v2" and dpm
+      rounded = requested != ["use_exponential_sigmas"] and not cosine
+      # diffusers truncates, even just below a whole number; we allow for that rounding error.
+      t = t.round() if rounded else np.floor(t + 1e-3)
+      if sigma_range:
+        final = r[-1]
+  if ends_at_zero or schedule.option("final_sigmas_type", "zero") == "zero":
+    final = 0.0
+  r_next = np.append(r[1:], final)
+  alpha, alpha_next = 1 / np.sqrt(1 + r**2), 1 / np.sqrt(1 + r_next**2)
+  return Path(t, alpha, r * alpha, alpha_next, r_next * alpha_next)
+
+
+def spacing_of(schedule: NoiseSchedule, default: str) -> str:
+  """timestep_spacing; where the config is silent diffusers' schedulers differ in the `default`."""
+  spacing = schedule.option("timestep_spacing", default)
   if spacing not in SPACINGS:
     raise UserError(
       f"the scheduler config has timestep_spacing={spacing!r}; we have {', '.join(SPACINGS)}"
@@ -58,20 +117,19 @@ def _spacing(schedule: NoiseSchedule, name: str) -> str:
   return spacing
 
 
-def _timesteps(schedule: NoiseSchedule, name: str, steps: int) -> np.ndarray:
+def _timesteps(schedule, steps, spacing, *, unvisited=0, clipped=0, rounded=True) -> np.ndarray:
   """[steps] float64, falling, as diffusers' set_timesteps gives them (before Karras and the like).
 
   The spacings are those of Table 2 of arXiv 2305.08891. One difference: for 62 step counts (61,
   103, ...) float rounding makes diffusers' 'trailing' append a timestep -1, which we drop.
+  `clipped` timesteps are left out at the noisy end, and `unvisited` of the result at the other.
   """
-  spacing, total = _spacing(schedule, name), schedule.num_train_timesteps
+  spacing, total = spacing_of(schedule, spacing), schedule.num_train_timesteps
   offset = schedule.option("steps_offset", 0)
-  # DPM-Solver++ may start later, where log(alpha / sigma) first exceeds lambda_min_clipped.
-  last = total - _clipped(schedule) if name in _DPM else total
-  points = steps + (name in _MULTISTEP)
+  last, points = total - clipped, steps + unvisited
   if spacing == "linspace":
     t = np.linspace(0, last - 1, points)[::-1][:steps]
-    t = t if name in _EULER else t.round()
+    t = t.round() if rounded else t
   elif spacing == "leading":
     t = (np.arange(points) * (last // points))[::-1][:steps] + offset
   else:
@@ -85,7 +143,7 @@ def _timesteps(schedule: NoiseSchedule, name: str, steps: int) -> np.ndarray:
 
 
 def _lcm_timesteps(schedule: NoiseSchedule, steps: int) -> np.ndarray:
-  """[steps] of the original_inference_steps timesteps that an LCM was distilled at; evenly."""
+  """[steps], evenly spaced among the original_inference_steps timesteps of the distillation."""
   original = schedule.option("original_inference_steps", 50)
   if steps > original:
     raise UserError(
@@ -96,76 +154,23 @@ def _lcm_timesteps(schedule: NoiseSchedule, steps: int) -> np.ndarray:
   return distilled[np.linspace(0, original, steps, endpoint=False).astype(int)].astype(np.float64)
 
 
-def _looked_up(schedule: NoiseSchedule, name: str, steps: int) -> Path:
-  """A path over the training's own noise levels; alpha may start at exactly 0."""
-  lcm = name == "lcm"
-  t = _lcm_timesteps(schedule, steps) if lcm else _timesteps(schedule, name, steps)
-  alpha_bar, total = schedule.alphas_cumprod_f64, schedule.num_train_timesteps
-  index = t.astype(int)
-  if name in ("ddim", "pndm"):
-    # The step back is constant (as in diffusers), even where rounding makes the timesteps uneven.
-    before = index - total // steps
-  else:
-    before = np.append(index[1:], -1)
-  to_one = name in ("ddpm", "lcm") or schedule.option("set_alpha_to_one", name == "ddim")
-  final = 1.0 if to_one else alpha_bar[0]
-  after = np.where(before >= 0, alpha_bar[np.maximum(before, 0)], final)
-  levels = (alpha_bar[index], 1 - alpha_bar[index], after, 1 - after)
+def _training_levels(schedule, t: np.ndarray, t_next: np.ndarray, final: float) -> Path:
+  """From timesteps t to t_next; `final` is the alpha_bar where t_next is negative."""
+  index, index_next = t.astype(int), t_next.astype(int)
+  alpha_bar = schedule.alphas_cumprod_f64
+  following = np.where(index_next >= 0, alpha_bar[np.maximum(index_next, 0)], final)
+  levels = (alpha_bar[index], 1 - alpha_bar[index], following, 1 - following)
   return Path(t, *(np.sqrt(level) for level in levels))
 
 
-def _levelled(schedule: NoiseSchedule, name: str, steps: int) -> Path:
-  """A path over noise levels r that may lie between the training's, ending at 0 or at its least.
-
-  Karras: (5) of arXiv 2206.00364 with rho = 7. Lu's uniform lambdas and exponential sigmas are both
-  even in log r; diffusers rounds the timesteps of the former.
-  """
-  alpha_bar = _positive_alpha_bar(schedule)
-  all_r = np.sqrt((1.0 - alpha_bar) / alpha_bar)
-  t = _timesteps(schedule, name, steps)
-  r = np.interp(t, np.arange(len(all_r)), all_r)
-  final = all_r[0]
-
-  respaced = [
-    key
-    for key in ("use_karras_sigmas", "use_exponential_sigmas", "use_lu_lambdas")
-    if schedule.option(key, False)
-    and name != "euler_ancestral"
-    and (key != "use_lu_lambdas" or name in _DPM)
-  ]
-  if len(respaced) > 1:
-    raise UserError(f"the scheduler config sets {' and '.join(respaced)}; keep one")
-  if respaced:
-    high, low = (all_r[-1], all_r[0]) if name in _MULTISTEP else (r[0], r[-1])
-    if name in ("euler", "unipc"):
-      high, low = schedule.option("sigma_max", high), schedule.option("sigma_min", low)
-    if respaced == ["use_karras_sigmas"]:
-      r = np.linspace(high ** (1 / 7), low ** (1 / 7), steps) ** 7
-    else:
-      r = np.exp(np.linspace(np.log(high), np.log(low), steps))
-    t = np.interp(np.log(r), np.log(all_r), np.arange(len(all_r)))
-    if name in _MULTISTEP:
-      cosine = schedule.beta_schedule == "squaredcos_cap_v2" and name in _DPM
-      rounded = respaced != ["use_exponential_sigmas"] and not cosine
-      # diffusers cuts the rest off, whatever rounding made of a whole number; we do not.
-      t = t.round() if rounded else np.floor(t + 1e-3)
-    if name == "unipc":
-      final = r[-1]
-  ends_at_zero = name in ("euler_ancestral", "heun")
-  if ends_at_zero or schedule.option("final_sigmas_type", "zero") == "zero":
-    final = 0.0
-  r_next = np.append(r[1:], final)
-  alpha, alpha_next = 1 / np.sqrt(1 + r**2), 1 / np.sqrt(1 + r_next**2)
-  return Path(t, alpha, r * alpha, alpha_next, r_next * alpha_next)
-
-
 def _positive_alpha_bar(schedule: NoiseSchedule) -> np.ndarray:
-  """alpha_bar with diffusers' stand-in for a zero at the end, so that sigma / alpha is finite."""
-  least = SMALLEST_ALPHA_BAR if schedule.rescale_betas_zero_snr else 0.0
-  return np.maximum(schedule.alphas_cumprod_f64, least)
+  """alpha_bar with diffusers' substitute for a zero at the end, so that sigma / alpha is finite."""
+  smallest = SMALLEST_ALPHA_BAR if schedule.rescale_betas_zero_snr else 0.0
+  return np.maximum(schedule.alphas_cumprod_f64, smallest)
 
 
 def _clipped(schedule: NoiseSchedule) -> int:
+  """The number of timesteps before log(alpha / sigma) first exceeds lambda_min_clipped."""
   alpha_bar = _positive_alpha_bar(schedule)
   log_snr = 0.5 * np.log(alpha_bar / (1.0 - alpha_bar))
   return int(np.searchsorted(log_snr[::-1], schedule.option("lambda_min_clipped", -np.inf)))

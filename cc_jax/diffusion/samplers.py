@@ -1,11 +1,10 @@
-"""Samplers: a table of numbers per call of the network, made on the host, and one lax.scan.
+"""Samplers: a table of numbers per call of the network, computed on the host, and one lax.scan.
 
-All samplers are the same recurrence with other numbers (solvers.py), and the numbers are arguments.
-So what is compiled depends on nothing but the number of calls of the network and on whether noise
-is added: that is the shape class. Within it, other prompts, samplers, spacings, prediction types
-and schedules compile nothing anew. The length of the scan is the number of calls: another number of
-steps is another class. There is one call per step, but Heun's method makes 2 steps - 1 and PNDM
-steps + 1.
+All samplers are the same recurrence with different numbers (solvers.py), which are arguments of the
+compiled function. So it depends only on the number of calls of the network, which is the length of
+the scan, and on whether noise is added. Different prompts, samplers, spacings, prediction types and
+schedules share it; a different number of calls compiles again, unless the table is `padded`. There
+is one call per step, except for Heun's method with 2 steps - 1 and PNDM with steps + 1.
 """
 
 import operator
@@ -18,80 +17,28 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 from cc_jax.diffusion import solvers
+from cc_jax.diffusion.paths import Path, spacing_of
+from cc_jax.diffusion.registry import REGISTRY, Sampler
 from cc_jax.diffusion.schedule import NoiseSchedule
 from cc_jax.errors import UserError
 
-_OF_CLASS = {
-  "DDIMScheduler": "ddim",
-  "DDPMScheduler": "ddpm",
-  "PNDMScheduler": "pndm",
-  "LCMScheduler": "lcm",
-  "EulerDiscreteScheduler": "euler",
-  "EulerAncestralDiscreteScheduler": "euler_ancestral",
-  "HeunDiscreteScheduler": "heun",
-  "DPMSolverMultistepScheduler": "dpmsolver++",  # or sde-dpmsolver++, by its algorithm_type
-  "UniPCMultistepScheduler": "unipc",
-}
-SAMPLERS = (*_OF_CLASS.values(), "sde-dpmsolver++")
-
-_CLIP = {"thresholding": (False,)}
-_ENDS = {"final_sigmas_type": ("zero", "sigma_min")}
-_RESPACED = {"use_beta_sigmas": (False,)}
-_DPM = {
-  **_CLIP,
-  **_ENDS,
-  **_RESPACED,
-  "use_flow_sigmas": (False,),
-  "variance_type": (None,),
-  "solver_order": (2, 1),
-  # diffusers reads other solvers' types as midpoint.
-  "solver_type": ("midpoint", "heun", "logrho", "bh1", "bh2"),
-}
-# Options of diffusers' schedulers and the values of them that we implement, the default first. What
-# is not listed is either read in full or unknown to diffusers' class, too.
-_IMPLEMENTED = {
-  "ddim": _CLIP,
-  "ddpm": {**_CLIP, "variance_type": ("fixed_small", "fixed_small_log", "fixed_large")},
-  "pndm": {"skip_prk_steps": (True,), "prediction_type": ("epsilon", "v_prediction")},
-  "lcm": _CLIP,
-  "euler": {
-    **_ENDS,
-    **_RESPACED,
-    "interpolation_type": ("linear",),
-    "timestep_type": ("discrete",),
-  },
-  "euler_ancestral": {},
-  "heun": _RESPACED,
-  "dpmsolver++": _DPM,
-  "sde-dpmsolver++": _DPM,
-  "unipc": {
-    **_CLIP,
-    **_ENDS,
-    **_RESPACED,
-    "use_flow_sigmas": (False,),
-    "predict_x0": (True,),
-    "solver_p": (None,),
-    "solver_order": (2, 1, 3),
-    # diffusers reads other solvers' types as bh2.
-    "solver_type": ("bh2", "bh1", "midpoint", "heun", "logrho"),
-  },
-}
+SAMPLERS = tuple(REGISTRY)
 
 
 class StepTable(NamedTuple):
-  """A trajectory, one row per call of the network in the order of denoising; float32 but `step`.
+  """A trajectory, one row per call of the network in the order of denoising; float32 except `step`.
 
   first x = start[0] image + start[1] noise
   x_0 = clip(x0_state x + x0_prediction prediction, +-x0_limit)
   next (x, memory...) = mix (x, prediction, x_0, fresh noise, memory...)
   """
 
-  timestep: Float[Array, "calls"]  # whole numbers, but for Euler and Heun
-  step: Int[Array, "calls"]  # which of the steps asked for a call belongs to
+  timestep: Float[Array, "calls"]  # whole numbers, except for Euler and Heun
+  step: Int[Array, "calls"]  # the step that a call belongs to; Heun and PNDM have two calls in some
   x0_state: Float[Array, "calls"]
   x0_prediction: Float[Array, "calls"]
   x0_limit: Float[Array, "calls"]
-  mix: Float[Array, "calls made used"]
+  mix: Float[Array, "calls outputs inputs"]
   start: Float[Array, "2"]
 
 
@@ -125,13 +72,13 @@ def integrate(
   noise_fn: NoiseFn | None = None,
   return_inputs: bool = False,
 ) -> Float[Array, "b h w c"] | tuple[Float[Array, "b h w c"], Float[Array, "calls b h w c"]]:
-  """Denoises unit normal `noise` along a table; pure, so it may stand inside a jit.
+  """Denoises unit normal `noise` along a table; pure, so it may be called inside a jit.
 
   Args:
-    model_fn: predicts what the table's schedule says. Guidance belongs in here (guidance.py).
-    noise: of the first state.
+    model_fn: its prediction type is the schedule's. Guidance (guidance.py) is part of it.
+    noise: the first state's.
     table: may be traced, and may be `padded`.
-    image: clean latents to start from, for a table made with `skip`.
+    image: clean latents to start from, for a table with `skip`.
     noise_fn: fresh noise; None leaves it out, which is only right where `adds_noise` is False.
     return_inputs: also return the states that the network saw.
 
@@ -147,26 +94,26 @@ def integrate(
     x0 = row.x0_state * state + row.x0_prediction * prediction
     x0 = jnp.clip(x0, -row.x0_limit, row.x0_limit)
     fresh = None if noise_fn is None else noise_fn(index).astype(jnp.float32)
-    used = (state, prediction, x0, fresh, *memory)
-    made = [
-      sum(factor * x for factor, x in zip(factors, used, strict=True) if x is not None)
+    inputs = (state, prediction, x0, fresh, *memory)
+    outputs = [
+      sum(factor * x for factor, x in zip(factors, inputs, strict=True) if x is not None)
       for factors in row.mix
     ]
-    return (made[0], tuple(made[1:])), (state if return_inputs else None)
+    return (outputs[0], tuple(outputs[1:])), (state if return_inputs else None)
 
-  def skip(carry, row):
+  def no_call(carry, row):
     return carry, (carry[0] if return_inputs else None)
 
-  def unless_padding(carry, row):  # a branch at run time: what is left out costs nothing
-    return jax.lax.cond(row[1].timestep >= 0, call, skip, carry, row)
+  def call_unless_padding(carry, row):  # a branch at run time: padding costs no call
+    return jax.lax.cond(row[1].timestep >= 0, call, no_call, carry, row)
 
   first = table.start[1] * noise.astype(jnp.float32)
   if image is not None:
     first += table.start[0] * image.astype(jnp.float32)
   memory = (jnp.zeros_like(first),) * slots
   rows = (jnp.arange(len(table.step)), table._replace(start=None))
-  (final, _), inputs = jax.lax.scan(unless_padding, (first, memory), rows)
-  return (final, inputs) if return_inputs else final
+  (final, _), states = jax.lax.scan(call_unless_padding, (first, memory), rows)
+  return (final, states) if return_inputs else final
 
 
 def step_table(
@@ -177,68 +124,92 @@ def step_table(
   eta: float = 0.0,
   skip: int | None = None,
 ) -> StepTable:
-  """The numbers of a whole trajectory, in numpy.
+  """The numbers of a trajectory, in numpy.
 
   Args:
     schedule: the base's.
     steps: at least 1.
     sampler: one of SAMPLERS, or 'default': the one that the base's scheduler_config names.
-    eta: the share of fresh noise in DDIM's steps, 0 to 1; other samplers have none.
-    skip: None starts from noise. A number starts from an image instead, noised, and leaves the
-      first `skip` steps out (see `skip_of_strength`). Multistep samplers start anew there, PNDM by
-      its first step; diffusers' PNDM goes one step too far.
+    eta: the share of fresh noise in DDIM's steps, 0 to 1; other samplers do not take it.
+    skip: None starts from noise. A number starts from a noised image instead and leaves out the
+      first `skip` steps (see `skip_of_strength`). Multistep samplers begin there with no memory,
+      PNDM with its first step; diffusers' PNDM goes one step too far.
 
   Raises:
-    UserError: steps < 1 or more than the schedule can hold, an unknown sampler, an option of the
-      scheduler config that the sampler lacks, or a start at zero SNR that divides by zero.
+    UserError: steps < 1 or more than the schedule has, an unknown sampler, an option of the
+      scheduler config that the sampler lacks, or a division by zero (a start at zero SNR, or
+      options that do not go together).
   """
-  name = resolve_sampler(schedule, sampler)
-  _check_options(schedule, name)
-  steps = _count(steps, schedule.num_train_timesteps)
+  entry = REGISTRY[resolve_sampler(schedule, sampler)]
+  _check_options(schedule, entry)
+  steps = _checked_steps(steps, schedule.num_train_timesteps)
   if skip is not None and not 0 <= skip < steps:
     raise UserError(f"{skip} of {steps} steps are left out and none is drawn; raise the strength")
-  if eta and name != "ddim":
-    raise UserError(f"eta={eta:g} is an option of ddim, not of {name}; leave it out")
+  if eta and not entry.takes_eta:
+    takers = " and ".join(other.name for other in REGISTRY.values() if other.takes_eta)
+    raise UserError(f"eta={eta:g} is an option of {takers}, not of {entry.name}; leave it out")
   if not 0 <= eta <= 1:
     raise UserError(f"eta={eta:g} makes no sense; use 0 (no noise) to 1")
-  made = solvers.calls(schedule, name, steps=steps, eta=eta, skip=skip)
-  x0_state, x0_prediction = solvers.x0_of(schedule.prediction_type, made.alpha, made.sigma)
-  limit = np.full(len(made.t), _x0_limit(schedule, name))
-  columns = (x0_state, x0_prediction, limit, made.mix, np.array(made.start))
+  path = entry.path(schedule, steps, entry.spacing)
+  path = Path(*(column[skip or 0 :] for column in path))
+  if path.alpha[0] == 0.0 and (entry.divides_by_alpha or schedule.prediction_type == "epsilon"):
+    what = entry.name if entry.divides_by_alpha else "a base with epsilon prediction"
+    raise UserError(
+      f"{what} cannot start at zero SNR; set timestep_spacing to 'leading' or "
+      "rescale_betas_zero_snr to false in its scheduler config"
+    )
+  with np.errstate(divide="ignore", invalid="ignore"):
+    calls = entry.solver(schedule, path, steps=steps, eta=eta, skip=skip or 0)
+  if not np.isfinite(calls.mix).all():
+    raise UserError(
+      f"the scheduler config's options lead {entry.name} to a division by zero in {steps} steps; "
+      "leave out final_sigmas_type and lower_order_final, or choose another sampler"
+    )
+  scaled = skip is not None or (
+    entry.scales_noise and spacing_of(schedule, entry.spacing) != "leading"
+  )
+  start = (0.0 if skip is None else path.alpha[0], path.sigma[0] if scaled else 1.0)
+  x0_state, x0_prediction = solvers.x0_of(schedule.prediction_type, calls.alpha, calls.sigma)
+  limit = np.full(len(calls.t), _x0_limit(schedule, entry))
+  columns = (x0_state, x0_prediction, limit, calls.mix, np.array(start))
   columns = (np.asarray(column, np.float32) for column in columns)
-  return StepTable(made.t.astype(np.float32), made.step.astype(np.int32), *columns)
+  return StepTable(calls.t.astype(np.float32), calls.step.astype(np.int32), *columns)
 
 
 def padded(table: StepTable, calls: int) -> StepTable:
-  """The same trajectory in `calls` rows, for a function compiled for them; the rest is skipped."""
-  more = calls - len(table.step)
-  rows = [np.pad(x, [(0, more)] + [(0, 0)] * (x.ndim - 1)) for x in table[:-1]]
-  made = StepTable(*rows, table.start)
-  made.timestep[len(table.step) :] = -1  # no time that a network was trained for
-  made.step[len(table.step) :] = table.step[-1] + 1
-  return made
+  """The same trajectory in `calls` rows, for a function compiled for them; `integrate` skips the
+  rows that are added.
+  """
+  count = len(table.step)
+  columns = [np.pad(x, [(0, calls - count)] + [(0, 0)] * (x.ndim - 1)) for x in table[:-1]]
+  table = StepTable(*columns, table.start)
+  table.timestep[count:] = -1  # marks a row as padding
+  table.step[count:] = table.step[count - 1] + 1
+  return table
 
 
 def resolve_sampler(schedule: NoiseSchedule, sampler: str) -> str:
   """One of SAMPLERS. 'default' is the sampler of the class that the scheduler config names."""
-  if sampler == "default":
-    if schedule.class_name not in _OF_CLASS:
-      raise UserError(
-        f"the base names the scheduler {schedule.class_name or 'nothing'}, which we lack (we have "
-        f"{', '.join(_OF_CLASS)}); choose a sampler: {', '.join(SAMPLERS)}"
-      )
-    name = _OF_CLASS[schedule.class_name]
-    if name == "dpmsolver++":
-      name = schedule.option("algorithm_type", name)
-      if name not in ("dpmsolver++", "sde-dpmsolver++"):
-        raise UserError(
-          f"the scheduler config has algorithm_type={name!r}, and we have dpmsolver++ and "
-          "sde-dpmsolver++; change it or choose another sampler"
-        )
-    return name
-  if sampler not in SAMPLERS:
-    raise UserError(f"unknown sampler {sampler!r}; we have {', '.join(SAMPLERS)}, default")
-  return sampler
+  if sampler != "default":
+    if sampler not in REGISTRY:
+      raise UserError(f"unknown sampler {sampler!r}; we have {', '.join(REGISTRY)}, default")
+    return sampler
+  by_class = {}
+  for entry in REGISTRY.values():
+    by_class.setdefault(entry.scheduler_class, []).append(entry.name)
+  if schedule.class_name not in by_class:
+    raise UserError(
+      f"the base names the scheduler {schedule.class_name or 'nothing'}, which we lack (we have "
+      f"{', '.join(by_class)}); choose a sampler: {', '.join(REGISTRY)}"
+    )
+  names = by_class[schedule.class_name]
+  name = names[0] if len(names) == 1 else schedule.option("algorithm_type", names[0])
+  if name not in names:
+    raise UserError(
+      f"the scheduler config has algorithm_type={name!r}, and we have {' and '.join(names)}; "
+      "change it or choose another sampler"
+    )
+  return name
 
 
 def adds_noise(table: StepTable) -> bool:
@@ -250,8 +221,8 @@ def keyed_noise(keys: Key[Array, " b"], shape: tuple[int, ...]) -> NoiseFn:
   """A `noise_fn`: each picture's noise, of `shape` [h, w, c], depends on its own key alone."""
 
   def noise(index):
-    here = jax.vmap(jax.random.fold_in, (0, None))(keys, index)
-    return jax.vmap(lambda key: jax.random.normal(key, shape))(here)
+    call_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, index)
+    return jax.vmap(lambda key: jax.random.normal(key, shape))(call_keys)
 
   return noise
 
@@ -262,29 +233,28 @@ def skip_of_strength(steps: int, strength: float) -> int:
   Raises:
     UserError: the strength is not in (0, 1], or so small that no step is left.
   """
-  left = int(steps * strength) if 0 < strength <= 1 else 0
-  if left < 1:
+  remaining = int(steps * strength) if 0 < strength <= 1 else 0
+  if remaining < 1:
     raise UserError(
       f"strength {strength:g} of {steps} steps leaves no step; use {1 / max(steps, 1):.2g} to 1"
     )
-  return steps - left
+  return steps - remaining
 
 
-def _check_options(schedule: NoiseSchedule, name: str) -> None:
-  for key, implemented in _IMPLEMENTED[name].items():
-    value = schedule.option(key, implemented[0])
+def _check_options(schedule: NoiseSchedule, entry: Sampler) -> None:
+  defaults = entry.class_defaults if schedule.class_name == entry.scheduler_class else {}
+  for key, implemented in entry.options.items():
+    value = schedule.option(key, defaults.get(key, implemented[0]))
     if key == "prediction_type":
       value = schedule.prediction_type
-    if key == "skip_prk_steps" and schedule.class_name == "PNDMScheduler":
-      value = schedule.option(key, False)  # diffusers' own default
     if value not in implemented:
       raise UserError(
-        f"the scheduler config has {key}={value!r}, and our {name} has only "
+        f"the scheduler config has {key}={value!r}, and our {entry.name} has only "
         f"{' or '.join(map(repr, implemented))}; change it or choose another sampler"
       )
 
 
-def _count(steps: int, total: int) -> int:
+def _checked_steps(steps: int, total: int) -> int:
   try:
     count = 0 if isinstance(steps, bool) else operator.index(steps)
   except TypeError:
@@ -294,11 +264,11 @@ def _count(steps: int, total: int) -> int:
   return count
 
 
-def _x0_limit(schedule: NoiseSchedule, name: str) -> float:
+def _x0_limit(schedule: NoiseSchedule, entry: Sampler) -> float:
   """The bound of |x_0|, none unless the config asks for it.
 
   DDIM's and DDPM's schedulers clip by default, but diffusers' Stable Diffusion pipelines switch it
   off: latents have no such range.
   """
-  clips = name in ("ddim", "ddpm", "heun", "lcm") and schedule.option("clip_sample", False)
+  clips = entry.clips_x0 and schedule.option("clip_sample", False)
   return float(schedule.option("clip_sample_range", 1.0)) if clips else np.inf

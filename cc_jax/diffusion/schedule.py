@@ -19,45 +19,11 @@ BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 # (scheduling_dpmsolver_multistep.py): the smallest positive fp16 number.
 SMALLEST_ALPHA_BAR = 2.0**-24
 
-# Classes of diffusers whose own betas differ from the fields' defaults below.
+# Classes of diffusers whose default betas differ from the fields' defaults below.
 _CLASS_BETAS = {
   "HeunDiscreteScheduler": {"beta_start": 0.00085, "beta_end": 0.012},
   "LCMScheduler": {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"},
 }
-
-# Keys that only a sampler reads. They are kept as they are and judged when a sampler is built, so
-# that training does not refuse a base because of an option that training never uses.
-SAMPLER_KEYS = (
-  "algorithm_type",
-  "clip_sample",
-  "clip_sample_range",
-  "disable_corrector",
-  "euler_at_final",
-  "final_sigmas_type",
-  "interpolation_type",
-  "lambda_min_clipped",
-  "lower_order_final",
-  "original_inference_steps",
-  "predict_x0",
-  "set_alpha_to_one",
-  "sigma_max",
-  "sigma_min",
-  "skip_prk_steps",
-  "solver_order",
-  "solver_p",
-  "solver_type",
-  "steps_offset",
-  "thresholding",
-  "timestep_scaling",
-  "timestep_spacing",
-  "timestep_type",
-  "use_beta_sigmas",
-  "use_exponential_sigmas",
-  "use_flow_sigmas",
-  "use_karras_sigmas",
-  "use_lu_lambdas",
-  "variance_type",
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,10 +34,10 @@ class NoiseSchedule:
   argument or be closed over. Coefficients are computed in float64 and only then rounded, because
   1 - alpha_bar loses three digits in float32 at small t; every method returns float32.
 
-  A `t` has the shape of the leading axes of its arrays: [b], or [] for the whole batch. It must lie
+  A `t` has the shape of the leading axes of its arrays: [b], or [] if all share it. It must lie
   in [0, T): under jit an index out of range is clamped, not reported.
 
-  Raises (when made):
+  Raises (when constructed):
     UserError: an unknown prediction type or beta schedule, or betas that do not fit.
   """
 
@@ -83,16 +49,18 @@ class NoiseSchedule:
   prediction_type: str = "epsilon"
   rescale_betas_zero_snr: bool = False
   class_name: str = ""  # the scheduler that the base names
-  sampler_options: tuple[tuple[str, Any], ...] = ()  # the SAMPLER_KEYS that the config states
+  sampler_options: tuple[tuple[str, Any], ...] = ()  # the other keys of the config, sorted
 
   @classmethod
   def from_config(cls, config: Mapping[str, Any], *, prediction_type: str | None = None) -> Self:
-    """Reads the dict of a scheduler_config.json; keys that neither we nor SAMPLER_KEYS know are
-    other schedulers' and stay unread.
+    """Reads the dict of a scheduler_config.json.
+
+    Keys that are not fields are kept for the samplers, which check them when a step table is
+    computed: training does not refuse a base because of an option that it never uses.
 
     Args:
       config: the dict.
-      prediction_type: what another file of the same checkpoint says it is, if one does.
+      prediction_type: the one in another file of the same checkpoint, if that states one.
 
     Raises:
       UserError: as above, or two prediction types contradict each other.
@@ -102,6 +70,8 @@ class NoiseSchedule:
     config = {**_CLASS_BETAS.get(name, {}), **config}
     default = cls()
     betas = config.get("trained_betas")
+    fields = cls.__dataclass_fields__
+    options = {k: v for k, v in config.items() if k not in fields and not k.startswith("_")}
     return cls(
       num_train_timesteps=int(config.get("num_train_timesteps", default.num_train_timesteps)),
       beta_start=float(config.get("beta_start", default.beta_start)),
@@ -111,7 +81,7 @@ class NoiseSchedule:
       prediction_type=_agreed_prediction_type(config, prediction_type),
       rescale_betas_zero_snr=bool(config.get("rescale_betas_zero_snr", False)),
       class_name=name,
-      sampler_options=tuple((k, _hashable(config[k])) for k in SAMPLER_KEYS if k in config),
+      sampler_options=_hashable(options),
     )
 
   def __post_init__(self):
@@ -125,7 +95,7 @@ class NoiseSchedule:
       )
 
   def option(self, key: str, default: Any) -> Any:
-    """A sampler's key of the config, or the sampler's own default where the config is silent."""
+    """A sampler's key of the config, or the sampler's `default` where the config has none."""
     return dict(self.sampler_options).get(key, default)
 
   @functools.cached_property
@@ -186,7 +156,7 @@ class NoiseSchedule:
   ) -> Float[Array, "*b h w c"]:
     """The clean latents that a prediction at x_t implies.
 
-    With epsilon prediction and alpha_t = 0 nothing is implied; the result is then finite but void.
+    With epsilon prediction and alpha_t = 0 the result is finite but meaningless.
     """
     alpha, sigma = self._alpha_sigma(t, x_t)
     if self.prediction_type == "epsilon":
@@ -227,30 +197,32 @@ def _one_of(value: str, known: tuple[str, ...], key: str) -> None:
 
 
 def _hashable(value: Any) -> Any:
-  return tuple(value) if isinstance(value, list) else value
+  if isinstance(value, Mapping):
+    return tuple((k, _hashable(v)) for k, v in sorted(value.items()))
+  return tuple(map(_hashable, value)) if isinstance(value, list | tuple) else value
 
 
-def _agreed_prediction_type(config: Mapping[str, Any], elsewhere: str | None) -> str:
-  """The one prediction type of all that is said about it.
+def _agreed_prediction_type(config: Mapping[str, Any], checkpoint: str | None) -> str:
+  """The prediction type that all sources agree on: the config's keys and the checkpoint's files.
 
-  `predict_epsilon` is how diffusers before 0.10 said epsilon (true) or sample (false), and Euler's
-  scheduler calls sample also original_sample.
+  `predict_epsilon` is the key of diffusers before 0.10 for epsilon (true) or sample (false), and
+  Euler's scheduler also accepts original_sample for sample.
   """
-  said = {}
+  sources = {}
   if "prediction_type" in config:
-    said["prediction_type"] = config["prediction_type"]
+    sources["prediction_type"] = config["prediction_type"]
   if "predict_epsilon" in config:
-    said["predict_epsilon"] = "epsilon" if config["predict_epsilon"] else "sample"
-  if elsewhere is not None:
-    said["checkpoint"] = elsewhere
-  said = {k: "sample" if v == "original_sample" else v for k, v in said.items()}
-  if len(set(said.values())) > 1:
-    what = ", ".join(f"{v} ({k})" for k, v in said.items())
+    sources["predict_epsilon"] = "epsilon" if config["predict_epsilon"] else "sample"
+  if checkpoint is not None:
+    sources["checkpoint"] = checkpoint
+  sources = {k: "sample" if v == "original_sample" else v for k, v in sources.items()}
+  if len(set(sources.values())) > 1:
+    listed = ", ".join(f"{v} ({k})" for k, v in sources.items())
     raise UserError(
-      f"contradicting prediction types: {what}; set prediction_type in the scheduler config to the "
-      "one that the network was trained with"
+      f"contradicting prediction types: {listed}; set prediction_type in the scheduler config to "
+      "the one that the network was trained with"
     )
-  return next(iter(said.values()), NoiseSchedule.prediction_type)
+  return next(iter(sources.values()), NoiseSchedule.prediction_type)
 
 
 def _cosine_betas(steps: int, max_beta: float = 0.999) -> np.ndarray:
