@@ -10,11 +10,7 @@ import safetensors.numpy
 from flax import nnx
 
 from cc_jax.customcontrast import adapter_file, s_plus
-from cc_jax.customcontrast.injection import (
-  InjectedCrossAttention,
-  InjectionConfig,
-  LayerCondition,
-)
+from cc_jax.customcontrast.injection import InjectedCrossAttention, InjectionConfig, LayerCondition
 from cc_jax.customcontrast.mfi_encoder import MFIEncoderConfig
 from cc_jax.customcontrast.qformer import TextualQformer, fourier, perceiver_attention
 from cc_jax.customcontrast.tv_fusion import TVFusion

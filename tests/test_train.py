@@ -46,12 +46,7 @@ from cc_jax.training.checkpoint import Checkpoints
 from cc_jax.training.context import to_unit_range
 from cc_jax.training.contrastive import Embeddings, contrastive_objective
 from cc_jax.training.loop import Callbacks, train
-from cc_jax.training.losses import (
-  diffusion_objective,
-  sample_latents,
-  subject_weights,
-  total_loss,
-)
+from cc_jax.training.losses import diffusion_objective, sample_latents, subject_weights, total_loss
 from cc_jax.training.noise import keep_conditions, sample_step_noise, sample_timesteps
 from cc_jax.training.parameter_table import parameter_table
 from cc_jax.training.setup import adapter_configs, base_options, make_step_context, step_seed

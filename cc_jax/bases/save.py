@@ -12,11 +12,7 @@ from typing import Any
 from flax import nnx
 
 from cc_jax.bases.base import Base
-from cc_jax.bases.files import (
-  COMPONENTS,
-  NETWORKS,
-  read_json,
-)
+from cc_jax.bases.files import COMPONENTS, NETWORKS, read_json
 from cc_jax.bases.tokenizer import save_tokenizer
 from cc_jax.bases.weights import replacing, save_weights
 from cc_jax.errors import UserError

@@ -10,11 +10,7 @@ from typing import Any
 import numpy as np
 
 from cc_jax.errors import UserError
-from cc_jax.metrics.statistics import (
-  Interval,
-  at_equal,
-  hierarchical_bootstrap,
-)
+from cc_jax.metrics.statistics import Interval, at_equal, hierarchical_bootstrap
 
 Result = dict[str, Any]
 Arms = dict[str, list[Result]]  # by name, its seeds in order

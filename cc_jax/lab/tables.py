@@ -33,10 +33,7 @@ from cc_jax.lab.comparison import (
   sweep,
 )
 from cc_jax.lab.trials import reference_factors
-from cc_jax.metrics.statistics import (
-  Interval,
-  mean_of_known,
-)
+from cc_jax.metrics.statistics import Interval, mean_of_known
 
 FACTORS = ("class_id", "color1", "color2", "pattern", "pattern_color", "scene", "style", "hat")
 

@@ -33,11 +33,7 @@ from cc_jax.errors import UserError
 from cc_jax.parallel.distributed import set_cpu_devices
 from cc_jax.parallel.mesh import make_mesh
 from cc_jax.plan.batch_search import largest_batch
-from cc_jax.plan.estimate import (
-  CompiledPlan,
-  Overflow,
-  make_plan,
-)
+from cc_jax.plan.estimate import CompiledPlan, Overflow, make_plan
 from cc_jax.plan.lower import AbstractProgram, generate_program, train_program
 from cc_jax.plan.report import describe_plan, describe_refusal, describe_truth, state_table
 from cc_jax.plan.topology import Slice, find_slice

@@ -9,13 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from cc_jax.plan.estimate import (
-  REACHED,
-  TRUST,
-  CompiledPlan,
-  all_bytes,
-  chip_bytes,
-)
+from cc_jax.plan.estimate import REACHED, TRUST, CompiledPlan, all_bytes, chip_bytes
 from cc_jax.plan.lower import AbstractProgram
 from cc_jax.plan.topology import Slice
 from cc_jax.text import align_table

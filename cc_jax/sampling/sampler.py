@@ -12,24 +12,13 @@ from jaxtyping import Bool, Float, UInt8
 from tqdm import tqdm
 
 from cc_jax.customcontrast.model import CustomContrast
-from cc_jax.diffusion.samplers import (
-  StepTable,
-  adds_noise,
-  padded,
-  skip_of_strength,
-  step_table,
-)
+from cc_jax.diffusion.samplers import StepTable, adds_noise, padded, skip_of_strength, step_table
 from cc_jax.diffusion.schedule import NoiseSchedule
 from cc_jax.errors import UserError
 from cc_jax.parallel.mesh import batch_sharding, pad_batch, replicate
 from cc_jax.sampling.images import to_uint8
 from cc_jax.sampling.prompts import Prompts
-from cc_jax.sampling.sample import (
-  SamplerInputs,
-  SamplingConfig,
-  guidance_branches,
-  sample_images,
-)
+from cc_jax.sampling.sample import SamplerInputs, SamplingConfig, guidance_branches, sample_images
 
 CALLS = 25  # numbers of UNet calls are rounded up to multiples of this
 
