@@ -44,16 +44,17 @@ def run(main: Callable[[Sequence[str]], None], define: Callable[[], None] = lamb
       return rest
     except (AttributeError, KeyError) as error:
       # ml_collections' error for an unknown key, quoted twice: 'stepz' Did you mean "steps" ...?
-      text = _one_line(error).replace("\\n", " ")
+      text = one_line(error).replace("\\n", " ")
       key, _, hint = text.replace("\\", "").replace("'", "").partition(" ")
       _stop(f"the config has no key {key}. {hint or 'The config file lists all keys.'}")
     except (flags.Error, TypeError, ValueError, OSError, SyntaxError) as error:
-      _stop(_one_line(error))
+      _stop(one_line(error))
 
   app.run(wrapped, flags_parser=parse)
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
+  """The error's text without line breaks, or its type where it has none."""
   return " ".join(str(error).split()) or type(error).__name__
 
 

@@ -27,13 +27,13 @@ from absl import flags
 from cc_jax import errors
 from cc_jax.diffusion.samplers import SAMPLERS
 from cc_jax.errors import UserError
+from cc_jax.models.params import DTYPES
 from cc_jax.parallel.mesh import make_mesh
 from cc_jax.sampling.images import save
 from cc_jax.sampling.pipeline import Pipeline, load
 from cc_jax.sampling.sampler import check_guidance
 
 __all__ = ["Pipeline", "load"]
-_DTYPES = ("float32", "bfloat16")
 
 
 def _check_out(out: str) -> Path:
@@ -92,7 +92,7 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
   number("clip_skip", 0, "Layers of the text encoders left out at the end.")
   for name, meaning in _TOLD.items():
     files(name, meaning)
-  text("dtype", "float32", " or ".join(_DTYPES))
+  text("dtype", "float32", " or ".join(DTYPES))
   text("out", "out.png", "The picture.")
 
 
@@ -132,8 +132,8 @@ def main(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> None:
   """The command."""
   del argv
   out = _check_out(values.out)
-  if values.dtype not in _DTYPES:
-    raise UserError(f"--dtype={values.dtype} is unknown; use {' or '.join(_DTYPES)}")
+  if values.dtype not in DTYPES:
+    raise UserError(f"--dtype={values.dtype} is unknown; use {' or '.join(DTYPES)}")
   if values.steps < 1:
     raise UserError(f"--steps={values.steps}: a sampler takes at least 1 step, usually 20")
   check_guidance(values.guidance, values.image_guidance)

@@ -21,11 +21,12 @@ import tiny  # noqa: E402
 
 from cc_jax.bases.base import load_base
 from cc_jax.customcontrast.build import build_customcontrast
+from cc_jax.models.params import flatten  # noqa: E402
 from cc_jax.parallel.distributed import set_cpu_devices
 from cc_jax.parallel.mesh import make_mesh, shard_batch
 from cc_jax.parallel.rules import abstract_params, init_sharded, param_sharding_fn, shard_params
 from cc_jax.training import step
-from cc_jax.training.checkpoint import Checkpoints, flat, jsonable  # noqa: E402
+from cc_jax.training.checkpoint import Checkpoints, jsonable  # noqa: E402
 from cc_jax.training.setup import adapter_configs, make_step_context, step_seed
 
 SIZE, STEPS = 16, 5
@@ -128,13 +129,13 @@ def main(folder: str, out: Path) -> None:
   checkpoints = Checkpoints(out / "checkpoints", keep=1)
   checkpoints.save(STEPS, saved, record)
   checkpoints.wait()
-  before = {key: np.asarray(value) for key, value in flat(saved).items()}
+  before = {key: np.asarray(value) for key, value in flatten(saved).items()}
   for sizes in ((2, 2, 2), (1, 1, 1)):
     state = abstract_params(saved, meshes[sizes])
     restored, _ = checkpoints.restore(state, base_hash=base.hash, config=config)
     same = [
       value.sharding == wanted.sharding and np.asarray(value).tobytes() == before[key].tobytes()
-      for (key, value), wanted in zip(flat(restored).items(), jax.tree.leaves(state))
+      for (key, value), wanted in zip(flatten(restored).items(), jax.tree.leaves(state))
     ]
     cut = sum(not value.is_fully_replicated for value in jax.tree.leaves(restored))
     print("restored", *sizes, all(same), cut, flush=True)

@@ -23,7 +23,7 @@ import safetensors.numpy
 from flax import nnx
 
 from cc_jax.bases.torch_names import from_torch, to_torch
-from cc_jax.errors import UserError
+from cc_jax.errors import UserError, one_line
 
 Module = TypeVar("Module", bound=nnx.Module)
 Convert = Callable[[np.ndarray], np.ndarray]
@@ -135,7 +135,7 @@ class Tensors(Mapping[str, np.ndarray]):
     try:
       tensor = file.get_tensor(stored)
     except (safetensors.SafetensorError, TypeError, ValueError, AttributeError) as error:
-      reason = _one_line(error)
+      reason = one_line(error)
       raise UserError(f"{stored} cannot be read ({reason}); convert it to float16") from error
     return tensor if convert is None else convert(tensor)
 
@@ -220,7 +220,7 @@ def _open(file: Path, stack: contextlib.ExitStack) -> Any:
   try:
     return stack.enter_context(safetensors.safe_open(file, "numpy"))
   except (safetensors.SafetensorError, OSError) as error:
-    reason = _one_line(error)
+    reason = one_line(error)
     raise UserError(f"{file} is truncated or not safetensors ({reason}); get it again") from error
 
 
@@ -261,7 +261,3 @@ def _shards(index: Path) -> list[Path]:
     if not (index.parent / name).is_file():
       raise UserError(f"{index.parent / name}, named in {index.name}, is missing; get it again")
   return [index.parent / name for name in names]
-
-
-def _one_line(error: Exception) -> str:
-  return " ".join(str(error).split())

@@ -18,7 +18,7 @@ from safetensors.numpy import save
 from cc_jax.customcontrast.injection import InjectionConfig
 from cc_jax.customcontrast.mfi_encoder import MFIEncoderConfig
 from cc_jax.customcontrast.model import is_trainable
-from cc_jax.errors import UserError
+from cc_jax.errors import UserError, one_line
 
 FORMAT = "cc_jax.adapter"
 FORMAT_VERSION = 1
@@ -106,7 +106,7 @@ def load_adapter(path: str | os.PathLike, *, base_hash: str | None = None) -> Ad
       tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
   except (OSError, SafetensorError) as error:
     raise UserError(
-      f"{path} is truncated or no safetensors file ({_one_line(error)}); get it again"
+      f"{path} is truncated or no safetensors file ({one_line(error)}); get it again"
     ) from error
   if metadata.get("format") != FORMAT:
     raise UserError(
@@ -169,7 +169,3 @@ def _first(names) -> str:
   names = list(names)
   more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
   return ", ".join(names[:_SHOWN]) + more
-
-
-def _one_line(error: Exception) -> str:
-  return " ".join(str(error).split())

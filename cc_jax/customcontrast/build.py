@@ -15,15 +15,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array
 
 from cc_jax.bases.base import Base
 from cc_jax.customcontrast.injection import InjectionConfig
 from cc_jax.customcontrast.mfi_encoder import MFIEncoderConfig
 from cc_jax.customcontrast.model import CustomContrast, is_trainable
 from cc_jax.models.keys import StatelessRngs
-
-Params = dict[str, Array]
+from cc_jax.models.params import Params
 
 
 def split_params(model: CustomContrast) -> tuple[nnx.GraphDef, Params, Params]:

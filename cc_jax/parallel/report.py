@@ -10,8 +10,9 @@ import jax
 from jax.sharding import AbstractMesh, Mesh
 
 from cc_jax.errors import UserError
+from cc_jax.models.params import flatten
 from cc_jax.parallel.mesh import AXES
-from cc_jax.parallel.rules import _name, _rule, _wanted
+from cc_jax.parallel.rules import _rule, _wanted
 from cc_jax.text import align_table
 
 MAX_REPLICATED_RATIO = 0.02  # of the bytes that the rules should cut
@@ -26,14 +27,14 @@ def unexpectedly_replicated(tree: Any, mesh: Mesh | AbstractMesh) -> tuple[int, 
   Looks at the arrays' own shardings, whoever placed them; `tree` may hold placed abstract arrays.
   """
   total, whole = 0, {}
-  for path, x in jax.tree_util.tree_leaves_with_path(tree):
-    rule = _rule(_name(path), None)
+  for name, x in flatten(tree).items():
+    rule = _rule(name, None)
     wanted = _wanted(rule, mesh)
     if not wanted or x.size < rule.above:
       continue
     total += x.size * x.dtype.itemsize
     if not wanted.keys() <= set(jax.tree.leaves(tuple(x.sharding.spec))):
-      whole[_name(path)] = x.size * x.dtype.itemsize
+      whole[name] = x.size * x.dtype.itemsize
   return total, whole
 
 
@@ -59,8 +60,8 @@ def describe_sharding(parts: Mapping[str, Any], mesh: Mesh | AbstractMesh) -> st
   """
   groups: dict[tuple[str, str, str], list[float]] = {}
   for part, tree in parts.items():
-    for path, x in jax.tree_util.tree_leaves_with_path(tree):
-      network = _name(path).replace("/", ".").split(".")[0] if isinstance(tree, dict) else "all"
+    for name, x in flatten(tree).items():
+      network = name.replace("/", ".").split(".")[0] if isinstance(tree, dict) else "all"
       axes = jax.tree.leaves(tuple(x.sharding.spec))
       row = groups.setdefault((part, network, " x ".join(sorted(axes)) or "whole"), [0, 0, 0])
       itemsize = x.dtype.itemsize

@@ -17,6 +17,7 @@ import jax
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
+from cc_jax.models.params import path_name
 from cc_jax.parallel.mesh import replicated_sharding
 
 
@@ -73,7 +74,7 @@ def param_shardings(
   Works with a mesh of a topology that is only compiled for and with an AbstractMesh, too.
   """
   return jax.tree_util.tree_map_with_path(
-    lambda path, x: NamedSharding(mesh, param_spec(_name(path), x.shape, mesh, rules)), tree
+    lambda path, x: NamedSharding(mesh, param_spec(path_name(path), x.shape, mesh, rules)), tree
   )
 
 
@@ -131,7 +132,3 @@ def _rule(path: str, rules: Sequence[Rule] | None) -> Rule:
 def _wanted(rule: Rule, mesh: Mesh | AbstractMesh) -> dict[str, int | None]:
   """The rule's axes that the mesh has more than one device along."""
   return {axis: d for axis, d in rule.axes.items() if mesh.shape.get(axis, 1) > 1}
-
-
-def _name(path: tuple) -> str:
-  return jax.tree_util.keystr(path, simple=True, separator="/")

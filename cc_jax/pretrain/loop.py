@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from cc_jax.bases.weights import replacing
 from cc_jax.errors import UserError
+from cc_jax.models.params import flatten, path_name
 from cc_jax.parallel.mesh import batch_sharding, pad_batch, replicated_sharding
 from cc_jax.training import optimizer
 
@@ -140,13 +141,8 @@ def batched(
   return apply
 
 
-def _name(path) -> str:
-  return jax.tree_util.keystr(path, simple=True, separator="/")
-
-
 def _save(file: Path, state: FitState) -> None:
-  leaves = jax.tree_util.tree_leaves_with_path(state)
-  flat = {_name(path): np.asarray(leaf) for path, leaf in leaves}
+  flat = {name: np.asarray(leaf) for name, leaf in flatten(state).items()}
   with replacing(file) as temporary:  # a kill leaves the earlier save whole
     save_file(flat, temporary)
 
@@ -155,7 +151,7 @@ def _load(file: Path, like: FitState) -> FitState:
   flat = load_file(file)
 
   def pick(path, leaf):
-    name = _name(path)
+    name = path_name(path)
     if name not in flat or flat[name].shape != leaf.shape:
       found = flat[name].shape if name in flat else "nothing"
       raise UserError(f"{file} is of another model: {name} should be {leaf.shape}, found {found}; "

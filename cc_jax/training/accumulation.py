@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from cc_jax.customcontrast.build import Params
+from cc_jax.models.params import Params
 from cc_jax.training.context import Batch, Metrics, StepContext, to_unit_range
 from cc_jax.training.contrastive import (
   LAYERED,

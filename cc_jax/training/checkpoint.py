@@ -23,6 +23,7 @@ from etils import epath
 from orbax.checkpoint import v1 as ocp
 
 from cc_jax.errors import UserError
+from cc_jax.models.params import flatten
 
 FORMAT = 1
 # A change of these changes what the adapter's weights mean, even where no shape changes.
@@ -95,7 +96,7 @@ class Checkpoints:
     record = {"format": FORMAT, "step": step, **record}
     with self._explained(f"cannot save step {step}"):
       self._orbax.wait()
-      self._orbax.save_async(step, flat(state), force=True, custom_metadata=record)
+      self._orbax.save_async(step, flatten(state), force=True, custom_metadata=record)
 
   def wait(self) -> None:
     """Returns when every save is on disk. Raises UserError if one failed."""
@@ -140,7 +141,7 @@ class Checkpoints:
           f"{place} was trained with {key}={before!r} and the config now says {now!r}, which is "
           "another model; undo the change or choose another --workdir"
         )
-    wanted = flat(state)
+    wanted = flatten(state)
     _compare(saved.metadata, wanted, place)
     abstract = {
       key: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for key, x in wanted.items()
@@ -201,12 +202,6 @@ def jsonable(config: ml_collections.ConfigDict) -> dict[str, Any]:
     return [plain(v) for v in value] if isinstance(value, (list, tuple)) else value
 
   return plain(config.to_dict())
-
-
-def flat(tree: Any) -> dict[str, Any]:
-  """Leaves by readable path, `ema/mfi_encoder.fusion.to_k.kernel`, in the tree's own order."""
-  leaves = jax.tree_util.tree_leaves_with_path(tree)
-  return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 
 
 def reason(error: BaseException) -> str:

@@ -11,10 +11,11 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
-from cc_jax.customcontrast.build import Params, merge_params
+from cc_jax.customcontrast.build import merge_params
 from cc_jax.customcontrast.model import CustomContrast
 from cc_jax.diffusion.schedule import NoiseSchedule
 from cc_jax.errors import UserError
+from cc_jax.models.params import Params
 from cc_jax.models.remat import check_policies, set_policies
 from cc_jax.objectives.contrast import Contrast
 from cc_jax.parallel.fsdp import all_gather_on_use, remat_all_gathers

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from cc_jax.customcontrast.build import Params
 from cc_jax.customcontrast.model import CustomContrast
+from cc_jax.models.params import Params
 from cc_jax.models.vae import images_to_latents
 from cc_jax.objectives.diffusion import diffusion_loss, min_snr_weights
 from cc_jax.training.context import Batch, Metrics, StepContext, prefix_keys, to_unit_range

@@ -11,9 +11,9 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from cc_jax.errors import UserError
+from cc_jax.models.params import Params
 
 SCHEDULES = ("cosine", "constant")
-Params = dict[str, Array]  # dotted path -> array
 
 
 def learning_rate(train: ml_collections.ConfigDict, step: Int[Array, ""]) -> Float[Array, ""]:

@@ -6,8 +6,8 @@ import jax
 import ml_collections
 import numpy as np
 
-from cc_jax.customcontrast.build import Params
 from cc_jax.diffusion.schedule import NoiseSchedule
+from cc_jax.models.params import Params
 from cc_jax.text import align_table
 from cc_jax.training.setup import build_abstract
 from cc_jax.training.step import init_state

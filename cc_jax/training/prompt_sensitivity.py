@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float
 
-from cc_jax.customcontrast.build import Params
+from cc_jax.models.params import Params
 from cc_jax.objectives.diffusion import per_sample_mse
 from cc_jax.parallel.mesh import replicated_sharding, shard_batch
 from cc_jax.training.context import Batch, StepContext, to_unit_range

@@ -19,19 +19,18 @@ from flax import nnx
 import data_pipeline
 from cc_jax.bases.base import Base, abstract_base
 from cc_jax.bases.files import ASSETS
-from cc_jax.customcontrast.build import Params, build_customcontrast, eval_shape_only
+from cc_jax.customcontrast.build import build_customcontrast, eval_shape_only
 from cc_jax.customcontrast.injection import InjectionConfig
 from cc_jax.customcontrast.mfi_encoder import MFIEncoderConfig
 from cc_jax.diffusion.schedule import NoiseSchedule
 from cc_jax.errors import UserError
+from cc_jax.models.params import DTYPES, Params
 from cc_jax.parallel.mesh import local_rows
 from cc_jax.training import prompt_sensitivity as gaps
 from cc_jax.training.context import StepContext
 from cc_jax.training.prompt_sensitivity import make_prompt_sensitivity
 from data_pipeline.subjects3d.factors import SCENES
 from data_pipeline.tokens import empty_prompt
-
-DTYPES = ("float32", "bfloat16")
 
 
 def adapter_configs(config: ml_collections.ConfigDict) -> tuple[MFIEncoderConfig, InjectionConfig]:

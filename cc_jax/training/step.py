@@ -18,7 +18,7 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Int
 
-from cc_jax.customcontrast.build import Params
+from cc_jax.models.params import Params
 from cc_jax.parallel.mesh import batch_sharding, replicated_sharding
 from cc_jax.parallel.rules import param_shardings, shards_params
 from cc_jax.training import optimizer
