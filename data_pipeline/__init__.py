@@ -30,7 +30,7 @@ def make_loader(
     s_words: int = 2,
     split: str = "train",
 ) -> Iterator[dict[str, np.ndarray]]:
-  """Endless batches of triples (method.md, "Data"): a pure function of (seed, step).
+  """Endless batches of triples (docs/method.md, "Data"): a pure function of (seed, step).
 
   A loader that starts at step s yields the very batches that one started at 0 yields from its s-th
   on. The hosts' batches are slices of one global batch, which does not depend on their number.

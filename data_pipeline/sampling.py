@@ -11,7 +11,7 @@ from data_pipeline.errors import DataError
 
 _SUBJECTS, _TRIPLE = 0, 1  # domains of the random streams: the batch's subjects, one row's triple
 _GROUPS = ("class", "family")
-# 'multi_view': the target is another frame than the reference (method.md). 'self': the reference is
+# 'multi_view': the target is not the reference's frame (docs/method.md). 'self': the reference is
 # cut out of the target's own frame, which is how earlier encoders were trained; positives, targets,
 # captions and all randomness are those of 'multi_view', so that the two can be compared in pairs.
 FRAMES = ("multi_view", "self")

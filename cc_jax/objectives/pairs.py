@@ -45,7 +45,7 @@ class PairLoss:
   def logits(
     self, c: Float[Array, "*l n m"], s: Float[Array, "n m"] | None, own: Bool[Array, "n m"]
   ) -> Float[Array, "*l n m"]:
-    """p_j where `own`, else n_jk of method.md's table; from cosines c and clipped S."""
+    """p_j where `own`, else n_jk of docs/method.md, "MACL"; from cosines c and clipped S."""
     return jnp.where(own, c / self.temperature, self._negative(c, s))
 
   def targets(

@@ -390,7 +390,7 @@ def train_clip(config, workdir: Path, pictures: Pictures, mesh) -> None:
 
 
 def train_unet(config, workdir: Path, pictures: Pictures, mesh) -> None:
-  """The UNet on whitened latents, v-prediction, frozen text encoder (recipe: shared/lab.md)."""
+  """The UNet on whitened latents (docs/method.md, "Recipe of the mini base")."""
   c = config.unet
   tokenizer = load_tokenizer(workdir / "base" / "tokenizer")
   vae = load_module(workdir / "base" / "vae", AutoencoderKL)
@@ -466,9 +466,9 @@ def widened(masks: np.ndarray) -> np.ndarray:
 
 
 def word_gaps(config, tokenizer, pictures, latents, schedule, predict) -> Callable:
-  """`gaps(params, frozen) -> {word: rise}`: how much the loss rises with one wrong word (lab.md).
+  """`gaps(params, frozen) -> {word: rise}`: how much the loss rises with a wrong word.
 
-  At t = 0.85 of the schedule on 192 fixed pictures; 0.25 means a quarter more loss.
+  At t = 0.85 of the schedule on 192 fixed pictures (docs/method.md, "The wrong-word gap").
   """
   index = np.random.default_rng(config.seed + 3).choice(len(latents), 192, replace=False)
   rows = factors_lib.Factors(*(column[index] for column in pictures.factors))
