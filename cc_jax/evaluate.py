@@ -35,8 +35,8 @@ from cc_jax.parallel import rules as sharding
 from cc_jax.sampling.images import grid
 from cc_jax.sampling.sampler import Drawer, bundle, encode_prompts
 from data_pipeline.subjects3d import factors as world
+from data_pipeline.subjects3d.bulk import render_many
 from data_pipeline.subjects3d.captions import caption
-from data_pipeline.subjects3d.renderer import render_many
 from data_pipeline.triples import TripleConfig, show_reference
 
 SCORES = ("scene", "class_id", "color1", "color2", "pattern")

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from data_pipeline.errors import DataError
-from data_pipeline.subjects3d import captions, factors, renderer, shapes
+from data_pipeline.subjects3d import bulk, captions, factors, renderer, shapes
 from data_pipeline.subjects3d.factors import CLASSES, CLASSES_WITH_FRONT, COLORS, SCENES
 
 RED, BLUE = COLORS.index("red"), COLORS.index("blue")
@@ -337,7 +337,7 @@ def test_march_has_converged(world):
 def test_processes_draw_the_same_pictures():
   f = draw(12, class_id=CLASSES.index("mushroom"))
   np.testing.assert_array_equal(
-    renderer.render_many(f, processes=2, progress=False).image, renderer.render(f).image
+    bulk.render_many(f, processes=2, progress=False).image, renderer.render(f).image
   )
 
 

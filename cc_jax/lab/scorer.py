@@ -28,7 +28,7 @@ from cc_jax.metrics.statistics import mean_of_known
 from cc_jax.parallel import rules as sharding
 from cc_jax.sampling.sampler import Drawer, bundle
 from data_pipeline.subjects3d import factors as world
-from data_pipeline.subjects3d.renderer import render_many
+from data_pipeline.subjects3d.bulk import render_many
 
 ON_THE_WAY = ("size", "place")  # moves that are drawn at every checkpoint
 LABELS = ("class_id", "color1", "color2", "pattern", "pattern_color", "scene")

@@ -27,8 +27,8 @@ from data_pipeline.sources.tf_data import import_tfds
 from data_pipeline.sources.tfds_source import SubjectRecord, SubjectRecords
 from data_pipeline.subjects3d import factors as factors_lib
 from data_pipeline.subjects3d import multi_view
+from data_pipeline.subjects3d.bulk import render_many
 from data_pipeline.subjects3d.factors import CLASSES, SPLITS, Factors, concatenate
-from data_pipeline.subjects3d.renderer import render_many
 
 tfds = import_tfds()
 

@@ -80,9 +80,20 @@ def _by_processes(factors: Factors, rows, resolution: int, processes: int):
 
 
 def render_many(
-  factors: Factors, *, resolution: int, processes: int | None, progress: bool
+  factors: Factors, *, resolution: int = 64, processes: int | None = None, progress: bool = True
 ) -> renderer.Rendered:
-  """See `renderer.render_many`."""
+  """`renderer.render` for bulk: the same pictures, by several single-threaded processes on a CPU.
+
+  The processes are spawned: a script that calls this needs `if __name__ == "__main__":`.
+
+  Args:
+    processes: by default one per core for many pictures, none for few. An accelerator renders in
+      this process in any case.
+    progress: a bar with rate and time left.
+
+  Raises:
+    DataError: a process died.
+  """
   n = len(factors.class_id)
   if processes is None:
     processes = len(os.sched_getaffinity(0)) if n >= _FEW else 1

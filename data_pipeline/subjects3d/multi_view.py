@@ -84,7 +84,7 @@ def write_captions(factors: Factors, split: str) -> list[list[str]]:
 
 def render_subjects(name: str, split: str, count: int | None = None) -> MultiView:
   """The first `count` subjects of a split, rendered anew; needs no tensorflow."""
-  from data_pipeline.subjects3d.renderer import render_many
+  from data_pipeline.subjects3d.bulk import render_many
 
   factors = plan(name.removeprefix("subjects3d/"), split)
   texts = write_captions(factors, split)

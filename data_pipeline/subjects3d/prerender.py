@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from data_pipeline.subjects3d import factors as factors_lib
-from data_pipeline.subjects3d import renderer
+from data_pipeline.subjects3d.bulk import render_many
 
 
 class Pictures(NamedTuple):
@@ -60,7 +60,7 @@ def prerender(
     factors = sample(rng, count, split, calm_count, plain_share)
     if recombine:
       factors = recombined(rng, factors)
-    rendered = renderer.render_many(factors, processes=processes, resolution=resolution)
+    rendered = render_many(factors, processes=processes, resolution=resolution)
     np.save(folder / "images.npy", rendered.image)
     np.save(folder / "masks.npy", rendered.mask)
     np.savez(folder / "factors.npz", coverage=rendered.coverage, **factors._asdict())

@@ -163,23 +163,3 @@ def render(
   if pending is not None:
     collect(*pending)
   return out
-
-
-def render_many(
-  factors: Factors, *, resolution: int = 64, processes: int | None = None, progress: bool = True
-) -> Rendered:
-  """`render` for bulk: the same pictures, by several single-threaded processes on a CPU.
-
-  The processes are spawned: a script that calls this needs `if __name__ == "__main__":`.
-
-  Args:
-    processes: by default one per core for many pictures, none for few. An accelerator renders in
-      this process in any case.
-    progress: a bar with rate and time left.
-
-  Raises:
-    DataError: a process died.
-  """
-  from data_pipeline.subjects3d import bulk
-
-  return bulk.render_many(factors, resolution=resolution, processes=processes, progress=progress)
