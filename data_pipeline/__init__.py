@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -87,7 +88,13 @@ def make_loader(
   from data_pipeline.sources import tfds_source
 
   name, data_dir = data_config.name, data_config.data_dir
-  return tfds_source.batches(maker, name=name, data_dir=data_dir, split=split, **where)
+  if re.split("[/:]", name)[0] == "subjects3d":
+    from data_pipeline.subjects3d import builder as subjects3d
+
+    builder = subjects3d.build(name, data_dir)
+  else:
+    builder = tfds_source.open_builder(name, data_dir)
+  return tfds_source.batches(maker, builder, split=split, **where)
 
 
 def load_subjects(name: str, split: str, data_dir: str = "", *, source: str = "tfds", count=None):

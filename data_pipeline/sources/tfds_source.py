@@ -24,11 +24,9 @@ _NEEDED = ("frames", "masks", "captions", "class_noun", "subject_id")
 _IDS = ("subject_id", "family_id", "class_id")
 
 
-def batches(
-    maker: Maker, *, name: str, data_dir: str, split: str, start_step: int, rows: range
-) -> Iterator[dict]:
-  """Endless batches of data set `name`, which is built first if it is subjects3d."""
-  subjects = SubjectRecords(open_builder(name, data_dir), split)
+def batches(maker: Maker, builder, *, split: str, start_step: int, rows: range) -> Iterator[dict]:
+  """Endless batches of the data set of a TFDS builder, see `open_builder`."""
+  subjects = SubjectRecords(builder, split)
   maker.check(subjects.table)
 
   def make_row(step: int, row: int) -> dict[str, np.ndarray]:
@@ -45,12 +43,8 @@ def batches(
 
 
 def open_builder(name: str, data_dir: str = ""):
-  """The TFDS builder of a data set that is on disk; subjects3d is written on first use."""
+  """The TFDS builder of a data set that is on disk. Raises DataError where there is none."""
   tfds = tf_data.import_tfds()
-  if name.split("/")[0].split(":")[0] == "subjects3d":
-    from data_pipeline.subjects3d.builder import build
-
-    return build(name, data_dir)
   try:
     builder = tfds.builder(name, data_dir=os.path.expanduser(data_dir) or None)
   except (tfds.core.DatasetNotFoundError, ValueError, KeyError):
