@@ -11,7 +11,6 @@ import pytest
 from flax import nnx
 
 from cc_jax.errors import UserError
-from cc_jax.lab import judge as judging
 from cc_jax.models.clip_vision import CLIPVisionConfig, CLIPVisionModel
 from cc_jax.models.vae import AutoencoderKL, AutoencoderKLConfig
 from cc_jax.parallel import rules as sharding
@@ -205,7 +204,7 @@ def test_the_image_encoder_learns_factors_while_the_text_encoder_stays(tmp_path)
   # Of what makes subjects alike the encoder can see the class alone.
   pairs = np.triu_indices(len(shade), 1)
   alike = (factors.class_id[:, None] == factors.class_id)[pairs]
-  best = np.corrcoef(alike, judging.real_similarity(factors)[pairs])[0, 1]
+  best = np.corrcoef(alike, world.real_similarity(factors)[pairs])[0, 1]
   assert logs[-1]["likeness"] == pytest.approx(best, abs=0.05)
 
 

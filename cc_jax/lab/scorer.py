@@ -153,7 +153,7 @@ class Scorer:
     subject = factors.subject_id
     fold = features.folds(subject)
     first = np.unique(subject, return_index=True)[1]
-    real = judging.real_similarity(factors.take(first))
+    real = world.real_similarity(factors.take(first))
     front = np.isin(factors.class_id, [world.CLASSES.index(c) for c in world.CLASSES_WITH_FRONT])
     labels = {name: getattr(factors, name) for name in LABELS}
     numbers = {name: getattr(factors, name) for name in NUMBERS}

@@ -202,7 +202,7 @@ def likeness(embed: Float[jax.Array, "b e"], real: Float[jax.Array, "b b"]) -> j
   """Correlation, over the pairs of a batch, of embeddings' cosines with `real` similarities.
 
   Photographs' CLIP embeddings rank what is alike because captions do; renders' are told how alike
-  their subjects are (`metrics.factors.real_similarity`), since MACL takes its S from them.
+  their subjects are (`factors.real_similarity`), since MACL takes its S from them.
   """
   pairs = 1 - jnp.eye(len(embed))
   unit = l2_normalize(embed)
@@ -375,7 +375,7 @@ def train_clip(config, workdir: Path, pictures: Pictures, mesh) -> None:
     here |= {name: here[name] & ~cut for name in of_frame}
     images, labels = mirrored(images, {name: x[index] for name, x in targets.items()},
                               rng.random(n) < c.mirror_share)
-    real = factors_judge.real_similarity(pictures.factors.take(index)).astype(np.float32)
+    real = factors_lib.real_similarity(pictures.factors.take(index)).astype(np.float32)
     return dict(images=images, ids=ids, targets=labels, seen=here, real=real)
 
   params = fitting.fit(

@@ -188,6 +188,35 @@ def concatenate(parts: list[Factors]) -> Factors:
   return Factors(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
 
 
+def real_similarity(subjects: Subjects | Factors) -> np.ndarray:
+  """How alike the individuals are, [n,n] in [0,1], from their intrinsic factors alone.
+
+  The mean of six: same class; nearness of the two part colours (1 - RGB distance over the largest);
+  same pattern; nearness of the pattern colours (1 if both are plain, 0 if one is); nearness of the
+  proportions (1 - mean absolute difference over the range).
+  """
+  rgb = np.asarray(list(COLOR_RGB.values()), float)
+  distance = np.linalg.norm(rgb[:, None] - rgb[None], axis=-1)
+  color_similarity = 1 - distance / distance.max()
+
+  def equal(column):
+    column = np.asarray(column)
+    return (column[:, None] == column[None]).astype(float)
+
+  def color_pairs(column):
+    column = np.asarray(column)
+    return color_similarity[column[:, None], column[None]]
+
+  plain = np.asarray(subjects.pattern) == PATTERNS.index("plain")
+  both_plain, none_plain = plain[:, None] & plain[None], ~plain[:, None] & ~plain[None]
+  pattern_color = np.where(none_plain, color_pairs(subjects.pattern_color), both_plain)
+  shape = np.stack([subjects.wide, subjects.tall, subjects.ratio], -1).astype(float)
+  proportions = 1 - np.abs(shape[:, None] - shape[None]).mean(-1) / 2
+  parts = (equal(subjects.class_id), color_pairs(subjects.color1), color_pairs(subjects.color2),
+           equal(subjects.pattern), pattern_color, proportions)
+  return np.mean(parts, axis=0)
+
+
 def sample_factors(
   rng: np.random.Generator, subjects: Subjects, *, ranges: str | Ranges | None = None, **overrides
 ) -> Factors:
