@@ -13,7 +13,7 @@ import numpy as np
 
 from data_pipeline.errors import DataError
 
-__all__ = ["DataError", "load_subjects", "make_loader"]
+__all__ = ["DataError", "context_phrases", "is_subjects3d", "load_subjects", "make_loader"]
 
 _SOURCES = ("tfds", "render", "folder")
 
@@ -95,6 +95,18 @@ def make_loader(
   else:
     builder = tfds_source.open_builder(name, data_dir)
   return tfds_source.batches(maker, builder, split=split, **where)
+
+
+def is_subjects3d(data_config) -> bool:
+  """Whether `config.data` asks for the rendered world, whose factors are known."""
+  return data_config.source == "render" or data_config.name.startswith("subjects3d")
+
+
+def context_phrases(data_config) -> Sequence[str]:
+  """The scenes that captions of the data name; () where nothing is known of the captions."""
+  from data_pipeline.subjects3d.factors import SCENES
+
+  return SCENES if is_subjects3d(data_config) else ()
 
 
 def load_subjects(name: str, split: str, data_dir: str = "", *, source: str = "tfds", count=None):

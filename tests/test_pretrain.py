@@ -17,8 +17,8 @@ from cc_jax.parallel import rules as sharding
 from cc_jax.pretrain import __main__ as pretrain
 from cc_jax.pretrain import loop as fitting
 from configs import subjects3d_base
+from data_pipeline.subjects3d import captions, prerender
 from data_pipeline.subjects3d import factors as world
-from data_pipeline.subjects3d import prerender
 
 
 def settings(steps: int) -> ml_collections.ConfigDict:
@@ -111,8 +111,8 @@ def test_captions_name_what_they_are_told_to_name():
   rng = np.random.default_rng(0)
   table = world.subjects("train")
   factors = world.sample_factors(rng, table.take(np.arange(40)), hat=0, style=0)
-  always = pretrain.write_captions(rng, factors, dict(scene=1.0, color1=1.0))
-  never = pretrain.write_captions(rng, factors, dict(scene=1.0, color1=0.0))
+  always = captions.write_captions(rng, factors, dict(scene=1.0, color1=1.0))
+  never = captions.write_captions(rng, factors, dict(scene=1.0, color1=0.0))
   for i, (one, other) in enumerate(zip(always, never)):
     colour = world.COLORS[factors.color1[i]]
     assert colour in one.split() and colour not in other.split(), (one, other)

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Int
 
 from data_pipeline.errors import DataError
 from data_pipeline.subjects3d import factors as F
 
 MENTIONS = ("scene", "hat", "style", "color1", "color2", "pattern", "size")
+# How often a caption of pretraining mentions what it could: enough to learn each word, and enough
+# silence that a prompt without colour is nothing unusual.
+MENTION_PROBS = dict(
+  scene=0.95, color1=0.8, color2=0.3, pattern=0.5, hat=0.85, style=0.95, size=0.1
+)
+# The same for a subject cut out on white.
+CUTOUT_MENTION_PROBS = {name: 0.0 if name in F.CUTOUT_HIDES else 0.9 for name in MENTION_PROBS}
 MAX_WORDS = 22
 SMALL, LARGE = 0.85, 1.3  # sizes below and above are worth a word
 
@@ -116,6 +125,49 @@ def caption(
     text = before + noun + after
     if len(text.split()) <= MAX_WORDS:
       return Caption(text, noun, len(before))
+
+
+def write_captions(
+  rng: np.random.Generator, factors: F.Factors, mention_probs: Mapping[str, float]
+) -> list[str]:
+  """One caption per row of `factors`; each name in `mention_probs` has its own probability."""
+  rows = len(factors.class_id)
+  mentioned = {name: rng.random(rows) < prob for name, prob in mention_probs.items()}
+  texts = []
+  for i in range(rows):
+    mention = tuple(name for name in mentioned if mentioned[name][i])
+    texts.append(caption(rng, factors.take(i), mention=mention).text)
+  return texts
+
+
+def wrong_word_captions(
+  factors: F.Factors, shifts: Int[np.ndarray, " n"], seed: int
+) -> dict[str, list[str]]:
+  """Captions of class, main colour and scene, and the same with one of these words wrong.
+
+  Args:
+    factors: of n pictures.
+    shifts: which of the other values is named instead, counted from the true one.
+    seed: of the phrasing, which is the same with and without a wrong word.
+
+  Returns:
+    n captions for each wrong word: 'none', 'class', 'colour', 'scene'.
+  """
+
+  def another(column, count):
+    return ((column + 1 + shifts % (count - 1)) % count).astype(column.dtype)
+
+  variants = {
+    "none": factors,
+    "class": factors._replace(class_id=another(factors.class_id, len(F.CLASSES))),
+    "colour": factors._replace(color1=another(factors.color1, len(F.COLORS))),
+    "scene": factors._replace(scene=another(factors.scene, len(F.SCENES))),
+  }
+  mention_probs = dict(scene=1.0, color1=1.0)
+  return {
+    word: write_captions(np.random.default_rng(seed), variant, mention_probs)
+    for word, variant in variants.items()
+  }
 
 
 def all_words() -> list[str]:

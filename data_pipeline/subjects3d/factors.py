@@ -42,6 +42,8 @@ SCENES = (
 STYLES = ("photo", "sketch", "watercolour")
 VERSION = "1.1.0"  # of the world: raise it when the same factors would give another picture
 SPLITS = ("train", "validation", "test")
+MIRRORED = ("azimuth", "x")  # factors whose sign a mirror image changes
+CUTOUT_HIDES = ("scene", "size", "x", "y")  # what a subject cut out on white does not show
 MEMBERS = 4  # individuals of a family
 
 _FAMILIES_PER_CLASS = len(COLORS) * (len(COLORS) - 1)
