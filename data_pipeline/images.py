@@ -51,7 +51,7 @@ def read_mask(source: str | Path | bytes, name: str = "") -> UInt8[np.ndarray, "
     return image
   if image.shape[-1] == 4 and np.any(image[..., 3] < 255):
     return image[..., 3]
-  # Masks are grey; for coloured ones the brightest channel says "subject".
+  # Masks are grey; of a coloured one the brightest channel counts.
   return image[..., :3].max(-1)
 
 

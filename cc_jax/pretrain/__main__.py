@@ -34,13 +34,9 @@ from cc_jax.objectives.cscl import cscl
 from cc_jax.objectives.infonce import l2_normalize
 from cc_jax.parallel import rules as sharding
 from cc_jax.pretrain import loop as fitting
+from data_pipeline.subjects3d import captions as captions_lib
 from data_pipeline.subjects3d import factors as factors_lib
-from data_pipeline.subjects3d.captions import (
-  CUTOUT_MENTION_PROBS,
-  MENTION_PROBS,
-  write_captions,
-  wrong_word_captions,
-)
+from data_pipeline.subjects3d.captions import CUTOUT_MENTION_PROBS, MENTION_PROBS, write_captions
 from data_pipeline.subjects3d.prerender import Pictures, prerender
 from data_pipeline.triples import TripleConfig, show_reference
 
@@ -451,7 +447,7 @@ def word_gaps(config, tokenizer, pictures, latents, schedule, predict) -> Callab
   At t = 0.85 of the schedule on 192 fixed pictures; 0.25 means a quarter more loss.
   """
   index = np.random.default_rng(config.seed + 3).choice(len(latents), 192, replace=False)
-  captions = wrong_word_captions(pictures.factors.take(index), index, config.seed + 4)
+  captions = captions_lib.wrong_word_captions(pictures.factors.take(index), index, config.seed + 4)
   ids = {word: jnp.asarray(tokenize(tokenizer, texts)) for word, texts in captions.items()}
   x0 = jnp.asarray(latents[index], jnp.float32)
   noise = jax.random.normal(jax.random.key(config.seed), x0.shape)

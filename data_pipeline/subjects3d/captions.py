@@ -1,4 +1,4 @@
-"""English sentences about one picture, from a small grammar with several phrasings (numpy only)."""
+"""English captions of a picture, from a small grammar with several phrasings (numpy only)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MENTION_PROBS = dict(
 # The same for a subject cut out on white.
 CUTOUT_MENTION_PROBS = {name: 0.0 if name in F.CUTOUT_HIDES else 0.9 for name in MENTION_PROBS}
 MAX_WORDS = 22
-SMALL, LARGE = 0.85, 1.3  # sizes below and above are worth a word
+SMALL, LARGE = 0.85, 1.3  # only sizes below and above are mentioned
 
 _SCENES = (
   ("on the grass", "on green grass", "standing on the grass"),
@@ -34,7 +34,7 @@ _SCENES = (
   ("on a road", "on the road", "standing on the road"),
   ("in a flower meadow", "in a meadow of flowers", "standing in a flower meadow"),
 )
-# An empty prefix belongs to photos alone.
+# Only photos have an empty prefix.
 _STYLES = (
   ("", "", "a photo of", "a picture of"),
   ("a sketch of", "a pencil sketch of"),
@@ -65,16 +65,16 @@ def _pick(rng, choices):
 def _phrase(rng, f, mention) -> tuple[str, str, str]:
   """(text before the noun, noun, text after it)."""
   noun = F.CLASSES[f.class_id]
-  color1, third = F.COLORS[f.color1], F.COLORS[f.pattern_color]
+  color1, pattern_color = F.COLORS[f.color1], F.COLORS[f.pattern_color]
   adjectives, after = [], []
   if "size" in mention and not SMALL <= f.size <= LARGE:
     adjectives.append("small" if f.size < SMALL else _pick(rng, ("large", "big")))
   if "pattern" in mention and f.pattern:
     if "color1" in mention and rng.random() < 0.5:
-      adjectives += [color1, "and", third, _PATTERNED[f.pattern]]
+      adjectives += [color1, "and", pattern_color, _PATTERNED[f.pattern]]
     else:
       adjectives += [color1] if "color1" in mention else []
-      after.append(_WITH_PATTERN[f.pattern].format(third))
+      after.append(_WITH_PATTERN[f.pattern].format(pattern_color))
   else:
     adjectives += ["plain"] if "pattern" in mention else []
     adjectives += [color1] if "color1" in mention else []
@@ -106,11 +106,11 @@ def caption(
 
   Args:
     factors_row: `Factors` of scalars, e.g. `factors.take(i)`.
-    mention: which of `MENTIONS` the sentence speaks of, besides the class noun. 'hat' says nothing
-      where there is none, 'size' nothing about middling sizes, a photo need not be called one.
+    mention: which of `MENTIONS` the caption mentions, besides the class noun. A missing hat and a
+      medium size are never mentioned, the style of a photo not always.
 
   Returns:
-    A sentence of at most 22 words: longer ones are drawn again.
+    A caption of at most 22 words: longer ones are drawn again.
 
   Raises:
     DataError: unknown name in `mention`.
@@ -179,12 +179,11 @@ def all_words() -> list[str]:
 
 
 def corpus(n: int, rng: np.random.Generator) -> list[str]:
-  """n captions about random pictures, each mentioning a random half of what can be mentioned."""
+  """n captions of random pictures, each mentioning every one of `MENTIONS` with probability 1/2."""
   table = F.subjects("train")
   ranges = F.Ranges(hat=0.5, photo=0.4)  # every phrase often enough for a tokenizer
-  drawn = F.sample_factors(
-    rng, table.take(rng.integers(len(table.class_id), size=n)), ranges=ranges
-  )
+  subjects = table.take(rng.integers(len(table.class_id), size=n))
+  drawn = F.sample_factors(rng, subjects, ranges=ranges)
   texts = []
   for i in range(n):
     mention = [name for name in MENTIONS if rng.random() < 0.5]
