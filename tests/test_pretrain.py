@@ -11,15 +11,14 @@ import pytest
 from flax import nnx
 
 from cc_jax.errors import UserError
-from cc_jax.lab import judge as judging
 from cc_jax.models.clip_vision import CLIPVisionConfig, CLIPVisionModel
 from cc_jax.models.vae import AutoencoderKL, AutoencoderKLConfig
 from cc_jax.parallel.mesh import make_mesh
 from cc_jax.pretrain import __main__ as pretrain
 from cc_jax.pretrain import loop as fitting
 from configs import subjects3d_base
+from data_pipeline.subjects3d import captions, prerender
 from data_pipeline.subjects3d import factors as world
-from data_pipeline.subjects3d import prerender
 
 
 def settings(steps: int) -> ml_collections.ConfigDict:
@@ -112,8 +111,8 @@ def test_captions_name_what_they_are_told_to_name():
   rng = np.random.default_rng(0)
   table = world.subjects("train")
   factors = world.sample_factors(rng, table.take(np.arange(40)), hat=0, style=0)
-  always = pretrain.write_captions(rng, factors, dict(scene=1.0, color1=1.0))
-  never = pretrain.write_captions(rng, factors, dict(scene=1.0, color1=0.0))
+  always = captions.write_captions(rng, factors, dict(scene=1.0, color1=1.0))
+  never = captions.write_captions(rng, factors, dict(scene=1.0, color1=0.0))
   for i, (one, other) in enumerate(zip(always, never)):
     colour = world.COLORS[factors.color1[i]]
     assert colour in one.split() and colour not in other.split(), (one, other)
@@ -205,7 +204,7 @@ def test_the_image_encoder_learns_factors_while_the_text_encoder_stays(tmp_path)
   # Of what makes subjects alike the encoder can see the class alone.
   pairs = np.triu_indices(len(shade), 1)
   alike = (factors.class_id[:, None] == factors.class_id)[pairs]
-  best = np.corrcoef(alike, judging.real_similarity(factors)[pairs])[0, 1]
+  best = np.corrcoef(alike, world.real_similarity(factors)[pairs])[0, 1]
   assert logs[-1]["likeness"] == pytest.approx(best, abs=0.05)
 
 

@@ -40,12 +40,9 @@ from cc_jax.parallel.mesh import make_mesh
 from cc_jax.pretrain import loop as fitting
 from data_pipeline.subjects3d import captions as captions_lib
 from data_pipeline.subjects3d import factors as factors_lib
+from data_pipeline.subjects3d.captions import CUTOUT_MENTION_PROBS, MENTION_PROBS, write_captions
 from data_pipeline.subjects3d.prerender import Pictures, prerender
 from data_pipeline.triples import TripleConfig, show_reference
-
-# How often a caption names what it could name: enough to learn each word, and enough silence that
-# a prompt without colour is nothing unusual.
-MENTIONS = dict(scene=0.95, color1=0.8, color2=0.3, pattern=0.5, hat=0.85, style=0.95, size=0.1)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -77,20 +74,6 @@ def run(config: ml_collections.ConfigDict, workdir: Path) -> None:
 
 
 # ---- captions and batches
-
-
-def write_captions(
-    rng: np.random.Generator, factors: factors_lib.Factors, mentions: dict[str, float]
-) -> list[str]:
-  """One English caption per row of `factors`; each part is named with its own probability."""
-  rows = len(factors.class_id)
-  named = {part: rng.random(rows) < share for part, share in mentions.items()}
-  texts = []
-  for i in range(rows):
-    row = factors_lib.Factors(*(column[i] for column in factors))
-    mention = tuple(part for part in named if named[part][i])
-    texts.append(captions_lib.caption(rng, row, mention=mention).text)
-  return texts
 
 
 def tokenize(tokenizer, texts: Sequence[str]) -> np.ndarray:
@@ -127,7 +110,7 @@ def flipped(images: np.ndarray, flip: np.ndarray) -> np.ndarray:
 def mirrored(images: np.ndarray, factors: dict[str, np.ndarray], flip: np.ndarray):
   """(`flipped` pictures, their factors): a mirrored one shows the mirrored pose."""
   factors = factors | {name: np.where(flip, -factors[name], factors[name])
-                       for name in ("azimuth", "x")}
+                       for name in factors_lib.MIRRORED}
   return flipped(images, flip), factors
 
 
@@ -206,7 +189,7 @@ def likeness(embed: Float[jax.Array, "b e"], real: Float[jax.Array, "b b"]) -> j
   """Correlation, over the pairs of a batch, of embeddings' cosines with `real` similarities.
 
   Photographs' CLIP embeddings rank what is alike because captions do; renders' are told how alike
-  their subjects are (`metrics.factors.real_similarity`), since MACL takes its S from them.
+  their subjects are (`factors.real_similarity`), since MACL takes its S from them.
   """
   pairs = 1 - jnp.eye(len(embed))
   unit = l2_normalize(embed)
@@ -240,8 +223,8 @@ def make_unet(config) -> UNet2DCondition:
 def train_tokenizer(config, workdir: Path, pictures: Pictures, mesh) -> None:
   """A byte-pair vocabulary in CLIP's format, from the captions of the world."""
   rng = np.random.default_rng(config.seed)
-  some = factors_lib.Factors(*(column[:20_000] for column in pictures.factors))
-  texts = write_captions(rng, some, dict.fromkeys(MENTIONS, 0.7))
+  some = pictures.factors.take(slice(20_000))
+  texts = write_captions(rng, some, dict.fromkeys(MENTION_PROBS, 0.7))
   tokenizer_lib.train_tokenizer(
       texts, workdir / "base" / "tokenizer", config.tokenizer.vocab_size,
       config.tokenizer.max_length)
@@ -337,13 +320,10 @@ def train_clip(config, workdir: Path, pictures: Pictures, mesh) -> None:
   heads = FactorHeads(c.vision.hidden_size, rngs=nnx.Rngs(config.seed + 5))
   heads_graph, heads = nnx.split(heads)
   params = dict(towers=params, heads=heads, log_scale=jnp.log(10.0))
-  plain = captioned(tokenizer, pictures, config.world.captions, config.seed, MENTIONS)
-  everything = {part: 0.9 for part in MENTIONS}
+  plain = captioned(tokenizer, pictures, config.world.captions, config.seed, MENTION_PROBS)
   processor = dict(CLIP_PROCESSOR, size=c.vision.image_size)
-  # Cut out on white nothing of the scene is left to be named.
   white = captioned(tokenizer, pictures, config.world.captions, config.seed + 1,
-                    everything | dict(scene=0.0, size=0.0))
-  of_frame = ("scene", *factors_judge.CONTINUOUS)  # what a cut-out does not show
+                    CUTOUT_MENTION_PROBS)
   targets = {name: getattr(pictures.factors, name) for name in factors_judge.HEADS}
   seen = factors_judge.visible(pictures.factors, pictures.coverage)
 
@@ -376,10 +356,10 @@ def train_clip(config, workdir: Path, pictures: Pictures, mesh) -> None:
     images[cut] = on_white(images[cut], pictures.masks[index[cut]], rng)
     ids = np.where(cut[:, None], white[phrasing, index], plain[phrasing, index])
     here = {name: column[index] for name, column in seen.items()}
-    here |= {name: here[name] & ~cut for name in of_frame}
+    here |= {name: here[name] & ~cut for name in factors_lib.CUTOUT_HIDES}
     images, labels = mirrored(images, {name: x[index] for name, x in targets.items()},
                               rng.random(n) < c.mirror_share)
-    real = factors_judge.real_similarity(pictures.factors.take(index)).astype(np.float32)
+    real = factors_lib.real_similarity(pictures.factors.take(index)).astype(np.float32)
     return dict(images=images, ids=ids, targets=labels, seen=here, real=real)
 
   params = fitting.fit(
@@ -406,7 +386,7 @@ def train_unet(config, workdir: Path, pictures: Pictures, mesh) -> None:
   n, side = latents.shape[:2]
   masks = np.asarray(pictures.masks).reshape(n, side, -1, side, 64 // side).mean((2, 4)) / 255
   masks = widened(masks).astype(np.float16)
-  ids = captioned(tokenizer, pictures, config.world.captions, config.seed + 2, MENTIONS)
+  ids = captioned(tokenizer, pictures, config.world.captions, config.seed + 2, MENTION_PROBS)
   empty = tokenize(tokenizer, [""])[0]
   calm, wide = np.flatnonzero(pictures.calm), np.flatnonzero(~pictures.calm)
 
@@ -471,21 +451,8 @@ def word_gaps(config, tokenizer, pictures, latents, schedule, predict) -> Callab
   At t = 0.85 of the schedule on 192 fixed pictures (docs/method.md, "The wrong-word gap").
   """
   index = np.random.default_rng(config.seed + 3).choice(len(latents), 192, replace=False)
-  rows = factors_lib.Factors(*(column[index] for column in pictures.factors))
-
-  def texts(rows):  # the same random stream: only the word differs
-    rng = np.random.default_rng(config.seed + 4)
-    return tokenize(tokenizer, write_captions(rng, rows, dict(scene=1.0, color1=1.0)))
-
-  def next_of(column, count):
-    return ((column + 1 + index % (count - 1)) % count).astype(column.dtype)
-
-  wrong = dict(
-      none=rows,
-      class_=rows._replace(class_id=next_of(rows.class_id, len(factors_lib.CLASSES))),
-      colour=rows._replace(color1=next_of(rows.color1, len(factors_lib.COLORS))),
-      scene=rows._replace(scene=next_of(rows.scene, len(factors_lib.SCENES))))
-  ids = {word: jnp.asarray(texts(rows)) for word, rows in wrong.items()}
+  captions = captions_lib.wrong_word_captions(pictures.factors.take(index), index, config.seed + 4)
+  ids = {word: jnp.asarray(tokenize(tokenizer, texts)) for word, texts in captions.items()}
   x0 = jnp.asarray(latents[index], jnp.float32)
   noise = jax.random.normal(jax.random.key(config.seed), x0.shape)
   t = jnp.full(len(index), int(0.85 * schedule.num_train_timesteps))
@@ -495,8 +462,7 @@ def word_gaps(config, tokenizer, pictures, latents, schedule, predict) -> Callab
 
   def gaps(params, frozen):
     losses = {word: float(loss(params, frozen, ids[word])) for word in ids}
-    return {f"gap_{word.strip('_')}": losses[word] / losses["none"] - 1
-            for word in ids if word != "none"}
+    return {f"gap_{word}": losses[word] / losses["none"] - 1 for word in ids if word != "none"}
 
   return gaps
 
