@@ -19,9 +19,9 @@ from jaxtyping import Array, Float, Int
 
 from cc_jax.errors import UserError
 from cc_jax.objectives.infonce import naive
+from cc_jax.objectives.key_exchange import Gathered, Ring
 from cc_jax.objectives.pairs import PairLoss
-from cc_jax.objectives.ring import Ring
-from cc_jax.objectives.tiled import Gathered, tiled
+from cc_jax.objectives.tiled import tiled
 
 CONTRASTS = ("auto", "naive", "tiled", "ring")
 # Where `auto` turns, bytes per device: from the first on, logits cost more than computing their

@@ -1,6 +1,6 @@
 """InfoNCE over the global batch in its readable form: what CSCL and MACL share.
 
-The [N, N] matrices exist in memory. This is the oracle that tiled.py and ring.py agree with.
+The [N, N] matrices exist in memory. This is the oracle that tiled.py agrees with.
 """
 
 import jax

@@ -6,12 +6,11 @@ both ways, per column, so that one pass over the pairs serves both directions. T
 each tile again from the rows' normalisers (`custom_vjp`: plain autodiff would keep every tile). A
 scan over the G groups lets one tile's memory serve all.
 
-Where the columns come from is the tour's business: `Gathered` here, `Ring` in ring.py.
+Where the columns come from is the tour's business: see key_exchange.py.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -19,110 +18,23 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from cc_jax.objectives.infonce import l2_normalize
-from cc_jax.objectives.pairs import PairLoss, clipped
-
-# Stands for minus infinity, whose difference with itself would be NaN.
-_LOWEST = -1e30
+from cc_jax.objectives.pairs import PairLoss
+from cc_jax.objectives.tile_stats import (
+  LOWEST,
+  Sums,
+  make_samples,
+  make_tile,
+  merge,
+  no_stats,
+  product,
+  tile_stats,
+)
 
 Metrics = dict[str, Float[Array, ""]]
-
-
-class Samples(NamedTuple):
-  """What is known of M samples besides their features."""
-
-  number: Int[Array, " m"]  # in the global batch
-  subject: Int[Array, " m"] | None
-  look: Float[Array, "m e"] | None  # unit vectors whose products are S
-  targets: Float[Array, " m"] | None = None  # the sum that normalises a row of soft targets
-
-
-class Stats(NamedTuple):
-  """A row's, or a column's, loss over the pairs seen so far."""
-
-  top: Float[Array, " m"]  # largest logit
-  mass: Float[Array, " m"]  # Σ exp(logit - top)
-  aim: Float[Array, " m"]  # Σ target * logit
-  targets: Float[Array, " m"]  # Σ target
-  nearest: Float[Array, " m"]  # largest cosine of a negative
-
-  @property
-  def normaliser(self) -> Float[Array, " m"]:
-    return self.top + jnp.log(self.mass)
-
-  @property
-  def loss(self) -> Float[Array, " m"]:
-    return self.normaliser - self.aim / self.targets
-
-
-class Sums(NamedTuple):
-  """What the metrics need of a row besides."""
-
-  own: Float[Array, " m"]  # cosine of the positive
-  negatives: Float[Array, " m"]  # Σ cosines of negatives
-  count: Float[Array, " m"]
-
-
-class Tile(NamedTuple):
-  """Some columns of all rows."""
-
-  cosines: Float[Array, "r k"]
-  similarity: Float[Array, "r k"] | None
-  own: Bool[Array, "r k"]
-  allowed: Bool[Array, "r k"]
-
-
-@dataclasses.dataclass(frozen=True)
-class Gathered:
-  """All columns of a group are brought to every device at once: N x D floats."""
-
-  tile: int  # columns in a tile
-  mesh: Mesh | None = None  # None: one device
-  axes: tuple[str, ...] = ()  # the mesh's axes over which the batch is cut
-
-  def share(self, samples: Samples) -> Samples:
-    """What all groups need of the columns; called once."""
-    return jax.tree.map(self._gather, samples)
-
-  def visit(self, function: Callable, carry: Any, keys: Any, samples: Samples, blank: Callable):
-    """`carry, travelling = function(carry, keys, samples, travelling)` over all columns.
-
-    Args:
-      keys: this device's columns of one group.
-      samples: of `share`.
-      blank: a count of columns -> what is accumulated for each of them at the start.
-
-    Returns:
-      (carry, what was accumulated over all devices for this device's own columns).
-    """
-    keys = jax.tree.map(self._gather, keys)
-    carry, travelling = function(carry, keys, samples, blank(samples.number.shape[0]))
-    if self.axes:
-      travelling = self._home(travelling)
-    return carry, travelling
-
-  def _gather(self, x: Array) -> Array:
-    return lax.all_gather(x, self.axes, tiled=True) if self.axes else x
-
-  def _home(self, x: Any) -> Any:
-    """Of all devices' parts for all columns: their sum for this device's own."""
-    if not isinstance(x, Stats):
-      scatter = functools.partial(lax.psum_scatter, axis_name=self.axes, tiled=True)
-      return jax.tree.map(scatter, x)
-    top = lax.pmax(x.top, self.axes)
-    whole = Stats(
-      top,
-      lax.psum(x.mass * jnp.exp(x.top - top), self.axes),
-      lax.psum(x.aim, self.axes),
-      lax.psum(x.targets, self.axes),
-      lax.pmax(x.nearest, self.axes),
-    )
-    size = top.shape[0] // lax.axis_size(self.axes)
-    start = lax.axis_index(self.axes) * size
-    return jax.tree.map(lambda v: lax.dynamic_slice_in_dim(v, start, size), whole)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -146,16 +58,16 @@ def tiled(
 def _forward(rule, tour, x, y, embed, subject_ids):
   """(what `tiled` returns, what the gradient needs of the rows)."""
   n = x.shape[1]
-  samples = _samples(rule, n, embed, subject_ids)
+  samples = make_samples(rule, n, embed, subject_ids)
 
   def local(x, y, rows):
     columns, r = tour.share(rows), rows.number.shape[0]
 
     def group(_, features):
       a, b = (l2_normalize(f) for f in features)
-      start = (_no_stats(r), Sums(*jnp.zeros((3, r))))
+      start = (no_stats(r), Sums(*jnp.zeros((3, r))))
       see = functools.partial(_see, rule, tour.tile, a, rows)
-      blank = _no_stats if rule.both_ways else lambda m: None
+      blank = no_stats if rule.both_ways else lambda m: None
       (stats, sums), of_columns = tour.visit(see, start, b, columns, blank)
       return None, (stats, sums, of_columns)
 
@@ -192,7 +104,8 @@ def _forward_and_keep(rule, tour, x, y, embed, subject_ids):
 def _backward(rule, tour, arguments, cotangents):
   x, y, embed, subject_ids, (normaliser, targets, column_normaliser) = arguments
   n = x.shape[1]
-  samples = _samples(rule, n, embed, subject_ids)._replace(targets=targets if rule.soft else None)
+  samples = make_samples(rule, n, embed, subject_ids)
+  samples = samples._replace(targets=targets if rule.soft else None)
   share = cotangents[0] / (x.shape[0] * n * (2 if rule.both_ways else 1))
 
   def local(x, y, normaliser, column_normaliser, rows, share):
@@ -227,12 +140,12 @@ def _see(rule, tile, a, rows, carry, b, columns, of_columns):
 
   def body(carry, place):
     (stats, sums), of_columns = carry
-    pairs = _tile(rule, a, rows, place.cut(b), place.cut(columns), place.fresh)
+    pairs = make_tile(rule, a, rows, place.cut(b), place.cut(columns), place.fresh)
     logits = jnp.where(
-      pairs.allowed, rule.logits(pairs.cosines, pairs.similarity, pairs.own), _LOWEST
+      pairs.allowed, rule.logits(pairs.cosines, pairs.similarity, pairs.own), LOWEST
     )
     targets = rule.targets(pairs.similarity, pairs.own, pairs.allowed)
-    stats = _merge(stats, _stats(pairs, logits, targets, axis=1))
+    stats = merge(stats, tile_stats(pairs, logits, targets, axis=1))
     negative = pairs.allowed & ~pairs.own
     sums = Sums(
       sums.own + jnp.where(pairs.own, pairs.cosines, 0.0).sum(axis=1),
@@ -240,7 +153,7 @@ def _see(rule, tile, a, rows, carry, b, columns, of_columns):
       sums.count + negative.sum(axis=1, dtype=jnp.float32),
     )
     if rule.both_ways:
-      seen = _merge(place.cut(of_columns), _stats(pairs, logits, targets, axis=0))
+      seen = merge(place.cut(of_columns), tile_stats(pairs, logits, targets, axis=0))
       of_columns = place.put(of_columns, seen)
     return (stats, sums), of_columns
 
@@ -254,7 +167,7 @@ def _back(rule, tile, a, rows, normaliser, share, d_a, keys, columns, d_b):
   def body(carry, place):
     d_a, d_b = carry
     b_tile, others = place.cut((b, columns))
-    pairs = _tile(rule, a, rows, b_tile, others, place.fresh)
+    pairs = make_tile(rule, a, rows, b_tile, others, place.fresh)
     logits, to_cosines = jax.vjp(
       lambda c: rule.logits(c, pairs.similarity, pairs.own), pairs.cosines
     )
@@ -268,8 +181,8 @@ def _back(rule, tile, a, rows, normaliser, share, d_a, keys, columns, d_b):
         targets / others.targets if rule.soft else targets
       )
     (d_cosines,) = to_cosines(jnp.where(pairs.allowed, d_logits * share, 0.0))
-    d_a = d_a + _product("rk,kd->rd", d_cosines, b_tile)
-    d_b = place.put(d_b, place.cut(d_b) + _product("rk,rd->kd", d_cosines, a))
+    d_a = d_a + product("rk,kd->rd", d_cosines, b_tile)
+    d_b = place.put(d_b, place.cut(d_b) + product("rk,rd->kd", d_cosines, a))
     return d_a, d_b
 
   return _over_tiles(tile, columns.number.shape[0], body, (d_a, d_b))
@@ -302,59 +215,6 @@ def _over_tiles(tile: int, size: int, body: Callable, carry: Any) -> Any:
     return body(carry, _Place(start, width, start + jnp.arange(width) >= i * width))
 
   return lax.fori_loop(0, -(-size // width), one, carry)
-
-
-def _tile(rule, a, rows: Samples, b, columns: Samples, fresh) -> Tile:
-  own = (rows.number[:, None] == columns.number) & fresh
-  allowed = jnp.broadcast_to(fresh, own.shape)
-  if rows.subject is not None:  # see infonce.allowed_pairs
-    same = (rows.subject[:, None] == columns.subject) & (rows.subject >= 0)[:, None]
-    allowed = fresh & (own | ~same)
-  similarity = None
-  if rule.needs_similarity:
-    similarity = clipped(_product("re,ke->rk", rows.look, columns.look))
-  return Tile(_product("rd,kd->rk", a, b), similarity, own, allowed)
-
-
-def _stats(pairs: Tile, logits: Array, targets: Array, axis: int) -> Stats:
-  """Statistics of a tile alone, of its rows (axis 1) or its columns (axis 0)."""
-  top = logits.max(axis=axis)
-  mass = jnp.where(pairs.allowed, jnp.exp(logits - jnp.expand_dims(top, axis)), 0.0)
-  negative = pairs.allowed & ~pairs.own
-  return Stats(
-    top,
-    mass.sum(axis=axis),
-    (targets * logits).sum(axis=axis),
-    targets.sum(axis=axis),
-    jnp.max(pairs.cosines, axis=axis, where=negative, initial=-jnp.inf),
-  )
-
-
-def _no_stats(size: int) -> Stats:
-  zeros = jnp.zeros(size)
-  return Stats(zeros + _LOWEST, zeros, zeros, zeros, zeros - jnp.inf)
-
-
-def _merge(one: Stats, other: Stats) -> Stats:
-  """Statistics over the pairs of both."""
-  top = jnp.maximum(one.top, other.top)
-  return Stats(
-    top,
-    one.mass * jnp.exp(one.top - top) + other.mass * jnp.exp(other.top - top),
-    one.aim + other.aim,
-    one.targets + other.targets,
-    jnp.maximum(one.nearest, other.nearest),
-  )
-
-
-def _product(equation: str, one: Array, other: Array) -> Array:
-  """At full precision, as in infonce.cosine_matrix."""
-  return jnp.einsum(equation, one, other, precision=lax.Precision.HIGHEST)
-
-
-def _samples(rule, n, embed, subject_ids) -> Samples:
-  look = l2_normalize(lax.stop_gradient(embed)) if rule.needs_similarity else None
-  return Samples(jnp.arange(n, dtype=jnp.int32), subject_ids, look)
 
 
 def _specs(tour) -> tuple[PartitionSpec, PartitionSpec]:
