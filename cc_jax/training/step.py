@@ -24,10 +24,11 @@ from cc_jax.customcontrast.model import CustomContrast
 from cc_jax.diffusion.schedule import NoiseSchedule
 from cc_jax.errors import UserError
 from cc_jax.models.remat import check_policies, set_policies
-from cc_jax.objectives.contrast import NAIVE, Contrast
+from cc_jax.objectives.contrast import NAIVE_BACKEND, ContrastiveBackend
 from cc_jax.objectives.cscl import cscl
 from cc_jax.objectives.diffusion import diffusion_loss, min_snr_weights
 from cc_jax.objectives.macl import macl
+from cc_jax.objectives.pairs import PairLoss
 from cc_jax.parallel import rules as sharding
 from cc_jax.sampling.sample import encode
 from cc_jax.training import optimizer
@@ -81,13 +82,30 @@ class Method:
       )
 
   @property
-  def contrast(self) -> Contrast:
-    """The implementation of the contrastive losses."""
+  def contrast(self) -> ContrastiveBackend:
+    """How the contrastive losses are computed."""
     objective, axes = self.config.objective, ()
     if self.mesh is not None:
       axes = sharding.over_data(self.mesh).spec[0]
       axes = axes if isinstance(axes, tuple) else (axes,)
-    return Contrast(objective.contrast, objective.tile, self.mesh, axes)
+    return ContrastiveBackend(objective.contrast, objective.tile, self.mesh, axes)
+
+  def describe_contrast(self, mesh: Mesh, *parts: Params) -> list[str]:
+    """Log lines: the backend of each contrastive loss; `parts` are weights or their shapes."""
+    objective, backend = self.config.objective, dataclasses.replace(self, mesh=mesh).contrast
+    model, n, lines = self.model(*parts), self.config.train.batch_size, []
+    encoder, vision = model.mfi_encoder.config, model.image_encoder.config
+    if objective.lambda_cscl:
+      line = backend.explain(PairLoss(1.0, symmetric=True), 1, n, encoder.width, 0)
+      lines.append(f"cscl: {line}")
+    if objective.lambda_macl:
+      groups = max(model.group_of_layer) + 1
+      groups *= encoder.textual_queries if objective.macl_pooling == "per_token" else 1
+      embed_width = vision.projection_dim if vision.with_projection else vision.hidden_size
+      pair_loss = PairLoss(1.0, objective.macl_scaling, symmetric=objective.macl_symmetric)
+      line = backend.explain(pair_loss, groups, n, encoder.width, embed_width)
+      lines.append(f"macl: {line}")
+    return lines
 
   def model(self, *parts: Params) -> CustomContrast:
     """The CustomContrast module with these weights (adapter's and base's)."""
@@ -327,11 +345,11 @@ def contrastive(
   features: Float[Array, "b p c"],
   embed: Float[Array, "b e"],
   t: Int[Array, " b"],
-  how: Contrast = NAIVE,
+  backend: ContrastiveBackend = NAIVE_BACKEND,
 ) -> tuple[Float[Array, ""], Metrics]:
   """λ_cscl L_CSCL + λ_macl L_MACL; `features` and `embed` are the references'."""
   seen = embeddings(model, objective, batch, features, embed, t)
-  return contrast_embeddings(objective, seen, batch["subject_id"], how)
+  return contrast_embeddings(objective, seen, batch["subject_id"], backend)
 
 
 class Embeddings(NamedTuple):
@@ -383,7 +401,7 @@ def contrast_embeddings(
   objective: ml_collections.ConfigDict,
   seen: Embeddings,
   subject_ids: Int[Array, " b"],
-  how: Contrast,
+  backend: ContrastiveBackend,
 ) -> tuple[Float[Array, ""], Metrics]:
   """λ_cscl L_CSCL + λ_macl L_MACL over the global batch's embeddings."""
   total, metrics = jnp.zeros(()), {}
@@ -393,7 +411,7 @@ def contrast_embeddings(
       seen.textual_cls,
       temperature=objective.cscl_temperature,
       subject_ids=subject_ids,
-      how=how,
+      backend=backend,
     )
     total = total + objective.lambda_cscl * value
     metrics |= {"loss/cscl": value, **_named("cscl", parts)}
@@ -408,7 +426,7 @@ def contrast_embeddings(
       symmetric=objective.macl_symmetric,
       pooling=objective.macl_pooling,
       subject_ids=subject_ids,
-      how=how,
+      backend=backend,
     )
     total = total + objective.lambda_macl * value
     metrics |= {"loss/macl": value, **_named("macl", parts)}
