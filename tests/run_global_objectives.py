@@ -97,7 +97,7 @@ def numbers():
 def naive_by_scan(z, y, embed, ids):
   """The naive loss with less memory than the oracle: a layer's logits at a time; S once.
 
-  The gradient keeps what autodiff keeps (no remat); rows are cut over the devices.
+  The gradient keeps what autodiff keeps (no remat); rows are sharded over the devices.
   """
   def rows(x):
     return jax.lax.with_sharding_constraint(x, placed(AXES))

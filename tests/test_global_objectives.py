@@ -28,7 +28,7 @@ KINDS = ("tiled", "ring")
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory):
+def results(tmp_path_factory):
   out = tmp_path_factory.mktemp("objectives") / "out.npz"
   script = Path(eight.__file__)
   done = subprocess.run([sys.executable, script, out], capture_output=True, text=True, timeout=500)
@@ -41,15 +41,15 @@ def relative(a, b):
 
 
 @pytest.mark.parametrize("case", (*SCALINGS, "cscl"))
-def test_all_backends_agree(found, case):
-  naive = {k.split("/")[-1]: v for k, v in found.items() if k.startswith(f"{case}/naive/")}
+def test_all_backends_agree(results, case):
+  naive = {k.split("/")[-1]: v for k, v in results.items() if k.startswith(f"{case}/naive/")}
   assert set(naive) == {
     "loss", "positive", "negative", "accuracy", "d_z", "d_z_plus", "d_embed"
   }
   assert 0.05 < naive["accuracy"] < 0.95  # a number that says something
   for kind in KINDS:
     for name, expected in naive.items():
-      ours = found[f"{case}/{kind}/{name}"]
+      ours = results[f"{case}/{kind}/{name}"]
       if name == "d_embed":  # S is a measurement
         assert not ours.any() and not expected.any()
       else:
@@ -58,19 +58,19 @@ def test_all_backends_agree(found, case):
     assert not naive["d_z"][1:].any() and naive["d_z"][0, :, 0].any()
 
 
-def test_memory_at_the_size_of_a_pod(found):
+def test_memory_at_the_size_of_a_pod(results):
   """32,768 samples, 16 layers, 768 wide on 8 devices: compiled, not run."""
   rows, n = eight.POD["N"] // eight.DEVICES, eight.POD["N"]
-  assert found["largest/naive"] >= rows * n  # so what is looked for can be found
+  assert results["largest/naive"] >= rows * n  # so the search below can find it
   for kind in KINDS:
-    assert found[f"largest/{kind}"] < rows * n
-    assert np.prod(found[f"tile/{kind}"]) <= rows * n / 16
-    assert found[f"memory/{kind}"] <= found["memory/naive"] / 20
-  assert found["memory/ring"] < found["memory/tiled"]
+    assert results[f"largest/{kind}"] < rows * n
+    assert np.prod(results[f"tile/{kind}"]) <= rows * n / 16
+    assert results[f"memory/{kind}"] <= results["memory/naive"] / 20
+  assert results["memory/ring"] < results["memory/tiled"]
 
 
-def test_cutting_a_batch_moves_nothing_between_devices(found):
-  assert found["cutting/collectives"] == 0
+def test_cutting_a_batch_moves_nothing_between_devices(results):
+  assert results["cutting/collectives"] == 0
 
 
 # One device.
