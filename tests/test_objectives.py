@@ -324,7 +324,7 @@ def test_cscl_two_by_two_by_hand():
 
 
 def test_retrieval_accuracy():
-  """Row 0 finds its positive, row 1 finds row 2's; a tie is no hit; the mask lifts row 1's rival."""
+  """Row 0 finds its positive, row 1 finds row 2's; a tie is no hit; the mask removes its rival."""
   cosines = jnp.array([[0.9, 0.1, 0.2], [0.0, 0.5, 0.6], [0.3, 0.4, 0.4]])
   free = infonce.retrieval_metrics(cosines, infonce.allowed_pairs(None, 3))
   np.testing.assert_allclose(free["accuracy"], 1 / 3, rtol=1e-6)
