@@ -56,7 +56,7 @@ def broken_citations(text: str) -> list[str]:
   """Documents, and sections of them, that the text names and the repository lacks."""
   return [
     match[0] for match in CITATION.finditer(text)
-    if not (ROOT / match[1]).is_file()
+    if ".." in match[1] or not (ROOT / match[1]).is_file()
     or (match[2] and match[2].rstrip(".") not in headings(ROOT / match[1]))
   ]  # fmt: skip
 
