@@ -15,7 +15,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from data_pipeline.subjects3d import factors, renderer
+from data_pipeline.subjects3d import bulk, factors, renderer
 
 
 def device_name() -> str:
@@ -56,7 +56,7 @@ def main() -> None:
   print(f"render: {n / again:.0f} images/s (the first call compiled for {first - again:.1f} s)")
 
   start = time.perf_counter()
-  renderer.render_many(drawn, resolution=args.resolution, processes=args.processes)
+  bulk.render_many(drawn, resolution=args.resolution, processes=args.processes)
   wall = time.perf_counter() - start
   print(f"render_many: {args.images / wall:.0f} images/s over {args.images} images, start included")
 

@@ -1,18 +1,19 @@
 """Input pipelines and the rendered world; imports nothing of cc_jax.
 
-`make_loader` is the only door of the training to its data. tensorflow is imported by the sources
-'tfds' and 'folder' alone, when a loader of theirs is made.
+Training reads its data through `make_loader` only. Tensorflow is imported only when a loader of
+source 'tfds' or 'folder' is made.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
 from data_pipeline.errors import DataError
 
-__all__ = ["DataError", "load_subjects", "make_loader"]
+__all__ = ["DataError", "context_phrases", "is_subjects3d", "load_subjects", "make_loader"]
 
 _SOURCES = ("tfds", "render", "folder")
 
@@ -30,19 +31,19 @@ def make_loader(
     s_words: int = 2,
     split: str = "train",
 ) -> Iterator[dict[str, np.ndarray]]:
-  """Endless batches of triples (method.md, "Data"): a pure function of (seed, step).
+  """Endless batches of triples (docs/method.md, "Data"): a pure function of (seed, step).
 
-  A loader that starts at step s yields the very batches that one started at 0 yields from its s-th
-  on. The hosts' batches are slices of one global batch, which does not depend on their number.
+  A loader that starts at step s yields the same batches as one that has done s steps. The hosts'
+  batches are slices of a global batch that does not depend on the number of hosts.
 
   Args:
     data_config: `config.data` of `configs/subjects3d.py`.
     tokenizer: a CLIPTokenizer, or what behaves like one; T is its `model_max_length`.
-    batch_size: global; a multiple of process_count.
-    seed: of everything random, together with the step.
+    batch_size: of the global batch; a multiple of process_count.
+    seed: determines everything random, together with the step.
     start_step: the first batch's step.
-    process_index, process_count: this host among all.
-    rows: of the global batch, where a host's are not its slice in that order: b of them.
+    process_index, process_count: this host's index, and the number of hosts.
+    rows: indices into the global batch of this host's b rows; by default consecutive ones.
     s_words: number of S+ words for which captions leave room.
     split: of the TFDS data set or the rendered world; a folder has 'train' only.
 
@@ -55,7 +56,7 @@ def make_loader(
       input_ids    int32 [b, T]        frame k's caption without S+, at most T - s_words tokens
       slot         int32 [b]           index right after the class noun's tokens, where S+ goes
       noun_span    int32 [b, 2]        the class noun's tokens [start, end), end == slot
-      subject_id, family_id, class_id  int32 [b], -1 where the data set does not know
+      subject_id, family_id, class_id  int32 [b], -1 where unknown
 
   Raises:
     DataError: a config value or input data that cannot be used, at once or with the batch that
@@ -71,23 +72,41 @@ def make_loader(
         f"batch size {batch_size} cannot be split over {process_count} hosts; use a multiple"
     )
   maker = Maker(data_config, tokenizer, batch_size=batch_size, seed=seed, s_words=s_words)
-  share = batch_size // process_count
-  rows = range(process_index * share, (process_index + 1) * share) if rows is None else rows
-  where = dict(start_step=start_step, rows=rows)
+  if rows is None:
+    local_batch = batch_size // process_count
+    rows = range(process_index * local_batch, (process_index + 1) * local_batch)
   if source == "render":
     from data_pipeline.sources import render
 
-    return render.batches(maker, split=split, **where)
+    return render.batches(maker, split=split, start_step=start_step, rows=rows)
   if source == "folder":
     from data_pipeline.sources import folder
 
     if split != "train":
       raise DataError(f"a folder has no split {split!r}; use split='train' or another folder")
-    return folder.batches(maker, folder=data_config.name, **where)
+    return folder.batches(maker, folder=data_config.name, start_step=start_step, rows=rows)
   from data_pipeline.sources import tfds_source
 
   name, data_dir = data_config.name, data_config.data_dir
-  return tfds_source.batches(maker, name=name, data_dir=data_dir, split=split, **where)
+  if re.split("[/:]", name)[0] == "subjects3d":
+    from data_pipeline.subjects3d import builder as subjects3d
+
+    builder = subjects3d.build(name, data_dir)
+  else:
+    builder = tfds_source.open_builder(name, data_dir)
+  return tfds_source.batches(maker, builder, split=split, start_step=start_step, rows=rows)
+
+
+def is_subjects3d(data_config) -> bool:
+  """Whether `config.data` asks for the rendered world, whose factors are known."""
+  return data_config.source == "render" or data_config.name.startswith("subjects3d")
+
+
+def context_phrases(data_config) -> Sequence[str]:
+  """The scenes that captions of the data name; () where nothing is known of the captions."""
+  from data_pipeline.subjects3d.factors import SCENES
+
+  return SCENES if is_subjects3d(data_config) else ()
 
 
 def load_subjects(name: str, split: str, data_dir: str = "", *, source: str = "tfds", count=None):
@@ -98,8 +117,8 @@ def load_subjects(name: str, split: str, data_dir: str = "", *, source: str = "t
     split: 'train' | 'validation' | 'test'.
     data_dir: where TFDS data sets are; '' = the library's default.
     source: 'tfds' reads the data set (and builds it on first use); 'render' renders the same
-      frames anew, without tensorflow.
-    count: only the first ones.
+      frames again, without tensorflow.
+    count: number of subjects, the first ones of the split; all by default.
 
   Returns:
     `data_pipeline.subjects3d.multi_view.MultiView`.

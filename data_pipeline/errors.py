@@ -1,4 +1,4 @@
-"""The one exception of this package that is meant for the user's eyes."""
+"""The exception whose message is meant for the user."""
 
 
 class DataError(Exception):

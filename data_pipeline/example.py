@@ -1,4 +1,4 @@
-"""From three frames of a subject and a caption to one row of a batch, the same for all sources."""
+"""From three frames of a subject and a caption to a row of a batch, the same for all sources."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 from data_pipeline import sampling, tokens, triples
 from data_pipeline.errors import DataError
 
-# Every key of an example with its type; shapes are in `data_pipeline.make_loader`.
+# The keys and types of an example; for the shapes see `data_pipeline.make_loader`.
 SIGNATURE = dict(
     positive=np.uint8, reference=np.uint8, target=np.uint8, target_mask=np.uint8,
     input_ids=np.int32, slot=np.int32, noun_span=np.int32,
@@ -19,7 +19,7 @@ SIGNATURE = dict(
 
 
 class Maker:
-  """Makes rows of the global batch. All that is random in a row comes from (seed, step, row)."""
+  """Makes rows of the global batch. A row's random numbers depend on (seed, step, row) alone."""
 
   def __init__(
       self, data_config, tokenizer: Callable, *, batch_size: int, seed: int, s_words: int
@@ -27,15 +27,15 @@ class Maker:
     self.triple = triples.TripleConfig.from_config(data_config)
     self._frames = data_config.frames
     sampling.check_frames(self._frames)
-    self._terse = data_config.terse_captions
-    if not 0 <= self._terse <= 1:
-      raise DataError(f"data.terse_captions={self._terse} must lie between 0 and 1")
+    self._terse_prob = data_config.terse_captions
+    if not 0 <= self._terse_prob <= 1:
+      raise DataError(f"data.terse_captions={self._terse_prob} must lie between 0 and 1")
     self._group, self._group_share = data_config.group, data_config.group_share
     self._batch_size, self._seed = batch_size, seed
     encode = lambda caption, noun: tokens.encode_prompt(tokenizer, caption, noun, s_words)  # noqa: E731
-    # The captions of a finite data set come again and again; the bound is for the endless ones.
+    # A finite data set repeats its captions; the limit is for rendered ones, which are endless.
     self.encode = functools.lru_cache(maxsize=1 << 15)(encode)
-    self._plans: dict[int, np.ndarray] = {}
+    self._chosen_by_step: dict[int, np.ndarray] = {}
 
   def check(self, table: sampling.SubjectTable) -> None:
     """Raises DataError when the batches that the config asks for cannot be drawn from `table`."""
@@ -46,20 +46,20 @@ class Maker:
 
   def subjects(self, table: sampling.SubjectTable, step: int) -> np.ndarray:
     """Rows of `table`, one for each row of the global batch."""
-    chosen = self._plans.get(step)
+    chosen = self._chosen_by_step.get(step)
     if chosen is None:
       chosen = sampling.choose_subjects(
           self._seed, step, table, self._batch_size,
           group=self._group, group_share=self._group_share,
       )  # fmt: skip
-      # Threads ask for the rows of a few neighbouring steps.
-      if len(self._plans) >= 16:
-        self._plans.clear()
-      self._plans[step] = chosen
+      # Threads work on the rows of a few successive steps.
+      if len(self._chosen_by_step) >= 16:
+        self._chosen_by_step.clear()
+      self._chosen_by_step[step] = chosen
     return chosen
 
   def frames(self, chosen: tuple[int, int, int]) -> tuple[int, int, int]:
-    """Frames (i, j, k) as `data.frames` asks for them; see `sampling.FRAMES`."""
+    """Frames (i, j, k) as `data.frames` wants them; see `sampling.FRAMES`."""
     i, j, k = chosen
     if self._frames == "multi_view":
       return chosen
@@ -77,7 +77,7 @@ class Maker:
   ) -> dict[str, np.ndarray]:
     """One row; `images` and `masks` are those of frames (i, j, k), `caption` is frame k's."""
     row = triples.make_triple(rng, images, masks, self.triple)
-    if rng.random() < self._terse:  # the row's last draw: no other one depends on the share
+    if rng.random() < self._terse_prob:  # the row's last draw, so that no other depends on it
       caption = f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
     row["input_ids"], row["slot"], row["noun_span"] = self.encode(caption, noun)
     row |= {name: column[subject] for name, column in table._asdict().items()}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,28 +14,34 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from data_pipeline.errors import DataError
 
 
+def open_image(source: str | Path | bytes, name: str = "") -> Image.Image:
+  """The decoded picture, upright (EXIF), in the file's own mode; `name` is for the error.
+
+  Raises DataError, with Pillow's error as its cause, when the file is missing, is no picture, or
+  breaks off.
+  """
+  source_file = io.BytesIO(source) if isinstance(source, bytes) else source
+  with _pillow_errors(name or str(source)), Image.open(source_file) as image:
+    image.load()
+    ImageOps.exif_transpose(image, in_place=True)
+  return image
+
+
 def read_image(
     source: str | Path | bytes, name: str = "", *, grey: bool = False
 ) -> UInt8[np.ndarray, "h w c"] | UInt8[np.ndarray, "h w"]:
-  """RGB, or RGBA where the file has transparency, upright (EXIF); `name` is for the error.
+  """`open_image` as RGB, or as RGBA where the file has transparency.
 
   With `grey`, a picture of grey values stays one [h, w].
-
-  Raises DataError when the file is missing, is no picture, or breaks off.
   """
-  name = name or str(source)
-  try:
-    with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-      if grey and image.mode == "L":
-        return np.array(_upright(image))
-      return np.array(_upright(image).convert("RGBA" if has_alpha(image) else "RGB"))
-  except FileNotFoundError:
-    raise DataError(f"{name} does not exist; check the path") from None
-  except UnidentifiedImageError:
-    raise DataError(f"{name} is not a picture that can be read; give a PNG or JPEG") from None
-  except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-    reason = " ".join(str(error).split())
-    raise DataError(f"{name} cannot be read ({reason}); save it again as PNG or JPEG") from None
+  image = open_image(source, name)
+  with _pillow_errors(name or str(source)):
+    return np.array(image if grey and image.mode == "L" else to_rgb_or_rgba(image))
+
+
+def to_rgb_or_rgba(image: Image.Image) -> Image.Image:
+  """RGBA where the picture has transparency, else RGB."""
+  return image.convert("RGBA" if has_alpha(image) else "RGB")
 
 
 def read_mask(source: str | Path | bytes, name: str = "") -> UInt8[np.ndarray, "h w"]:
@@ -43,7 +51,7 @@ def read_mask(source: str | Path | bytes, name: str = "") -> UInt8[np.ndarray, "
     return image
   if image.shape[-1] == 4 and np.any(image[..., 3] < 255):
     return image[..., 3]
-  # Masks are grey; for coloured ones the brightest channel says "subject".
+  # Masks are grey; of a coloured one the brightest channel counts.
   return image[..., :3].max(-1)
 
 
@@ -52,6 +60,15 @@ def has_alpha(image: Image.Image) -> bool:
   return image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info
 
 
-def _upright(image: Image.Image) -> Image.Image:
-  # Asking a PNG without EXIF takes a fifth of the time of decoding it.
-  return ImageOps.exif_transpose(image) if image.info.get("exif") else image
+@contextlib.contextmanager
+def _pillow_errors(name: str) -> Iterator[None]:
+  """Turns what Pillow raises for the picture `name` into a DataError."""
+  try:
+    yield
+  except FileNotFoundError as error:
+    raise DataError(f"{name} does not exist; check the path") from error
+  except UnidentifiedImageError as error:
+    raise DataError(f"{name} is not a picture that can be read; give a PNG or JPEG") from error
+  except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+    reason = " ".join(str(error).split())
+    raise DataError(f"{name} cannot be read ({reason}); save it again as PNG or JPEG") from error

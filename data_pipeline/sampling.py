@@ -11,31 +11,31 @@ from data_pipeline.errors import DataError
 
 _SUBJECTS, _TRIPLE = 0, 1  # domains of the random streams: the batch's subjects, one row's triple
 _GROUPS = ("class", "family")
-# 'multi_view': the target is another frame than the reference (method.md). 'self': the reference is
-# cut out of the target's own frame, which is how earlier encoders were trained; positives, targets,
-# captions and all randomness are those of 'multi_view', so that the two can be compared in pairs.
+# 'multi_view': target and reference are different frames (docs/method.md). 'self': the reference
+# is cut out of the target's frame, as in the training of earlier encoders; positives, targets,
+# captions and random numbers are those of 'multi_view', so that runs can be compared in pairs.
 FRAMES = ("multi_view", "self")
 
 
 class SubjectTable(NamedTuple):
-  """What the plan of a batch must know about the S subjects of a data set."""
+  """What choosing a batch needs to know about the S subjects of a data set."""
 
   subject_id: Int[np.ndarray, " s"]
-  family_id: Int[np.ndarray, " s"]  # -1 where the data set does not know
-  class_id: Int[np.ndarray, " s"]  # -1 where the data set does not know
+  family_id: Int[np.ndarray, " s"]  # -1 where unknown
+  class_id: Int[np.ndarray, " s"]  # -1 where unknown
 
 
 def row_rng(seed: int, step: int, row: int) -> np.random.Generator:
-  """The random stream of row `row` of the GLOBAL batch: frames, sizes, places, factors.
+  """The random stream of row `row` of the GLOBAL batch: frames, sizes, positions, factors.
 
-  Philox is a counter-based generator, so that no row needs its neighbours' draws, and any host
-  can make any row of any step.
+  Philox is a counter-based generator: a row needs no other row's draws, so any host can make any
+  row of any step.
   """
   return _rng(seed, step, _TRIPLE, row)
 
 
 def _rng(seed: int, step: int, domain: int, row: int = 0) -> np.random.Generator:
-  # Draws advance the lowest word of the counter, so streams of other words never meet.
+  # Draws advance the lowest word of the counter; streams that differ in other words never overlap.
   counter = np.array([0, 0, row, domain], np.uint64)
   key = np.array([seed % 2**64, step], np.uint64)
   return np.random.Generator(np.random.Philox(counter=counter, key=key))
@@ -44,47 +44,47 @@ def _rng(seed: int, step: int, domain: int, row: int = 0) -> np.random.Generator
 def choose_subjects(
     seed: int, step: int, table: SubjectTable, batch_size: int, *, group: str, group_share: float
 ) -> Int[np.ndarray, " b"]:
-  """Rows of `table` for the whole global batch, in the batch's order.
+  """Rows of `table` for the global batch, in the batch's order.
 
-  No subject comes twice unless the data set has fewer subjects than the batch; then each comes
-  once more before any comes a third time. Of the batch, round(group_share * batch_size) rows are
-  hard negatives of each other: one family (or class) is drawn with a chance proportional to its
-  size, so that every subject is as likely as any other; when it is too small, the rest of its
-  class follows, family by family, and only then other subjects.
+  No subject is repeated unless the batch is larger than the data set; then the numbers of
+  repetitions differ by at most one. Of the batch, round(group_share * batch_size) rows are hard
+  negatives of each other: one family (or class) is drawn with a probability proportional to its
+  size, so that all subjects are equally likely; if it is too small, it is filled up with the other
+  families of its class, one after another, and only then with other subjects.
   """
   rng = _rng(seed, step, _SUBJECTS)
-  everyone = rng.permutation(len(table.subject_id))
-  wanted = round(group_share * batch_size)
-  if wanted > 0:
-    everyone = _group_first(rng, table, everyone, wanted, group)
-  if batch_size <= len(everyone):
-    chosen = everyone[:batch_size]
+  order = rng.permutation(len(table.subject_id))
+  group_size = round(group_share * batch_size)
+  if group_size > 0:
+    order = _group_first(rng, table, order, group_size, group)
+  if batch_size <= len(order):
+    chosen = order[:batch_size]
   else:
-    rounds = -(-batch_size // len(everyone))
-    more = [rng.permutation(len(everyone)) for _ in range(rounds - 1)]
-    chosen = np.concatenate([everyone, *more])[:batch_size]
+    epochs = -(-batch_size // len(order))
+    repeated = [rng.permutation(len(order)) for _ in range(epochs - 1)]
+    chosen = np.concatenate([order, *repeated])[:batch_size]
   # The group's rows must not all land on the first host.
   return rng.permutation(chosen)
 
 
 def _group_first(
-    rng: np.random.Generator, table: SubjectTable, everyone: np.ndarray, wanted: int, group: str
+    rng: np.random.Generator, table: SubjectTable, order: np.ndarray, group_size: int, group: str
 ) -> np.ndarray:
-  """Moves `wanted` members of one group to the front of the permutation `everyone`."""
-  centre = everyone[0]
-  same_class = table.class_id[everyone] == table.class_id[centre]
+  """Moves `group_size` members of one group to the front of the permutation `order`."""
+  anchor = order[0]
+  same_class = table.class_id[order] == table.class_id[anchor]
   if group == "class":
-    near = everyone[same_class]
+    members = order[same_class]
   else:
-    family = table.family_id[everyone]
-    own = family == table.family_id[centre]
-    siblings = np.flatnonzero(same_class & ~own)
-    # Whole families of the class, in the order in which their first member was drawn.
-    _, first, inverse = np.unique(family[siblings], return_index=True, return_inverse=True)
-    siblings = siblings[np.argsort(first[inverse], kind="stable")]
-    near = np.concatenate([everyone[own], everyone[siblings]])
-  near = near[:wanted]
-  return np.concatenate([near, everyone[~np.isin(everyone, near)]])
+    family = table.family_id[order]
+    same_family = family == table.family_id[anchor]
+    rest = np.flatnonzero(same_class & ~same_family)
+    # Complete families of the class, in the order in which their first member was drawn.
+    _, first, inverse = np.unique(family[rest], return_index=True, return_inverse=True)
+    rest = rest[np.argsort(first[inverse], kind="stable")]
+    members = np.concatenate([order[same_family], order[rest]])
+  members = members[:group_size]
+  return np.concatenate([members, order[~np.isin(order, members)]])
 
 
 def check_group(table: SubjectTable, group: str, group_share: float) -> None:
@@ -112,9 +112,9 @@ def choose_frames(
 ) -> tuple[int, int, int]:
   """Frames (i positive, j reference, k target) of a subject with at least two frames.
 
-  k is any frame. i and j are two other frames, drawn from those that can serve as a reference
-  when at least two such frames remain beside k. With exactly two frames i = k: the positive must
-  differ from the reference it is contrasted with, and so must the target.
+  k is any frame. i and j are two other frames, drawn from those that can serve as a reference if
+  at least two of these are left without k. With exactly two frames i = k: positive and target must
+  both differ from the reference.
   """
   frames = len(is_reference)
   if frames < 2:
@@ -123,6 +123,6 @@ def choose_frames(
   others = np.array([f for f in rng.permutation(frames) if f != k])
   if frames == 2:
     return k, int(others[0]), k
-  # Frames that can be references first, in their random order.
+  # First the frames that can serve as a reference, in their random order.
   others = others[np.argsort(~np.asarray(is_reference)[others], kind="stable")]
   return int(others[1]), int(others[0]), k

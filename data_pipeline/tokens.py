@@ -1,4 +1,4 @@
-"""Captions as token ids, with the place where the pseudo-word S+ goes."""
+"""Captions as token ids, with the position where the pseudo-word S+ is inserted."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ def encode_prompt(
   """Token ids of the prompt without S+, the slot of S+, and the class noun's tokens.
 
   Args:
-    tokenizer: a CLIPTokenizer of transformers, or what behaves like one.
+    tokenizer: a CLIPTokenizer of transformers or an object that behaves like it.
     prompt: an English sentence that contains the class noun.
-    class_noun: one or several words, found whole and whatever its capitals.
-    occurrence: which of the noun's occurrences counts; the first by default.
-    s_words: number of pseudo-words for which room is kept.
+    class_noun: one or several words; matched as whole words, upper or lower case.
+    occurrence: which of the noun's occurrences is meant; the first by default.
+    s_words: number of pseudo-words that must fit in besides the prompt.
     max_length: T; the tokenizer's `model_max_length` by default.
 
   Returns:
     `input_ids` int32 [T] (BOS ... EOS, then padding), `slot` (the index right after the noun's
-    last token, where S+ will stand), `noun_span` int32 [2] = (start, end), end == slot.
+    last token, where S+ is inserted), `noun_span` int32 [2] = (start, end), end == slot.
 
   Raises:
     DataError: the prompt does not contain the noun (so often), or has more than T - s_words tokens.
@@ -39,13 +39,13 @@ def encode_prompt(
   words = class_noun.split()
   pattern = r"(?<!\w)" + r"\s+".join(map(re.escape, words)) + r"(?!\w)"
   matches = list(re.finditer(pattern, prompt, re.IGNORECASE)) if words else []
-  found = matches[occurrence] if len(matches) > occurrence else None
-  if matches and not found:
+  match = matches[occurrence] if len(matches) > occurrence else None
+  if matches and not match:
     raise DataError(
         f"the prompt {prompt!r} contains the class noun {class_noun!r} {len(matches)} times, not "
         f"{occurrence + 1}; name every subject once"
     )
-  if not found:
+  if not match:
     raise DataError(
         f"the prompt {prompt!r} does not contain the class noun {class_noun!r}; "
         "write the noun as a whole word where the subject is meant"
@@ -57,7 +57,7 @@ def encode_prompt(
           f"the prompt {prompt!r} has {len(ids)} tokens; the limit is {length - s_words} "
           f"({length} of the tokenizer less {s_words} for S+); shorten the prompt"
       )
-    start, end = _span(tokenizer, prompt, found.span(), ids)
+    start, end = _span(tokenizer, prompt, match.span(), ids)
   padded = np.full(length, tokenizer.pad_token_id, np.int32)
   padded[: len(ids)] = ids
   return padded, end, np.array([start, end], np.int32)
@@ -83,13 +83,13 @@ def _span(
   """Token indices [start, end) of the characters `chars` of the prompt."""
   noun = _letters(prompt[slice(*chars)])
   is_noun = lambda a, b: _letters(tokenizer.decode(ids[a:b])) == noun  # noqa: E731
-  # CLIP's vocabulary never joins words, so the text before the noun has the same tokens alone;
-  # the last one of `_ids` is the end mark.
+  # CLIP's tokens never span words, so the text before the noun has the same tokens by itself; the
+  # last of `_ids` is EOS.
   start = len(_ids(tokenizer, prompt[: chars[0]])) - 1
   end = len(_ids(tokenizer, prompt[: chars[1]])) - 1
   if is_noun(start, end):
     return start, end
-  # Another kind of vocabulary: look for the noun among all short runs of tokens.
+  # Another kind of vocabulary: search all short runs of tokens for the noun.
   for start in range(len(ids)):
     for end in range(start + 1, min(start + len(noun), len(ids)) + 1):
       if is_noun(start, end):

@@ -1,7 +1,7 @@
 """The pictures of a triple: segmented positive, segmented reference, target with background.
 
-One implementation, numpy and Pillow, serves every source, the command line and the notebooks.
-Pillow releases the interpreter's lock while it resizes, so threads do fill the cores.
+All sources, the command line and the notebooks use this implementation in numpy and Pillow. Pillow
+releases the GIL while it resizes, so threads make use of all cores.
 """
 
 from __future__ import annotations
@@ -16,15 +16,16 @@ from PIL import Image
 from data_pipeline.errors import DataError
 
 OPAQUE = 128  # a pixel belongs to the subject from this alpha on
-# How a reference is shown: cut out on white, centred; where and as large as in its frame; at a
-# random size and place, as positives are; or the whole frame with its background. The last three
-# are for the laboratory: only they let size, place and scene through to the encoder (or hide them).
+# How a reference is shown: cut out on white and centred; cut out, at its size and position in the
+# frame; cut out, at a random size and position like positives; or the complete frame with its
+# background. The last three are for the laboratory: they decide whether the encoder learns of size,
+# position and scene.
 PLACES = ("centred", "in_place", "random", "frame")
 
 
 @dataclasses.dataclass(frozen=True)
 class TripleConfig:
-  """Sizes and places, as shares of the canvas (see `configs/subjects3d.py`)."""
+  """Sizes and positions as fractions of the canvas (see `configs/subjects3d.py`)."""
 
   image_size: int = 64
   reference_share: float = 0.8
@@ -34,7 +35,7 @@ class TripleConfig:
 
   @classmethod
   def from_config(cls, data) -> TripleConfig:
-    """From `config.data`; raises DataError naming a value that makes no sense."""
+    """From `config.data`; raises DataError that names an invalid value."""
     config = cls(*(getattr(data, field.name) for field in dataclasses.fields(cls)))
     low, high = config.positive_share
     if config.image_size < 8:
@@ -65,7 +66,7 @@ def make_triple(
   s = config.image_size. Raises DataError for an empty mask or shapes that do not fit.
   """
   size = config.image_size
-  # Both are drawn always, so that one option does not change the other's random numbers.
+  # Both are always drawn, so that options of one do not change the random numbers of the other.
   positive_u, reference_u = rng.random(3), rng.random(3)
   low, high = config.positive_share
   share = low + (high - low) * positive_u[0]
@@ -83,8 +84,8 @@ def show_reference(
 ) -> UInt8[np.ndarray, "s s 3"]:
   """A frame as the encoder sees it: config.reference_place says how (`PLACES`).
 
-  `u` are three numbers in [0, 1): of the size, of x and of y, where chance has a say; 0.5 each is
-  the middle. Raises DataError for an empty mask or shapes that do not fit.
+  `u` are three uniform numbers in [0, 1) for size, x and y where these are random; 0.5 each is the
+  middle. Raises DataError for an empty mask or shapes that do not fit.
   """
   size, place = config.image_size, config.reference_place
   if place in ("in_place", "frame"):
@@ -110,18 +111,18 @@ def segment_reference(
 ) -> UInt8[np.ndarray, "s s 3"]:
   """A reference as training shows it: on white, centred, longer side = `share` of the canvas.
 
-  `image` is RGB or RGBA; `mask` goes before the alpha channel. Without either (an alpha channel
-  that is opaque everywhere tells nothing) the whole picture is fitted into the canvas. An adapter
-  whose training showed references otherwise (`place`, of `PLACES`) gets the picture's largest
-  square: cut out ('in_place' and 'random', where chance has no say now) or with its background
-  ('frame'). Raises DataError for an empty mask, a fully transparent picture, or shapes that do not
-  fit.
+  `image` is RGB or RGBA; `mask` takes precedence over the alpha channel. Without either (a fully
+  opaque alpha channel does not count) the uncut picture is fitted into the canvas. For adapters
+  trained on references at another `place` (of `PLACES`) the result is the picture's largest square:
+  cut out ('in_place', and 'random' too, without randomness) or with its background ('frame').
+  Raises DataError for an empty mask, a fully transparent picture, or shapes that do not fit.
   """
   image, alpha = split_alpha(image)
   mask = alpha if mask is None else mask
   if place != "centred":
-    whole = mask is None or (place == "frame" and alpha is None)  # under alpha lies nothing to see
-    config = TripleConfig(size, reference_place="frame" if whole else "in_place")
+    # Where there is an alpha channel, the background's colours mean nothing.
+    with_background = mask is None or (place == "frame" and alpha is None)
+    config = TripleConfig(size, reference_place="frame" if with_background else "in_place")
     mask = np.full(image.shape[:2], 255, np.uint8) if mask is None else mask
     return show_reference(image, mask, config, np.full(3, 0.5))
   if mask is None:
@@ -149,10 +150,10 @@ def place_on_white(
     share: float,
     centre: tuple[float, float] = (0.5, 0.5),
 ) -> UInt8[np.ndarray, "s s 3"]:
-  """Cuts the subject out by its soft alpha `mask` and puts it on a white square canvas.
+  """Composes the subject, by its soft alpha `mask`, onto a white square canvas.
 
-  The longer side of the mask's bounding box becomes `share` of the canvas and its centre goes to
-  `centre` (x, y as fractions of the canvas), both to a fraction of a pixel. Raises DataError for
+  The longer side of the mask's bounding box becomes `share` of the canvas and its centre is placed
+  at `centre` (x, y as fractions of the canvas), both with subpixel accuracy. Raises DataError for
   an empty mask or shapes that do not fit.
   """
   mask = _checked_mask(image, mask)
@@ -160,12 +161,12 @@ def place_on_white(
 
 
 def _place(image, mask, box: tuple[int, int, int, int], size: int, share: float, centre):
-  """`place_on_white` of a checked mask and its bounding box."""
+  """`place_on_white` with a checked mask and its bounding box."""
   x0, y0, x1, y1 = box
-  side = max(x1 - x0, y1 - y0) / share  # the canvas, measured in the picture's pixels
+  side = max(x1 - x0, y1 - y0) / share  # of the canvas, in pixels of the picture
   left = (x0 + x1) / 2 - centre[0] * side
   top = (y0 + y1) / 2 - centre[1] * side
-  # Only the part under the canvas is composed, and as much around it as the filter reaches.
+  # Only the part under the canvas is composed, with a margin for the support of the filter.
   margin = math.ceil(2 * max(1.0, side / size))
   west, north = math.floor(left) - margin, math.floor(top) - margin
   east, south = math.ceil(left + side) + margin, math.ceil(top + side) + margin
@@ -177,15 +178,13 @@ def _place(image, mask, box: tuple[int, int, int, int], size: int, share: float,
   composed = (image[ys, xs] * alpha + 255 * (255 - alpha) + 127) // 255
   patch[ys.start - north : ys.stop - north, xs.start - west : xs.stop - west] = composed
   box = (left - west, top - north, left - west + side, top - north + side)
-  return np.asarray(
-      Image.fromarray(patch).resize((size, size), Image.Resampling.BICUBIC, box=box)
-  )
+  return np.asarray(Image.fromarray(patch).resize((size, size), Image.Resampling.BICUBIC, box))
 
 
 def square(
     image: UInt8[np.ndarray, "h w 3"], mask: UInt8[np.ndarray, "h w"], size: int
 ) -> tuple[UInt8[np.ndarray, "s s 3"], UInt8[np.ndarray, "s s"]]:
-  """The largest square of the picture, as near to its subject's middle as it goes, resized."""
+  """The picture's largest square, centred on the subject as far as possible, resized."""
   mask = _checked_mask(image, mask)
   x0, y0, x1, y1 = bounding_box(mask)
   height, width = mask.shape
@@ -195,12 +194,12 @@ def square(
   left = min(max((x0 + x1 - side) / 2, 0), width - side)
   top = min(max((y0 + y1 - side) / 2, 0), height - side)
   box = (left, top, left + side, top + side)
-  resize = lambda a, how: np.asarray(Image.fromarray(a).resize((size, size), how, box=box))  # noqa: E731
+  resize = lambda a, how: np.asarray(Image.fromarray(a).resize((size, size), how, box))  # noqa: E731
   return resize(image, Image.Resampling.BICUBIC), resize(mask, Image.Resampling.BILINEAR)
 
 
 def check_frame(image: np.ndarray, mask: np.ndarray, name: str) -> None:
-  """Raises DataError, with the frame's name, for a picture and mask that no triple can use."""
+  """Raises DataError, with the frame's name, for a picture or mask that a triple cannot use."""
   try:
     bounding_box(_checked_mask(image, mask))
   except DataError as error:
@@ -219,17 +218,17 @@ def bounding_box(mask: UInt8[np.ndarray, "h w"]) -> tuple[int, int, int, int]:
   return int(xs[0]), int(ys[0]), int(xs[-1]) + 1, int(ys[-1]) + 1
 
 
-def _place_at(image, mask, size: int, share: float, place: np.ndarray) -> np.ndarray:
-  """`place` (x, y) in [0, 1] is from edge to edge of the canvas, the subject always inside."""
+def _place_at(image, mask, size: int, share: float, position: np.ndarray) -> np.ndarray:
+  """`position` (x, y) in [0, 1] moves the subject from one edge of the canvas to the other."""
   mask = _checked_mask(image, mask)
   x0, y0, x1, y1 = box = bounding_box(mask)
   extent = share * np.array([x1 - x0, y1 - y0]) / max(x1 - x0, y1 - y0)
-  x, y = extent / 2 + place * (1 - extent)
+  x, y = extent / 2 + position * (1 - extent)
   return _place(image, mask, box, size, share, (x, y))
 
 
 def _checked_mask(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
-  """The mask as uint8 [h, w] with 255 = subject; masks of 0 and 1 are common and accepted."""
+  """The mask as uint8 [h, w] with 255 = subject; accepts masks of 0 and 1, which are common."""
   if image.ndim != 3 or image.shape[-1] != 3 or image.dtype != np.uint8:
     raise DataError(
         f"an image must be uint8 [height, width, 3], got {image.dtype} {list(image.shape)}"

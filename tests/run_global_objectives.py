@@ -1,6 +1,6 @@
 """The contrastive losses on virtual devices: python tests/run_global_objectives.py OUT.npz.
 
-OUT.npz holds '<case>/<implementation>/<tensor>' for loss, metrics and gradients, and what was read
+OUT.npz holds '<case>/<backend>/<tensor>' for loss, metrics and gradients, and what was read
 in the compiled programs at the size of a pod.
 """
 
@@ -21,7 +21,7 @@ from jax.sharding import AxisType, NamedSharding  # noqa: E402
 from jax.sharding import PartitionSpec as P  # noqa: E402
 
 from cc_jax.objectives import infonce  # noqa: E402
-from cc_jax.objectives.contrast import NAIVE, Contrast  # noqa: E402
+from cc_jax.objectives.contrast import NAIVE_BACKEND, ContrastiveBackend  # noqa: E402
 from cc_jax.objectives.cscl import cscl  # noqa: E402
 from cc_jax.objectives.macl import SCALINGS, macl  # noqa: E402
 from cc_jax.objectives.pairs import PairLoss, clipped  # noqa: E402
@@ -50,13 +50,13 @@ def placed(*spec, shape=(8, 1, 1)):
 def features():
   rng = np.random.default_rng(0)
   z = rng.normal(size=(L, N, Q, D)) + 0.3
-  z_plus = 0.7 * z + rng.normal(size=z.shape)  # so that some rows find their own and some do not
+  z_plus = 0.7 * z + rng.normal(size=z.shape)  # so that accuracy is between 0 and 1
   embed = rng.normal(size=(N, E)) + 0.3
   return tuple(a.astype(np.float32) for a in (z, z_plus, embed))
 
 
 def cases():
-  """name -> (mesh, loss of (z, z+, embed, ids) by an implementation)."""
+  """name -> (mesh, loss of (z, z+, embed, ids) by a backend)."""
   for i, scaling in enumerate(SCALINGS):
     options = dict(
       temperature=0.2,
@@ -66,24 +66,26 @@ def cases():
       pooling=("per_token", "mean")[i % 3 == 0],
     )
     mesh = (2, 2, 2) if scaling == "soft_target" else (8, 1, 1)
-    yield scaling, mesh, lambda how, z, y, e, ids, o=options: macl(
-      z, y, e, subject_ids=ids, how=how, **o
+    yield scaling, mesh, lambda backend, z, y, e, ids, o=options: macl(
+      z, y, e, subject_ids=ids, backend=backend, **o
     )
-  yield "cscl", (8, 1, 1), lambda how, z, y, e, ids: cscl(
-    z[0, :, 0], y[0, :, 0], temperature=0.2, subject_ids=ids, how=how
+  yield "cscl", (8, 1, 1), lambda backend, z, y, e, ids: cscl(
+    z[0, :, 0], y[0, :, 0], temperature=0.2, subject_ids=ids, backend=backend
   )
 
 
 def numbers():
-  """Loss, metrics and gradients of all cases by all implementations."""
+  """Loss, metrics and gradients of all cases by all backends."""
   z, y, embed = features()
   for name, mesh, loss in cases():
     for kind in ("naive", "tiled", "ring"):
-      how = NAIVE if kind == "naive" else Contrast(kind, TILE[kind], mesh_of(*mesh), AXES)
+      backend = NAIVE_BACKEND
+      if kind != "naive":
+        backend = ContrastiveBackend(kind, TILE[kind], mesh_of(*mesh), AXES)
 
       @jax.jit
-      def values(z, y, embed, ids, how=how, loss=loss):
-        of = jax.value_and_grad(lambda *a: loss(how, *a, ids), (0, 1, 2), has_aux=True)
+      def values(z, y, embed, ids, backend=backend, loss=loss):
+        of = jax.value_and_grad(lambda *a: loss(backend, *a, ids), (0, 1, 2), has_aux=True)
         (value, metrics), gradients = of(z, y, embed)
         return {"loss": value, **metrics, **dict(zip(("d_z", "d_z_plus", "d_embed"), gradients))}
 
@@ -96,7 +98,7 @@ def numbers():
 def naive_by_scan(z, y, embed, ids):
   """The naive loss with less memory than the oracle: a layer's logits at a time; S once.
 
-  The gradient keeps what autodiff keeps (no remat); rows are cut over the devices.
+  The gradient keeps what autodiff keeps (no remat); rows are sharded over the devices.
   """
   def rows(x):
     return jax.lax.with_sharding_constraint(x, placed(AXES))
@@ -123,9 +125,9 @@ def programs():
   inputs = z, z, array((n, width), jnp.float32, AXES), array((n,), jnp.int32, AXES)
   losses = {"naive": naive_by_scan}
   for kind in ("tiled", "ring"):
-    how = Contrast(kind, 1024, mesh_of(8, 1, 1), AXES)
-    losses[kind] = lambda z, y, e, ids, how=how: macl(
-      z, y, e, temperature=0.07, subject_ids=ids, how=how
+    backend = ContrastiveBackend(kind, 1024, mesh_of(8, 1, 1), AXES)
+    losses[kind] = lambda z, y, e, ids, backend=backend: macl(
+      z, y, e, temperature=0.07, subject_ids=ids, backend=backend
     )[0]
   for kind, loss in losses.items():
     shardings = placed(), (z.sharding, z.sharding)

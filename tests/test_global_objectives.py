@@ -1,8 +1,9 @@
-"""The tiled and the ring implementation against the naive one, on eight virtual devices and on one.
+"""The tiled and the ring backend against the naive one, on eight virtual devices and on one.
 
 The eight are in a process of their own (run_global_objectives.py).
 """
 
+import dataclasses
 import functools
 import subprocess
 import sys
@@ -13,18 +14,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import run_global_objectives as eight
+import tiny
 
+from cc_jax import train
 from cc_jax.errors import UserError
-from cc_jax.objectives.contrast import NAIVE, Contrast, contrast
+from cc_jax.objectives.contrast import NAIVE_BACKEND, ContrastiveBackend, contrast
 from cc_jax.objectives.cscl import cscl
-from cc_jax.objectives.macl import SCALINGS, macl
+from cc_jax.objectives.macl import POOLINGS, SCALINGS, macl
 from cc_jax.objectives.pairs import PairLoss
+from cc_jax.training import step
 
 KINDS = ("tiled", "ring")
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory):
+def results(tmp_path_factory):
   out = tmp_path_factory.mktemp("objectives") / "out.npz"
   script = Path(eight.__file__)
   done = subprocess.run([sys.executable, script, out], capture_output=True, text=True, timeout=500)
@@ -37,15 +41,15 @@ def relative(a, b):
 
 
 @pytest.mark.parametrize("case", (*SCALINGS, "cscl"))
-def test_all_implementations_agree(found, case):
-  naive = {k.split("/")[-1]: v for k, v in found.items() if k.startswith(f"{case}/naive/")}
+def test_all_backends_agree(results, case):
+  naive = {k.split("/")[-1]: v for k, v in results.items() if k.startswith(f"{case}/naive/")}
   assert set(naive) == {
     "loss", "positive", "negative", "accuracy", "d_z", "d_z_plus", "d_embed"
   }
   assert 0.05 < naive["accuracy"] < 0.95  # a number that says something
   for kind in KINDS:
     for name, expected in naive.items():
-      ours = found[f"{case}/{kind}/{name}"]
+      ours = results[f"{case}/{kind}/{name}"]
       if name == "d_embed":  # S is a measurement
         assert not ours.any() and not expected.any()
       else:
@@ -54,19 +58,19 @@ def test_all_implementations_agree(found, case):
     assert not naive["d_z"][1:].any() and naive["d_z"][0, :, 0].any()
 
 
-def test_memory_at_the_size_of_a_pod(found):
+def test_memory_at_the_size_of_a_pod(results):
   """32,768 samples, 16 layers, 768 wide on 8 devices: compiled, not run."""
   rows, n = eight.POD["N"] // eight.DEVICES, eight.POD["N"]
-  assert found["largest/naive"] >= rows * n  # so what is looked for can be found
+  assert results["largest/naive"] >= rows * n  # so the search below can find it
   for kind in KINDS:
-    assert found[f"largest/{kind}"] < rows * n
-    assert np.prod(found[f"tile/{kind}"]) <= rows * n / 16
-    assert found[f"memory/{kind}"] <= found["memory/naive"] / 20
-  assert found["memory/ring"] < found["memory/tiled"]
+    assert results[f"largest/{kind}"] < rows * n
+    assert np.prod(results[f"tile/{kind}"]) <= rows * n / 16
+    assert results[f"memory/{kind}"] <= results["memory/naive"] / 20
+  assert results["memory/ring"] < results["memory/tiled"]
 
 
-def test_cutting_a_batch_moves_nothing_between_devices(found):
-  assert found["cutting/collectives"] == 0
+def test_cutting_a_batch_moves_nothing_between_devices(results):
+  assert results["cutting/collectives"] == 0
 
 
 # One device.
@@ -79,9 +83,9 @@ def test_finite_at_temperature_one_thousandth_and_for_zero_vectors(scaling):
   z, embed = z.at[:, 1].set(0.0).at[0, 0, 0].set(1e-30), embed.at[2].set(0.0)
 
   def loss(z, z_plus, kind):
-    how = NAIVE if kind == "naive" else Contrast(kind, 12)
+    backend = NAIVE_BACKEND if kind == "naive" else ContrastiveBackend(kind, 12)
     options = dict(temperature=0.001, soft_temperature=0.001, symmetric=True, scaling=scaling)
-    return macl(z, z_plus, embed, subject_ids=jnp.asarray(eight.IDS), how=how, **options)
+    return macl(z, z_plus, embed, subject_ids=jnp.asarray(eight.IDS), backend=backend, **options)
 
   gradient = jax.value_and_grad(loss, (0, 1), has_aux=True)
   naive, ours = jax.jit(lambda *a: [gradient(*a, kind) for kind in ("naive", "tiled")])(z, z_plus)
@@ -97,53 +101,86 @@ def test_one_device_alone_one_tile_and_collapse():
   z = jnp.asarray(eight.features()[0])[:, :, 0]
 
   @functools.partial(jax.jit, static_argnums=2)
-  def value(x, y, how):
-    return cscl(x[0], y[0], temperature=0.2, how=how)
+  def value(x, y, backend):
+    return cscl(x[0], y[0], temperature=0.2, backend=backend)
 
   for x, y in ((z, z[::-1]), (jnp.ones_like(z), jnp.ones_like(z))):
-    loss, metrics = value(x, y, NAIVE)
+    loss, metrics = value(x, y, NAIVE_BACKEND)
     for kind in KINDS:
-      ours, parts = value(x, y, Contrast(kind, 1000))
+      ours, parts = value(x, y, ContrastiveBackend(kind, 1000))
       np.testing.assert_allclose(ours, loss, rtol=1e-6)
       for name in metrics:
         np.testing.assert_allclose(parts[name], metrics[name], rtol=1e-5, atol=1e-6, err_msg=name)
   assert metrics["accuracy"] == 0
   # The training step must see that a batch is broken.
-  for how in (NAIVE, Contrast("tiled", 7)):
-    assert np.isnan(value(z.at[0, 3, 0].set(jnp.nan), z, how)[0])
+  for backend in (NAIVE_BACKEND, ContrastiveBackend("tiled", 7)):
+    assert np.isnan(value(z.at[0, 3, 0].set(jnp.nan), z, backend)[0])
 
 
-def test_auto_goes_by_memory(capsys):
-  plain, both = PairLoss(0.1, "inverse"), PairLoss(0.1, both_ways=True)
+def test_auto_goes_by_memory():
+  plain, both = PairLoss(0.1, "inverse"), PairLoss(0.1, symmetric=True)
   mesh = jax.sharding.AbstractMesh((4, 2, 3), ("data", "fsdp", "tensor"))
-  how = Contrast("auto", 1024, mesh, ("data", "fsdp"))
-  assert how.devices == 8
+  backend = ContrastiveBackend("auto", 1024, mesh, ("data", "fsdp"))
+  assert backend.devices == 8
   # G * N^2 * 4 bytes of logits over 8 devices against 256 MiB, twice that for both ways
-  assert how.choose(plain, 1, 23168, 8, 8) == "naive"
-  assert how.choose(plain, 1, 23176, 8, 8) == "tiled"
-  assert how.choose(both, 1, 16376, 8, 8) == "naive"
-  assert how.choose(both, 1, 16384, 8, 8) == "tiled"
-  assert how.choose(plain, 16, 5792, 8, 8) == "naive"
-  assert Contrast("auto").choose(plain, 1, 8192, 8, 8) == "tiled"  # the same logits on one device
+  assert backend.choose(plain, 1, 23168, 8, 8) == "naive"
+  assert backend.choose(plain, 1, 23176, 8, 8) == "tiled"
+  assert backend.choose(both, 1, 16376, 8, 8) == "naive"
+  assert backend.choose(both, 1, 16384, 8, 8) == "tiled"
+  assert backend.choose(plain, 16, 5792, 8, 8) == "naive"
+  assert ContrastiveBackend().choose(plain, 1, 8192, 8, 8) == "tiled"  # the logits of one device
   # N * (D + E) * 4 bytes of keys against 512 MiB; without S, E does not count
-  assert how.choose(plain, 1, 2**17 - 8, 768, 256) == "tiled"
-  assert how.choose(plain, 1, 2**17, 768, 256) == "ring"
-  assert how.choose(both, 1, 2**17, 768, 256) == "tiled"
-  assert Contrast("ring").choose(plain, 1, 4, 8, 8) == "ring"
+  assert backend.choose(plain, 1, 2**17 - 8, 768, 256) == "tiled"
+  assert backend.choose(plain, 1, 2**17, 768, 256) == "ring"
+  assert backend.choose(both, 1, 2**17, 768, 256) == "tiled"
+  assert ContrastiveBackend("ring").choose(plain, 1, 4, 8, 8) == "ring"
 
-  x = jnp.ones((1, 6, 2))
-  for _ in range(2):
-    jax.eval_shape(lambda: contrast(Contrast(), both, x, x, None, None, name="once"))
-  said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("once: ")]
-  assert len(said) == 1 and "6 samples on 1 devices: naive (auto" in said[0]
+  line = ContrastiveBackend().explain(both, 1, 6, 2, 0)
+  assert "6 samples on 1 devices: naive (auto; logits" in line
+  line = ContrastiveBackend("tiled", 4, mesh, ("data",)).explain(plain, 1, 8192, 64, 64)
+  assert line.endswith(
+    "8192 samples on 4 devices: tiled, 4 columns at a time (tiled; logits of the naive loss "
+    "64.0 MiB a device, a group's gathered keys 4.0 MiB)"
+  )
+
+
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_the_log_says_what_the_step_computes(tiny_folder, monkeypatch, pooling):
+  """Method.describe_contrast knows the sizes without tracing the step."""
+  calls = []
+
+  def choose(backend, pair_loss, *sizes):
+    calls.append((backend, pair_loss.symmetric, pair_loss.needs_similarity, *sizes))
+    return "naive"
+
+  config = tiny.tiny_config(
+    tiny_folder, objective__macl_pooling=pooling, encoder__contrast_head=6 * (pooling == "mean")
+  )
+  config, base, (definition, trainable, frozen) = train.without_weights(config)
+  method = train.make_method(config, definition, base)
+  mesh = jax.make_mesh((1, 1, 1), ("data", "fsdp", "tensor"))
+  monkeypatch.setattr(ContrastiveBackend, "choose", choose)
+  lines = method.describe_contrast(mesh, trainable, frozen)
+  assert [line.split(":")[0] for line in lines] == ["cscl", "macl"]
+
+  def contrastive(trainable, frozen):
+    model, n = method.model(trainable, frozen), config.train.batch_size
+    pixels, t = jnp.zeros((n, tiny.IMAGE, tiny.IMAGE, 3)), jnp.zeros(n, jnp.int32)
+    batch = {"positive": pixels, "subject_id": t}
+    backend = dataclasses.replace(method, mesh=mesh).contrast
+    features = model.image_features(pixels)
+    return step.contrastive(model, config.objective, batch, *features, t, backend)
+
+  jax.eval_shape(contrastive, trainable, frozen)
+  assert len(calls) == 4 and calls[:2] == calls[2:]
 
 
 def test_errors():
   with pytest.raises(UserError, match="objective.contrast 'fast'; we have auto, naive, tiled"):
-    Contrast("fast")
+    ContrastiveBackend("fast")
   with pytest.raises(UserError, match="objective.tile is 0"):
-    Contrast(tile=0)
+    ContrastiveBackend(tile=0)
   mesh = jax.sharding.AbstractMesh((4,), ("data",))
   x = jnp.ones((1, 6, 2))
   with pytest.raises(UserError, match="6 samples do not divide over 4 devices; change train.batch"):
-    contrast(Contrast("ring", 4, mesh, ("data",)), PairLoss(0.1), x, x, None, None, name="x")
+    contrast(ContrastiveBackend("ring", 4, mesh, ("data",)), PairLoss(0.1), x, x, None, None)

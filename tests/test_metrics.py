@@ -145,12 +145,12 @@ def test_at_equal_identity():
 def test_real_similarity_counts_each_factor():
   table = world.subjects("train")
   one = table.take(np.zeros(2, int))
-  same = judging.real_similarity(one)
+  same = world.real_similarity(one)
   np.testing.assert_allclose(same, 1)
   pattern = 1 if one.pattern[0] != 1 else 2
 
   def changed(**fields):
-    return judging.real_similarity(one._replace(
+    return world.real_similarity(one._replace(
       **{name: np.array([getattr(one, name)[0], value]) for name, value in fields.items()}))[0, 1]
 
   assert changed(class_id=(one.class_id[0] + 1) % 10) == pytest.approx(5 / 6)

@@ -197,7 +197,7 @@ def test_soft_target_by_hand():
   loss, _ = macl_jit(
     plane(0, 90), plane(0, 90), embed, temperature=0.5, scaling="soft_target", soft_temperature=0.25
   )
-  q = 1 / (1 + math.exp(-2.0))  # softmax(1 / 0.25, 0.5 / 0.25) of the own positive
+  q = 1 / (1 + math.exp(-2.0))  # softmax(1 / 0.25, 0.5 / 0.25) of the positive
   expected = -q * math.log(1 / (1 + math.exp(-2.0))) - (1 - q) * math.log(1 / (1 + math.exp(2.0)))
   np.testing.assert_allclose(loss, expected, rtol=1e-6)
 
@@ -220,7 +220,7 @@ def test_s_is_clipped():
 
 
 def test_masked_pairs_carry_no_gradient(tokens):
-  """With all of one subject only the own positives stay: loss 0 and no gradient whatever S is.
+  """With all of one subject only the positives remain: loss 0 and no gradient whatever S is.
   With 0 and 2 of one subject, row 0 does not see positive 2."""
   z, z_plus, embed = (jnp.asarray(a, jnp.float32) for a in tokens)
   one_subject = jnp.zeros(N, jnp.int32)
@@ -324,7 +324,7 @@ def test_cscl_two_by_two_by_hand():
 
 
 def test_retrieval_accuracy():
-  """Row 0 finds its own, row 1 finds row 2's; a tie is no hit; the mask lifts row 1's rival."""
+  """Row 0 finds its positive, row 1 finds row 2's; a tie is no hit; the mask removes its rival."""
   cosines = jnp.array([[0.9, 0.1, 0.2], [0.0, 0.5, 0.6], [0.3, 0.4, 0.4]])
   free = infonce.retrieval_metrics(cosines, infonce.allowed_pairs(None, 3))
   np.testing.assert_allclose(free["accuracy"], 1 / 3, rtol=1e-6)

@@ -11,15 +11,18 @@ import pytest
 from flax import nnx
 
 from cc_jax.errors import UserError
-from cc_jax.lab import judge as judging
 from cc_jax.models.clip_vision import CLIPVisionConfig, CLIPVisionModel
 from cc_jax.models.vae import AutoencoderKL, AutoencoderKLConfig
 from cc_jax.parallel.mesh import make_mesh
 from cc_jax.pretrain import __main__ as pretrain
 from cc_jax.pretrain import loop as fitting
+from cc_jax.pretrain.batches import cut_outs, mirror_images, to_unit, train_tokenizer
+from cc_jax.pretrain.clip import code_positions, make_clip, similarity_correlation, train_clip
+from cc_jax.pretrain.unet import dilate
+from cc_jax.pretrain.vae import make_vae, train_vae, whiten
 from configs import subjects3d_base
+from data_pipeline.subjects3d import captions, prerender
 from data_pipeline.subjects3d import factors as world
-from data_pipeline.subjects3d import prerender
 
 
 def settings(steps: int) -> ml_collections.ConfigDict:
@@ -96,9 +99,9 @@ def test_whitening_gives_unit_latents_and_the_same_pictures():
     up_block_types=["UpDecoderBlock2D"] * 2, mid_block_add_attention=False, scaling_factor=1.0))
   vae = AutoencoderKL(config, rngs=nnx.Rngs(0))
   images = np.random.default_rng(0).integers(0, 256, (100, 16, 16, 3)).astype(np.uint8)
-  x = pretrain.to_unit(jnp.asarray(images))
+  x = to_unit(jnp.asarray(images))
   before = vae.decode(vae.encode(x)[0])
-  pretrain.whiten(vae, images)
+  whiten(vae, images)
   z, logvar = vae.encode(x)
   after = vae.decode(z)
   flat = np.asarray(z, np.float64).reshape(-1, 4)
@@ -112,8 +115,8 @@ def test_captions_name_what_they_are_told_to_name():
   rng = np.random.default_rng(0)
   table = world.subjects("train")
   factors = world.sample_factors(rng, table.take(np.arange(40)), hat=0, style=0)
-  always = pretrain.write_captions(rng, factors, dict(scene=1.0, color1=1.0))
-  never = pretrain.write_captions(rng, factors, dict(scene=1.0, color1=0.0))
+  always = captions.write_captions(rng, factors, dict(scene=1.0, color1=1.0))
+  never = captions.write_captions(rng, factors, dict(scene=1.0, color1=0.0))
   for i, (one, other) in enumerate(zip(always, never)):
     colour = world.COLORS[factors.color1[i]]
     assert colour in one.split() and colour not in other.split(), (one, other)
@@ -124,7 +127,7 @@ def test_on_white_shows_the_subject_alone_at_any_size_and_place():
   images = np.full((40, 16, 16, 3), 100, np.uint8)
   masks = np.zeros((40, 16, 16), np.uint8)
   masks[:, 5:8, 7:11] = 255
-  cut = pretrain.on_white(images, masks, np.random.default_rng(0))
+  cut = cut_outs(images, masks, np.random.default_rng(0))
   there = cut[..., 0] < 178
   assert abs(np.median(cut[there]) - 100) <= 2 and np.median(cut[~there]) == 255
   sides = there.any(1).sum(1)  # 0.4 to 0.9 of 16 pixels, to the nearest pixel
@@ -136,7 +139,7 @@ def test_on_white_shows_the_subject_alone_at_any_size_and_place():
 def test_mirrored_pictures_show_the_mirrored_pose():
   images = np.arange(2 * 3 * 4 * 3, dtype=np.uint8).reshape(2, 3, 4, 3)
   factors = dict(azimuth=np.array([0.5, 0.5]), x=np.array([0.1, 0.1]), y=np.array([0.2, 0.2]))
-  flipped, found = pretrain.mirrored(images, factors, np.array([False, True]))
+  flipped, found = mirror_images(images, factors, np.array([False, True]))
   np.testing.assert_array_equal(flipped[0], images[0])
   np.testing.assert_array_equal(flipped[1, :, 0], images[1, :, 3])
   np.testing.assert_allclose(found["azimuth"], [0.5, -0.5])
@@ -151,7 +154,7 @@ def test_coded_positions_are_content_free_on_white_and_tell_rows_and_columns():
     rngs=nnx.Rngs(0))
   embeddings = vision.vision_model.embeddings
   before = np.array(embeddings.position_embedding.embedding[...])
-  pretrain.code_positions(vision, pretrain.hub.CLIP_PROCESSOR, 2.0)
+  code_positions(vision, pretrain.hub.CLIP_PROCESSOR, 2.0)
   white = pretrain.hub.clip_pixels(jnp.ones((1, 24, 24, 3)),
                                    dict(pretrain.hub.CLIP_PROCESSOR, size=24))
   code = (np.asarray(embeddings(white))[0] - before)[1:] / 2
@@ -171,7 +174,7 @@ def test_likeness_is_the_correlation_over_all_pairs_of_two():
   pairs = np.triu_indices(9, 1)
   true = np.corrcoef((unit @ unit.T)[pairs], real[pairs])[0, 1]
   given = jnp.asarray(embed, jnp.float32), jnp.asarray(real, jnp.float32)
-  assert float(pretrain.likeness(*given)) == pytest.approx(true, abs=1e-5)
+  assert float(similarity_correlation(*given)) == pytest.approx(true, abs=1e-5)
 
 
 def test_the_image_encoder_learns_factors_while_the_text_encoder_stays(tmp_path):
@@ -193,10 +196,10 @@ def test_the_image_encoder_learns_factors_while_the_text_encoder_stays(tmp_path)
   masks[:, 16:48, 16:48] = 255
   pictures = SimpleNamespace(images=images, masks=masks, factors=factors,
                              coverage=np.full((len(shade), 4), 0.1))
-  pretrain.train_tokenizer(config, tmp_path, pictures, None)
-  pretrain.train_clip(config, tmp_path, pictures, make_mesh(config.mesh, 16))
+  train_tokenizer(config, tmp_path, pictures, None)
+  train_clip(config, tmp_path, pictures, make_mesh(config.mesh, 16))
   tokenizer = pretrain.hub.load_tokenizer(tmp_path / "base" / "tokenizer")
-  start = pretrain.make_clip(config, tokenizer)
+  start = make_clip(config, tokenizer)
   text = pretrain.hub.load_module(tmp_path / "base" / "text_encoder", type(start.text))
   for old, new in zip(jax.tree.leaves(nnx.state(start.text)), jax.tree.leaves(nnx.state(text))):
     np.testing.assert_array_equal(old, new)
@@ -205,7 +208,7 @@ def test_the_image_encoder_learns_factors_while_the_text_encoder_stays(tmp_path)
   # Of what makes subjects alike the encoder can see the class alone.
   pairs = np.triu_indices(len(shade), 1)
   alike = (factors.class_id[:, None] == factors.class_id)[pairs]
-  best = np.corrcoef(alike, judging.real_similarity(factors)[pairs])[0, 1]
+  best = np.corrcoef(alike, world.real_similarity(factors)[pairs])[0, 1]
   assert logs[-1]["likeness"] == pytest.approx(best, abs=0.05)
 
 
@@ -216,14 +219,14 @@ def test_a_frozen_encoder_keeps_its_latents_while_the_decoder_learns(tmp_path, m
                           down_block_types=("DownEncoderBlock2D",) * 2,
                           up_block_types=("UpDecoderBlock2D",) * 2)
   config.vae.train.update(steps=2, batch=2, warmup=0)
-  before = pretrain.make_vae(config)
+  before = make_vae(config)
   monkeypatch.setattr(pretrain.hub, "load_base", lambda _: SimpleNamespace(vae=before))
   images = np.random.default_rng(0).integers(0, 256, (4, 16, 16, 3), dtype=np.uint8)
   pictures = SimpleNamespace(images=images)
-  x = pretrain.to_unit(jnp.asarray(images))
+  x = to_unit(jnp.asarray(images))
   latents = before.encode(x)[0]
   decoded = before.decode(latents)  # now: the training gives up the arrays
-  pretrain.train_vae(config, tmp_path, pictures, mesh)
+  train_vae(config, tmp_path, pictures, mesh)
   after = pretrain.hub.load_module(tmp_path / "base" / "vae", AutoencoderKL)
   np.testing.assert_allclose(after.encode(x)[0], latents, rtol=1e-5, atol=1e-6)
   assert np.abs(after.decode(latents) - decoded).max() > 1e-3
@@ -234,7 +237,7 @@ def test_a_mask_grows_by_one_place_to_all_sides():
   mask[0, 0, 1] = 0.5
   expected = np.zeros((5, 5))
   expected[:2, :3] = 0.5
-  np.testing.assert_array_equal(pretrain.widened(mask)[0], expected)
+  np.testing.assert_array_equal(dilate(mask)[0], expected)
 
 
 def test_a_share_of_the_pictures_loses_its_pattern():

@@ -240,6 +240,14 @@ def test_arguments_that_make_no_sense(tokenizer):
     take(config(), tokenizer, 1, split="test")
 
 
+def test_context_phrases_are_the_scenes_of_subjects3d():
+  for data in (config(source="render"), config(source="tfds", name="subjects3d/small")):
+    assert data_pipeline.is_subjects3d(data)
+    assert data_pipeline.context_phrases(data) == factors_lib.SCENES
+  for data in (config(name="my_subjects"), config(source="tfds", name="blobs")):
+    assert not data_pipeline.is_subjects3d(data) and data_pipeline.context_phrases(data) == ()
+
+
 # Rendered on the fly.
 
 

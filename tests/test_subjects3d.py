@@ -1,10 +1,12 @@
 """The rendered world: its table of subjects, its renderer and its sentences."""
 
+import re
+
 import numpy as np
 import pytest
 
 from data_pipeline.errors import DataError
-from data_pipeline.subjects3d import captions, factors, renderer, shapes
+from data_pipeline.subjects3d import bulk, captions, factors, renderer, shapes
 from data_pipeline.subjects3d.factors import CLASSES, CLASSES_WITH_FRONT, COLORS, SCENES
 
 RED, BLUE = COLORS.index("red"), COLORS.index("blue")
@@ -337,7 +339,7 @@ def test_march_has_converged(world):
 def test_processes_draw_the_same_pictures():
   f = draw(12, class_id=CLASSES.index("mushroom"))
   np.testing.assert_array_equal(
-    renderer.render_many(f, processes=2, progress=False).image, renderer.render(f).image
+    bulk.render_many(f, processes=2, progress=False).image, renderer.render(f).image
   )
 
 
@@ -372,6 +374,27 @@ def test_captions_name_what_is_mentioned_and_where_the_noun_is():
     assert COLORS[row.color1] in everything.text and COLORS[row.color2] in everything.text
     assert len(everything.text.split()) <= captions.MAX_WORDS
     assert captions.caption(rng, row, mention=()).text in (f"a {noun}", f"an {noun}")
+
+
+def test_captions_with_a_wrong_word_differ_in_that_word_alone():
+  f, shifts = draw(40, 6), np.arange(40)
+  texts = captions.wrong_word_captions(f, shifts, 0)
+  assert set(texts) == {"none", "class", "colour", "scene"}
+  classes, colors, scenes = (
+    (column + shifts % (count - 1) + 1) % count
+    for column, count in ((f.class_id, 10), (f.color1, 11), (f.scene, 10))
+  )
+  for i, right in enumerate(texts["none"]):
+    color, noun = COLORS[f.color1[i]], CLASSES[f.class_id[i]]
+    subject = f"{color} {noun}"
+    for word, wrong in (
+      ("class", f"{color} {CLASSES[classes[i]]}"), ("colour", f"{COLORS[colors[i]]} {noun}")
+    ):
+      expected = right.replace(subject, wrong).replace("an ", "a ")
+      assert wrong != subject and texts[word][i].replace("an ", "a ") == expected
+    # A phrase before the subject lacks its "standing" or "floating".
+    phrases = [re.sub("^(stand|float)ing ", "", phrase) for phrase in captions._SCENES[scenes[i]]]
+    assert scenes[i] != f.scene[i] and any(phrase in texts["scene"][i] for phrase in phrases)
 
 
 def test_corpus_uses_the_whole_vocabulary():

@@ -58,7 +58,7 @@ def combine(
   gate: Float[Array, ""],
   scale: Float[Array, " b"],
 ) -> Float[Array, "b s c"]:
-  """The three forms of method.md, with g = min(scale, 1) and a = gate. Factors in float32.
+  """The forms of docs/method.md, "Injection"; g = min(scale, 1), a = gate. Factors in float32.
 
   complementary [R]  (1 - g·a·m)·text + scale·a·m·visual
   visual_only        text + scale·a·m·visual

@@ -27,7 +27,7 @@ _CHOICES = {
 
 @dataclasses.dataclass(frozen=True)
 class MFIEncoderConfig:
-  """config.encoder. Every choice is an [R] of method.md; configs/subjects3d.py explains each."""
+  """config.encoder. Every choice is an [R] of docs/method.md; see also configs/subjects3d.py."""
 
   image_layers: tuple
   width: int

@@ -240,33 +240,6 @@ def share(agreements: Mapping[str, np.ndarray]) -> np.ndarray:
   return np.where(counted > 0, np.nansum(table, axis=0) / np.maximum(counted, 1), np.nan)
 
 
-def real_similarity(subjects: world.Subjects | world.Factors) -> np.ndarray:
-  """How alike the individuals are, [n,n] in [0,1], from their intrinsic factors alone.
-
-  The mean of six: same class; nearness of the two part colours (1 - RGB distance over the largest);
-  same pattern; nearness of the pattern colours (1 if both are plain, 0 if one is); nearness of the
-  proportions (1 - mean absolute difference over the range).
-  """
-  rgb = np.asarray(list(world.COLOR_RGB.values()), float)
-  apart = np.linalg.norm(rgb[:, None] - rgb[None], axis=-1)
-  near = 1 - apart / apart.max()
-
-  def pairs(column, of=None):
-    column = np.asarray(column)
-    if of is None:
-      return (column[:, None] == column[None]).astype(float)
-    return of[column[:, None], column[None]]
-
-  plain = np.asarray(subjects.pattern) == world.PATTERNS.index("plain")
-  both, neither = plain[:, None] & plain[None], ~plain[:, None] & ~plain[None]
-  pattern_color = np.where(neither, pairs(subjects.pattern_color, near), both)
-  shape = np.stack([subjects.wide, subjects.tall, subjects.ratio], -1).astype(float)
-  proportions = 1 - np.abs(shape[:, None] - shape[None]).mean(-1) / 2
-  parts = (pairs(subjects.class_id), pairs(subjects.color1, near), pairs(subjects.color2, near),
-           pairs(subjects.pattern), pattern_color, proportions)
-  return np.mean(parts, axis=0)
-
-
 def likeliest_angle(logits: np.ndarray) -> np.ndarray:
   """Logits of azimuth's bins [n,8] -> radians [n]: the mean direction in the likeliest three bins.
 

@@ -38,7 +38,7 @@ from cc_jax.parallel.mesh import batch_sharding, make_mesh, pad_batch
 from cc_jax.sampling.sample import bundle
 from cc_jax.sampling.sampler import ImageSampler
 from data_pipeline.subjects3d import factors as world
-from data_pipeline.subjects3d.renderer import render_many
+from data_pipeline.subjects3d.bulk import render_many
 
 ON_THE_WAY = ("size", "place")  # moves that are drawn at every checkpoint
 LABELS = ("class_id", "color1", "color2", "pattern", "pattern_color", "scene")
@@ -163,7 +163,7 @@ class Scorer:
     subject = factors.subject_id
     fold = features.folds(subject)
     first = np.unique(subject, return_index=True)[1]
-    real = judging.real_similarity(factors.take(first))
+    real = world.real_similarity(factors.take(first))
     front = np.isin(factors.class_id, [world.CLASSES.index(c) for c in world.CLASSES_WITH_FRONT])
     labels = {name: getattr(factors, name) for name in LABELS}
     numbers = {name: getattr(factors, name) for name in NUMBERS}

@@ -12,8 +12,8 @@ from cc_jax.errors import UserError
 from cc_jax.lab import judge as judging
 from cc_jax.lab import leakage
 from data_pipeline.subjects3d import factors as world
+from data_pipeline.subjects3d.bulk import render_many
 from data_pipeline.subjects3d.captions import caption
-from data_pipeline.subjects3d.renderer import render_many
 from data_pipeline.triples import TripleConfig, show_reference
 
 _SEED = 20_000  # of trials and their noise

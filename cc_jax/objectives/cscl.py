@@ -2,7 +2,7 @@
 
 from jaxtyping import Array, Float, Int
 
-from cc_jax.objectives.contrast import NAIVE, Contrast, contrast
+from cc_jax.objectives.contrast import NAIVE_BACKEND, ContrastiveBackend, contrast
 from cc_jax.objectives.infonce import check_temperature
 from cc_jax.objectives.pairs import PairLoss
 
@@ -13,7 +13,7 @@ def cscl(
   *,
   temperature: float,
   subject_ids: Int[Array, "n"] | None = None,
-  how: Contrast = NAIVE,
+  backend: ContrastiveBackend = NAIVE_BACKEND,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
   """L_CSCL = -1/2N Σ_i [log softmax_j(<V_i, T_j>/τ)_i + log softmax_j(<V_j, T_i>/τ)_i].
 
@@ -22,10 +22,10 @@ def cscl(
 
   Args:
     visual, textual: CLS tokens of the **global** batch; they are L2-normalised here.
-    temperature: τ; a plain number unless `how` is naive.
-    subject_ids: samples of one subject are no negatives of each other, in either direction;
+    temperature: τ; a plain number unless `backend` is naive.
+    subject_ids: samples of the same subject are not negatives of each other, in either direction;
       -1 where a data set does not know the subject.
-    how: the implementation; the value does not depend on it.
+    backend: how the loss is computed; its value does not depend on it.
 
   Returns:
     (loss, {'positive', 'negative': mean cosines; 'accuracy': of retrieval, mean of both ways}).
@@ -34,5 +34,5 @@ def cscl(
     UserError: a temperature that is not positive; see also `contrast`.
   """
   check_temperature(temperature, "cscl_temperature")
-  rule = PairLoss(temperature, both_ways=True)
-  return contrast(how, rule, visual[None], textual[None], None, subject_ids, name="cscl")
+  pair_loss = PairLoss(temperature, symmetric=True)
+  return contrast(backend, pair_loss, visual[None], textual[None], None, subject_ids)

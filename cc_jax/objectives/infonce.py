@@ -1,6 +1,6 @@
-"""InfoNCE over the global batch in its readable form: what CSCL and MACL share.
+"""InfoNCE over the global batch in its readable form, shared by CSCL and MACL.
 
-The [N, N] matrices exist in memory. This is the oracle that tiled.py and ring.py agree with.
+It holds the [N, N] matrices in memory. Tests compare tiled.py with it.
 """
 
 import jax
@@ -32,16 +32,16 @@ def cosine_matrix(a: Float[Array, "*l n d"], b: Float[Array, "*l m d"]) -> Float
 
 
 def allowed_pairs(subject_ids: Int[Array, "n"] | None, n: int) -> Bool[Array, "n n"]:
-  """Pair (j, k) may stand in row j's denominator: the own positive, or another subject's.
+  """Whether pair (j, k) counts in row j's denominator: its positive, and samples of other subjects.
 
-  Samples of one subject are not negatives of each other. A negative id means that the data set does
-  not know the subject; such a sample is taken for a subject of its own.
+  Samples of the same subject are not negatives of each other. A negative id means that the data set
+  does not know the subject; such a sample counts as the only one of its subject.
   """
-  own = jnp.eye(n, dtype=bool)
+  is_positive = jnp.eye(n, dtype=bool)
   if subject_ids is None:
     return jnp.ones((n, n), bool)
   same = (subject_ids[:, None] == subject_ids[None, :]) & (subject_ids >= 0)[:, None]
-  return own | ~same
+  return is_positive | ~same
 
 
 def cross_entropy(
@@ -51,7 +51,7 @@ def cross_entropy(
 ) -> Float[Array, "*l n"]:
   """-Σ_k targets_jk log softmax_k(logits_jk) over the allowed k, for every row j.
 
-  `targets` sum to 1 over the allowed pairs of a row and are 0 elsewhere; without them the own
+  `targets` sum to 1 over the allowed pairs of a row and are 0 elsewhere; without them the
   positive is the target, which is InfoNCE (arXiv 1807.03748).
   """
   normaliser = jax.nn.logsumexp(logits, axis=-1, where=allowed)
@@ -64,41 +64,41 @@ def retrieval_metrics(
   cosines: Float[Array, "*l n n"], allowed: Bool[Array, "n n"]
 ) -> dict[str, Float[Array, ""]]:
   """Means over all leading axes: `positive` and `negative` cosine, and `accuracy`, the share of
-  rows whose own positive is strictly nearer than every negative (so collapse counts as wrong)."""
+  rows whose positive is strictly nearer than every negative (so collapse counts as wrong)."""
   n = cosines.shape[-1]
   negative = allowed & ~jnp.eye(n, dtype=bool)
-  own = jnp.diagonal(cosines, axis1=-2, axis2=-1)
-  nearest = jnp.max(cosines, axis=-1, where=negative, initial=-jnp.inf)
+  positive = jnp.diagonal(cosines, axis1=-2, axis2=-1)
+  hardest_negative = jnp.max(cosines, axis=-1, where=negative, initial=-jnp.inf)
   count = jnp.maximum(negative.sum(), 1)
   return {
-    "positive": own.mean(),
+    "positive": positive.mean(),
     "negative": (jnp.where(negative, cosines, 0.0).sum(axis=(-2, -1)) / count).mean(),
-    "accuracy": (own > nearest).mean(dtype=jnp.float32),
+    "accuracy": (positive > hardest_negative).mean(dtype=jnp.float32),
   }
 
 
 def naive(
-  rule: PairLoss,
+  pair_loss: PairLoss,
   x: Float[Array, "g n d"],
   y: Float[Array, "g n d"],
   embed: Float[Array, "n e"] | None,
   subject_ids: Int[Array, "n"] | None,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-  """(loss, metrics) of G groups that are contrasted apart; see contrast.py for the arguments."""
+  """(loss, metrics) of G groups that are contrasted separately; see `contrast.contrast`."""
   n = x.shape[1]
-  own = jnp.eye(n, dtype=bool)
+  is_positive = jnp.eye(n, dtype=bool)
   allowed = allowed_pairs(subject_ids, n)
   s_NxN = targets_NxN = None
-  if rule.needs_similarity:
+  if pair_loss.needs_similarity:
     s_NxN = clipped(cosine_matrix(embed, embed))
-  if rule.soft:
-    logits_NxN = jnp.where(own, 1.0, s_NxN) / rule.soft_temperature
+  if pair_loss.soft:
+    logits_NxN = jnp.where(is_positive, 1.0, s_NxN) / pair_loss.soft_temperature
     targets_NxN = jax.nn.softmax(logits_NxN, where=allowed)
   cosines = cosine_matrix(x, y)
-  if rule.both_ways:
+  if pair_loss.symmetric:
     cosines = jnp.stack([cosines, jnp.swapaxes(cosines, -1, -2)])  # S and `allowed` are symmetric
-  loss = cross_entropy(rule.logits(cosines, s_NxN, own), allowed, targets_NxN).mean()
-  return loss, retrieval_metrics(cosines, allowed)
+  logits = pair_loss.logits(cosines, s_NxN, is_positive)
+  return cross_entropy(logits, allowed, targets_NxN).mean(), retrieval_metrics(cosines, allowed)
 
 
 def check_temperature(temperature: float, key: str) -> None:

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from cc_jax.errors import UserError
-from cc_jax.objectives.contrast import NAIVE, Contrast, contrast
+from cc_jax.objectives.contrast import NAIVE_BACKEND, ContrastiveBackend, contrast
 from cc_jax.objectives.infonce import check_temperature
 from cc_jax.objectives.pairs import SCALINGS, PairLoss
 
@@ -22,7 +22,7 @@ def macl(
   symmetric: bool = False,
   pooling: str = "mean",
   subject_ids: Int[Array, "n"] | None = None,
-  how: Contrast = NAIVE,
+  backend: ContrastiveBackend = NAIVE_BACKEND,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
   """L_MACL = 1/L Σ_l -1/N Σ_j log [e^{p_j} / (e^{p_j} + Σ_{k≠j} e^{n_jk})].
 
@@ -35,14 +35,14 @@ def macl(
     positives: textual tokens z+ of the same subjects' other frames, at the same timesteps.
     embed: g(x), the frozen image encoder's embeddings. S, their cosines, is clipped to [0.1, 1]; no
       gradient flows into it.
-    temperature: τ; a plain number unless `how` is naive.
+    temperature: τ; a plain number unless `backend` is naive.
     scaling: one of SCALINGS.
     soft_temperature: τ_S of 'soft_target', whose targets use the clipped S, with S_jj = 1.
     symmetric: the mean of this loss and the one with anchors and positives exchanged.
     pooling: 'mean' contrasts the mean of the Q tokens; 'per_token' contrasts token q with token q
       and averages the losses.
-    subject_ids: samples of one subject are no negatives of each other; -1 for unknown.
-    how: the implementation; the value does not depend on it.
+    subject_ids: samples of the same subject are not negatives of each other; -1 for unknown.
+    backend: how the loss is computed; its value does not depend on it.
 
   Returns:
     (loss, {'positive', 'negative': mean cosines before scaling; 'accuracy': of retrieval}).
@@ -57,13 +57,13 @@ def macl(
     raise UserError(f"unknown macl_pooling {pooling!r}; we have {', '.join(POOLINGS)}")
   check_temperature(temperature, "macl_temperature")
   check_temperature(soft_temperature, "macl_soft_temperature")
-  rule = PairLoss(temperature, scaling, soft_temperature, both_ways=symmetric)
+  pair_loss = PairLoss(temperature, scaling, soft_temperature, symmetric=symmetric)
   z_GxNxD, positive_GxNxD = _pool(anchors, pooling), _pool(positives, pooling)
-  return contrast(how, rule, z_GxNxD, positive_GxNxD, embed, subject_ids, name="macl")
+  return contrast(backend, pair_loss, z_GxNxD, positive_GxNxD, embed, subject_ids)
 
 
 def _pool(tokens_LxNxQxD: Array, pooling: str) -> Array:
-  """[G, N, D] groups that are contrasted apart: one per layer, or one per layer and token."""
+  """[G, N, D] groups that are contrasted separately: one per layer, or one per layer and token."""
   tokens = tokens_LxNxQxD.astype(jnp.float32)
   if pooling == "mean":
     return tokens.mean(axis=2)

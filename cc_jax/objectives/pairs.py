@@ -1,7 +1,4 @@
-"""What one pair of samples contributes to a contrastive loss: the formulas that every way of going
-through the pairs shares."""
-
-from __future__ import annotations
+"""What one pair of samples contributes to a contrastive loss: formulas that all backends share."""
 
 import dataclasses
 
@@ -25,13 +22,13 @@ SCALINGS = (
 class PairLoss:
   """The loss of a row: cross-entropy of its logits with its targets.
 
-  Hashable where `temperature` is a plain number, which all but the naive implementation need.
+  Hashable if `temperature` is a plain number, which all kinds but 'naive' need.
   """
 
   temperature: float  # τ
   scaling: str = "none"  # one of SCALINGS
   soft_temperature: float = 0.07  # τ_S of 'soft_target'
-  both_ways: bool = False  # the mean of this loss and the one with rows and columns exchanged
+  symmetric: bool = False  # the mean of this loss and the one with rows and columns exchanged
 
   @property
   def needs_similarity(self) -> bool:
@@ -43,19 +40,23 @@ class PairLoss:
     return self.scaling == "soft_target"
 
   def logits(
-    self, c: Float[Array, "*l n m"], s: Float[Array, "n m"] | None, own: Bool[Array, "n m"]
+    self, c: Float[Array, "*l n m"], s: Float[Array, "n m"] | None, is_positive: Bool[Array, "n m"]
   ) -> Float[Array, "*l n m"]:
-    """p_j where `own`, else n_jk of method.md's table; from cosines c and clipped S."""
-    return jnp.where(own, c / self.temperature, self._negative(c, s))
+    """p_j of a positive, else n_jk of docs/method.md, "MACL"; from cosines c and clipped S."""
+    return jnp.where(is_positive, c / self.temperature, self._negative(c, s))
 
   def targets(
-    self, s: Float[Array, "n m"] | None, own: Bool[Array, "n m"], allowed: Bool[Array, "n m"]
+    self,
+    s: Float[Array, "n m"] | None,
+    is_positive: Bool[Array, "n m"],
+    allowed: Bool[Array, "n m"],
   ) -> Float[Array, "n m"]:
-    """Targets before they are normalised over a row: 1 for the own positive, and at most 1 for
-    others, so that their sum needs no running maximum."""
+    """Targets before they are normalised over a row: 1 for the positive and at most 1 for others,
+    so that their sum needs no running maximum."""
     if not self.soft:
-      return own.astype(jnp.float32)
-    return jnp.where(allowed, jnp.exp((jnp.where(own, 1.0, s) - 1.0) / self.soft_temperature), 0.0)
+      return is_positive.astype(jnp.float32)
+    s = jnp.where(is_positive, 1.0, s)
+    return jnp.where(allowed, jnp.exp((s - 1.0) / self.soft_temperature), 0.0)
 
   def _negative(self, c: Array, s: Array | None) -> Array:
     if self.scaling == "inverse":

@@ -1,17 +1,14 @@
 """The contrastive loss of infonce.py without its N x N matrices.
 
-Rows are this device's R samples. Their columns come in tiles, in which cosines, S, masks and
-targets are made, used and forgotten: what stays is a few numbers per row and, where the loss goes
-both ways, per column, so that one pass over the pairs serves both directions. The gradient makes
-each tile again from the rows' normalisers (`custom_vjp`: plain autodiff would keep every tile). A
-scan over the G groups lets one tile's memory serve all.
+Rows are this device's R samples. Their columns are processed in tiles, whose cosines, S, masks and
+targets live no longer than the tile: what remains is a few numbers per row and, where the loss is
+symmetric, per column, so that one pass over the pairs serves both directions. The gradient
+computes each tile again from the rows' normalisers (`custom_vjp`: plain autodiff would keep every
+tile). A scan over the G groups reuses the memory of a tile.
 
-Where the columns come from is the tour's business: `Gathered` here, `Ring` in ring.py.
+Where the columns come from is the business of a `key_exchange.KeyExchange`.
 """
 
-from __future__ import annotations
-
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -19,358 +16,189 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from cc_jax.objectives.infonce import l2_normalize
-from cc_jax.objectives.pairs import PairLoss, clipped
-
-# Stands for minus infinity, whose difference with itself would be NaN.
-_LOWEST = -1e30
-
-Metrics = dict[str, Float[Array, ""]]
-
-
-class Samples(NamedTuple):
-  """What is known of M samples besides their features."""
-
-  number: Int[Array, " m"]  # in the global batch
-  subject: Int[Array, " m"] | None
-  look: Float[Array, "m e"] | None  # unit vectors whose products are S
-  targets: Float[Array, " m"] | None = None  # the sum that normalises a row of soft targets
-
-
-class Stats(NamedTuple):
-  """A row's, or a column's, loss over the pairs seen so far."""
-
-  top: Float[Array, " m"]  # largest logit
-  mass: Float[Array, " m"]  # Σ exp(logit - top)
-  aim: Float[Array, " m"]  # Σ target * logit
-  targets: Float[Array, " m"]  # Σ target
-  nearest: Float[Array, " m"]  # largest cosine of a negative
-
-  @property
-  def normaliser(self) -> Float[Array, " m"]:
-    return self.top + jnp.log(self.mass)
-
-  @property
-  def loss(self) -> Float[Array, " m"]:
-    return self.normaliser - self.aim / self.targets
-
-
-class Sums(NamedTuple):
-  """What the metrics need of a row besides."""
-
-  own: Float[Array, " m"]  # cosine of the positive
-  negatives: Float[Array, " m"]  # Σ cosines of negatives
-  count: Float[Array, " m"]
-
-
-class Tile(NamedTuple):
-  """Some columns of all rows."""
-
-  cosines: Float[Array, "r k"]
-  similarity: Float[Array, "r k"] | None
-  own: Bool[Array, "r k"]
-  allowed: Bool[Array, "r k"]
-
-
-@dataclasses.dataclass(frozen=True)
-class Gathered:
-  """All columns of a group are brought to every device at once: N x D floats."""
-
-  tile: int  # columns in a tile
-  mesh: Mesh | None = None  # None: one device
-  axes: tuple[str, ...] = ()  # the mesh's axes over which the batch is cut
-
-  def share(self, samples: Samples) -> Samples:
-    """What all groups need of the columns; called once."""
-    return jax.tree.map(self._gather, samples)
-
-  def visit(self, function: Callable, carry: Any, keys: Any, samples: Samples, blank: Callable):
-    """`carry, travelling = function(carry, keys, samples, travelling)` over all columns.
-
-    Args:
-      keys: this device's columns of one group.
-      samples: of `share`.
-      blank: a count of columns -> what is accumulated for each of them at the start.
-
-    Returns:
-      (carry, what was accumulated over all devices for this device's own columns).
-    """
-    keys = jax.tree.map(self._gather, keys)
-    carry, travelling = function(carry, keys, samples, blank(samples.number.shape[0]))
-    if self.axes:
-      travelling = self._home(travelling)
-    return carry, travelling
-
-  def _gather(self, x: Array) -> Array:
-    return lax.all_gather(x, self.axes, tiled=True) if self.axes else x
-
-  def _home(self, x: Any) -> Any:
-    """Of all devices' parts for all columns: their sum for this device's own."""
-    if not isinstance(x, Stats):
-      scatter = functools.partial(lax.psum_scatter, axis_name=self.axes, tiled=True)
-      return jax.tree.map(scatter, x)
-    top = lax.pmax(x.top, self.axes)
-    whole = Stats(
-      top,
-      lax.psum(x.mass * jnp.exp(x.top - top), self.axes),
-      lax.psum(x.aim, self.axes),
-      lax.psum(x.targets, self.axes),
-      lax.pmax(x.nearest, self.axes),
-    )
-    size = top.shape[0] // lax.axis_size(self.axes)
-    start = lax.axis_index(self.axes) * size
-    return jax.tree.map(lambda v: lax.dynamic_slice_in_dim(v, start, size), whole)
+from cc_jax.objectives.key_exchange import KeyExchange
+from cc_jax.objectives.pairs import PairLoss
+from cc_jax.objectives.tile_stats import LOWEST, CosineSums, Samples, Stats, Tile, product
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def tiled(
-  rule: PairLoss,
-  tour: Any,
+  pair_loss: PairLoss,
+  key_exchange: KeyExchange,
   x: Float[Array, "g n d"],
   y: Float[Array, "g n d"],
   embed: Float[Array, "n e"] | None,
   subject_ids: Int[Array, " n"] | None,
-) -> tuple[Float[Array, ""], Metrics]:
+) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
   """(loss, metrics) as `infonce.naive` has them; the metrics carry no gradient.
 
   Args:
-    rule: with a plain number as its temperature.
-    tour: `Gathered` or `ring.Ring`. With a mesh, N is cut over its `axes`.
+    pair_loss: with a plain number as its temperature.
+    key_exchange: with a mesh, N is sharded over its `axes`.
   """
-  return _forward(rule, tour, x, y, embed, subject_ids)[0]
+  return _forward(pair_loss, key_exchange, x, y, embed, subject_ids)[0]
 
 
-def _forward(rule, tour, x, y, embed, subject_ids):
+def _forward(pair_loss, key_exchange, x, y, embed, subject_ids):
   """(what `tiled` returns, what the gradient needs of the rows)."""
   n = x.shape[1]
-  samples = _samples(rule, n, embed, subject_ids)
 
-  def local(x, y, rows):
-    columns, r = tour.share(rows), rows.number.shape[0]
+  def per_device(x, y, rows):
+    columns, r = key_exchange.prepare(rows), rows.index.shape[0]
 
-    def group(_, features):
+    def per_group(_, features):
       a, b = (l2_normalize(f) for f in features)
-      start = (_no_stats(r), Sums(*jnp.zeros((3, r))))
-      see = functools.partial(_see, rule, tour.tile, a, rows)
-      blank = _no_stats if rule.both_ways else lambda m: None
-      (stats, sums), of_columns = tour.visit(see, start, b, columns, blank)
-      return None, (stats, sums, of_columns)
+      init = (Stats.empty(r), CosineSums(*jnp.zeros((3, r))))
+      add = functools.partial(_add_stats, pair_loss, key_exchange.tile, a, rows)
+      init_key_state = Stats.empty if pair_loss.symmetric else lambda m: None
+      return None, key_exchange.scan_keys(add, init, b, columns, init_key_state)
 
-    _, (stats, sums, of_columns) = lax.scan(group, None, (x, y))
-    sides = [stats, of_columns] if rule.both_ways else [stats]
+    _, ((row_stats, cosine_sums), column_stats) = lax.scan(per_group, None, (x, y))
+    sides = [row_stats, column_stats] if pair_loss.symmetric else [row_stats]
+    hits = ((cosine_sums.positive > side.hardest_negative).sum() for side in sides)
     totals = {
       "loss": sum(side.loss.sum() for side in sides) / len(sides),
-      "accuracy": sum((sums.own > side.nearest).sum() for side in sides) / len(sides),
-      "positive": sums.own.sum(),
-      "negatives": sums.negatives.sum(axis=-1),  # [G]
-      "count": sums.count.sum(axis=-1),
+      "accuracy": sum(hits) / len(sides),
+      "positive": cosine_sums.positive.sum(),
+      "negatives": cosine_sums.negatives.sum(axis=-1),  # [G]
+      "count": cosine_sums.count.sum(axis=-1),
     }
-    kept = (stats.normaliser, stats.targets[0], of_columns and of_columns.normaliser)
-    return _sum_devices(tour, totals), kept
+    normaliser, target_sum = row_stats.log_normaliser, row_stats.target_sum[0]
+    residuals = normaliser, target_sum, column_stats and column_stats.log_normaliser
+    return lax.psum(totals, key_exchange.axes) if key_exchange.axes else totals, residuals
 
-  cut, by_row = _specs(tour)
-  totals, kept = _on_mesh(
-    tour, local, (by_row, by_row, cut), (PartitionSpec(), (by_row, cut, by_row))
-  )(x, y, samples)
+  vector, matrix = P(key_exchange.axes), P(None, key_exchange.axes)  # [N, ...], [G, N, ...]
+  specs = (matrix, matrix, vector), (P(), (matrix, vector, matrix))
+  run = _on_mesh(key_exchange, per_device, *specs)
+  totals, residuals = run(x, y, Samples.create(pair_loss, n, embed, subject_ids))
   size = x.shape[0] * n
   metrics = {
     "positive": totals["positive"] / size,
     "negative": (totals["negatives"] / jnp.maximum(totals["count"], 1)).mean(),
     "accuracy": totals["accuracy"] / size,
   }
-  return (totals["loss"] / size, metrics), kept
+  return (totals["loss"] / size, metrics), residuals
 
 
-def _forward_and_keep(rule, tour, x, y, embed, subject_ids):
-  out, kept = _forward(rule, tour, x, y, embed, subject_ids)
-  return out, (x, y, embed, subject_ids, kept)
+def _forward_with_residuals(pair_loss, key_exchange, x, y, embed, subject_ids):
+  out, residuals = _forward(pair_loss, key_exchange, x, y, embed, subject_ids)
+  return out, (x, y, embed, subject_ids, residuals)
 
 
-def _backward(rule, tour, arguments, cotangents):
-  x, y, embed, subject_ids, (normaliser, targets, column_normaliser) = arguments
+def _backward(pair_loss, key_exchange, residuals, cotangents):
+  x, y, embed, subject_ids, (normaliser, target_sum, column_normaliser) = residuals
   n = x.shape[1]
-  samples = _samples(rule, n, embed, subject_ids)._replace(targets=targets if rule.soft else None)
-  share = cotangents[0] / (x.shape[0] * n * (2 if rule.both_ways else 1))
+  samples = Samples.create(pair_loss, n, embed, subject_ids, target_sum)
+  # The loss is a mean over groups, rows and directions: d_loss / d_(loss of a row).
+  d_row = cotangents[0] / (x.shape[0] * n * (2 if pair_loss.symmetric else 1))
 
-  def local(x, y, normaliser, column_normaliser, rows, share):
-    columns = tour.share(rows)
+  def per_device(x, y, normaliser, column_normaliser, rows, d_row):
+    columns = key_exchange.prepare(rows)
 
-    def group(_, inputs):
+    def per_group(_, inputs):
       x, y, normaliser, column_normaliser = inputs
       (a, to_x), (b, to_y) = (jax.vjp(l2_normalize, f) for f in (x, y))
-      back = functools.partial(_back, rule, tour.tile, a, rows, normaliser, share)
-
-      def blank(m):
-        return jnp.zeros((m, b.shape[1]))
-
-      d_a, d_b = tour.visit(back, jnp.zeros_like(a), (b, column_normaliser), columns, blank)
+      arguments = pair_loss, key_exchange.tile, a, rows, normaliser, d_row
+      add = functools.partial(_add_gradients, *arguments)
+      keys, init_key_state = (b, column_normaliser), lambda m: jnp.zeros((m, b.shape[1]))
+      d_a, d_b = key_exchange.scan_keys(add, jnp.zeros_like(a), keys, columns, init_key_state)
       return None, (*to_x(d_a), *to_y(d_b))
 
-    return lax.scan(group, None, (x, y, normaliser, column_normaliser))[1]
+    return lax.scan(per_group, None, (x, y, normaliser, column_normaliser))[1]
 
-  cut, by_row = _specs(tour)
-  everywhere = PartitionSpec()
-  d_x, d_y = _on_mesh(
-    tour, local, (by_row, by_row, by_row, by_row, cut, everywhere), (by_row, by_row)
-  )(x, y, normaliser, column_normaliser, samples, share)
+  vector, matrix = P(key_exchange.axes), P(None, key_exchange.axes)  # [N, ...], [G, N, ...]
+  run = _on_mesh(key_exchange, per_device, (*[matrix] * 4, vector, P()), (matrix, matrix))
+  d_x, d_y = run(x, y, normaliser, column_normaliser, samples, d_row)
   return d_x, d_y, None, None  # S and the subjects have no gradient
 
 
-tiled.defvjp(_forward_and_keep, _backward)
+tiled.defvjp(_forward_with_residuals, _backward)
 
 
-def _see(rule, tile, a, rows, carry, b, columns, of_columns):
-  """Adds the pairs of all rows with these M columns to both sides' statistics."""
+def _add_stats(pair_loss, tile_size, a, rows, carry, b, columns, column_stats):
+  """Adds the pairs of all rows with these M columns to the statistics of both."""
 
-  def body(carry, place):
-    (stats, sums), of_columns = carry
-    pairs = _tile(rule, a, rows, place.cut(b), place.cut(columns), place.fresh)
-    logits = jnp.where(
-      pairs.allowed, rule.logits(pairs.cosines, pairs.similarity, pairs.own), _LOWEST
-    )
-    targets = rule.targets(pairs.similarity, pairs.own, pairs.allowed)
-    stats = _merge(stats, _stats(pairs, logits, targets, axis=1))
-    negative = pairs.allowed & ~pairs.own
-    sums = Sums(
-      sums.own + jnp.where(pairs.own, pairs.cosines, 0.0).sum(axis=1),
-      sums.negatives + jnp.where(negative, pairs.cosines, 0.0).sum(axis=1),
-      sums.count + negative.sum(axis=1, dtype=jnp.float32),
-    )
-    if rule.both_ways:
-      seen = _merge(place.cut(of_columns), _stats(pairs, logits, targets, axis=0))
-      of_columns = place.put(of_columns, seen)
-    return (stats, sums), of_columns
+  def add_tile(carry, part):
+    (row_stats, cosine_sums), column_stats = carry
+    tile = Tile.create(pair_loss, a, rows, part.take(b), part.take(columns), part.is_new)
+    logits = pair_loss.logits(tile.cosines, tile.similarity, tile.is_positive)
+    logits = jnp.where(tile.allowed, logits, LOWEST)
+    targets = pair_loss.targets(tile.similarity, tile.is_positive, tile.allowed)
+    row_stats = row_stats.merge(Stats.of_tile(tile, logits, targets, axis=1))
+    cosine_sums = cosine_sums.add(tile)
+    if pair_loss.symmetric:
+      merged = part.take(column_stats).merge(Stats.of_tile(tile, logits, targets, axis=0))
+      column_stats = part.update(column_stats, merged)
+    return (row_stats, cosine_sums), column_stats
 
-  return _over_tiles(tile, columns.number.shape[0], body, (carry, of_columns))
+  return _scan_tiles(tile_size, columns.index.shape[0], add_tile, (carry, column_stats))
 
 
-def _back(rule, tile, a, rows, normaliser, share, d_a, keys, columns, d_b):
+def _add_gradients(pair_loss, tile_size, a, rows, normaliser, d_row, d_a, keys, columns, d_b):
   """Adds to the gradients of all rows, d_a [R, D], and of these M columns, d_b [M, D]."""
   b, column_normaliser = keys
 
-  def body(carry, place):
+  def add_tile(carry, part):
     d_a, d_b = carry
-    b_tile, others = place.cut((b, columns))
-    pairs = _tile(rule, a, rows, b_tile, others, place.fresh)
+    b_tile, tile_columns = part.take((b, columns))
+    tile = Tile.create(pair_loss, a, rows, b_tile, tile_columns, part.is_new)
     logits, to_cosines = jax.vjp(
-      lambda c: rule.logits(c, pairs.similarity, pairs.own), pairs.cosines
+      lambda c: pair_loss.logits(c, tile.similarity, tile.is_positive), tile.cosines
     )
-    targets = rule.targets(pairs.similarity, pairs.own, pairs.allowed)
+    targets = pair_loss.targets(tile.similarity, tile.is_positive, tile.allowed)
     # Cross-entropy: the gradient of a logit is its softmax minus its target.
     d_logits = jnp.exp(logits - normaliser[:, None]) - (
-      targets / rows.targets[:, None] if rule.soft else targets
+      targets / rows.target_sum[:, None] if pair_loss.soft else targets
     )
-    if rule.both_ways:
-      d_logits += jnp.exp(logits - place.cut(column_normaliser)) - (
-        targets / others.targets if rule.soft else targets
+    if pair_loss.symmetric:
+      d_logits += jnp.exp(logits - part.take(column_normaliser)) - (
+        targets / tile_columns.target_sum if pair_loss.soft else targets
       )
-    (d_cosines,) = to_cosines(jnp.where(pairs.allowed, d_logits * share, 0.0))
-    d_a = d_a + _product("rk,kd->rd", d_cosines, b_tile)
-    d_b = place.put(d_b, place.cut(d_b) + _product("rk,rd->kd", d_cosines, a))
-    return d_a, d_b
+    (d_cosines,) = to_cosines(jnp.where(tile.allowed, d_logits * d_row, 0.0))
+    d_a = d_a + product("rk,kd->rd", d_cosines, b_tile)
+    return d_a, part.update(d_b, part.take(d_b) + product("rk,rd->kd", d_cosines, a))
 
-  return _over_tiles(tile, columns.number.shape[0], body, (d_a, d_b))
+  return _scan_tiles(tile_size, columns.index.shape[0], add_tile, (d_a, d_b))
 
 
-class _Place(NamedTuple):
+class _ColumnSlice(NamedTuple):
   """K neighbouring columns of a block."""
 
   start: Int[Array, ""]
   width: int
-  fresh: Bool[Array, " k"]  # not seen by the tile before
+  is_new: Bool[Array, " k"]  # not part of the tile before
 
-  def cut(self, tree: Any) -> Any:
+  def take(self, tree: Any) -> Any:
     return jax.tree.map(lambda v: lax.dynamic_slice_in_dim(v, self.start, self.width), tree)
 
-  def put(self, tree: Any, part: Any) -> Any:
+  def update(self, tree: Any, values: Any) -> Any:
     put = functools.partial(lax.dynamic_update_slice_in_dim, start_index=self.start, axis=0)
-    return jax.tree.map(put, tree, part)
+    return jax.tree.map(put, tree, values)
 
 
-def _over_tiles(tile: int, size: int, body: Callable, carry: Any) -> Any:
-  """body(carry, place) for every tile of `size` columns.
+def _scan_tiles(tile_size: int, num_columns: int, function: Callable, carry: Any) -> Any:
+  """carry = function(carry, _ColumnSlice) for every tile.
 
-  Where they do not divide, the last tile begins earlier and leaves out what was seen: no padding.
+  Without padding: the last tile starts early enough to be full, and masks out what was seen.
   """
-  width = min(tile, size)
+  width = min(tile_size, num_columns)
 
-  def one(i, carry):
-    start = jnp.minimum(i * width, size - width)
-    return body(carry, _Place(start, width, start + jnp.arange(width) >= i * width))
+  def visit_tile(i, carry):
+    start = jnp.minimum(i * width, num_columns - width)
+    return function(carry, _ColumnSlice(start, width, start + jnp.arange(width) >= i * width))
 
-  return lax.fori_loop(0, -(-size // width), one, carry)
-
-
-def _tile(rule, a, rows: Samples, b, columns: Samples, fresh) -> Tile:
-  own = (rows.number[:, None] == columns.number) & fresh
-  allowed = jnp.broadcast_to(fresh, own.shape)
-  if rows.subject is not None:  # see infonce.allowed_pairs
-    same = (rows.subject[:, None] == columns.subject) & (rows.subject >= 0)[:, None]
-    allowed = fresh & (own | ~same)
-  similarity = None
-  if rule.needs_similarity:
-    similarity = clipped(_product("re,ke->rk", rows.look, columns.look))
-  return Tile(_product("rd,kd->rk", a, b), similarity, own, allowed)
+  return lax.fori_loop(0, -(-num_columns // width), visit_tile, carry)
 
 
-def _stats(pairs: Tile, logits: Array, targets: Array, axis: int) -> Stats:
-  """Statistics of a tile alone, of its rows (axis 1) or its columns (axis 0)."""
-  top = logits.max(axis=axis)
-  mass = jnp.where(pairs.allowed, jnp.exp(logits - jnp.expand_dims(top, axis)), 0.0)
-  negative = pairs.allowed & ~pairs.own
-  return Stats(
-    top,
-    mass.sum(axis=axis),
-    (targets * logits).sum(axis=axis),
-    targets.sum(axis=axis),
-    jnp.max(pairs.cosines, axis=axis, where=negative, initial=-jnp.inf),
-  )
-
-
-def _no_stats(size: int) -> Stats:
-  zeros = jnp.zeros(size)
-  return Stats(zeros + _LOWEST, zeros, zeros, zeros, zeros - jnp.inf)
-
-
-def _merge(one: Stats, other: Stats) -> Stats:
-  """Statistics over the pairs of both."""
-  top = jnp.maximum(one.top, other.top)
-  return Stats(
-    top,
-    one.mass * jnp.exp(one.top - top) + other.mass * jnp.exp(other.top - top),
-    one.aim + other.aim,
-    one.targets + other.targets,
-    jnp.maximum(one.nearest, other.nearest),
-  )
-
-
-def _product(equation: str, one: Array, other: Array) -> Array:
-  """At full precision, as in infonce.cosine_matrix."""
-  return jnp.einsum(equation, one, other, precision=lax.Precision.HIGHEST)
-
-
-def _samples(rule, n, embed, subject_ids) -> Samples:
-  look = l2_normalize(lax.stop_gradient(embed)) if rule.needs_similarity else None
-  return Samples(jnp.arange(n, dtype=jnp.int32), subject_ids, look)
-
-
-def _specs(tour) -> tuple[PartitionSpec, PartitionSpec]:
-  """Placement of [N, ...] and [G, N, ...]."""
-  return PartitionSpec(tour.axes), PartitionSpec(None, tour.axes)
-
-
-def _on_mesh(tour, function: Callable, in_specs: Any, out_specs: Any) -> Callable:
-  """`function` on every device's share; on its own where there is one device."""
-  if not tour.axes:
+def _on_mesh(key_exchange: KeyExchange, function: Callable, in_specs, out_specs) -> Callable:
+  """`function` on every device's shard; unchanged where there is one device."""
+  if not key_exchange.axes:
     return function
-  # check_vma: what is returned whole was summed over all devices of `axes` by hand.
+  # check_vma: what is replicated was summed over all devices of `axes` by hand.
   return jax.shard_map(
-    function, mesh=tour.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
+    function, mesh=key_exchange.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
   )
-
-
-def _sum_devices(tour, tree: Any) -> Any:
-  return lax.psum(tree, tour.axes) if tour.axes else tree

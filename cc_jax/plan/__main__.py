@@ -15,7 +15,6 @@ batch that does is then looked for.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import sys
 import time
@@ -75,9 +74,8 @@ def plan_for(
   config: ml_collections.ConfigDict, place: Slice, what: str, batch_per_chip: int
 ) -> tuple[CompiledPlan | Overflow, AbstractProgram]:
   """Plans one batch; 0 images a chip means the config's own global batch."""
-  with contextlib.redirect_stdout(sys.stderr):  # what a program says of itself while it is traced
-    work, count = work_for(config, place, what, batch_per_chip)
-    return make_plan(work, place, count), work
+  work, count = work_for(config, place, what, batch_per_chip)
+  return make_plan(work, place, count), work
 
 
 def work_for(

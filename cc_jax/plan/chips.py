@@ -29,8 +29,8 @@ class Chip:
 
 
 # Clocks: the TPUs' peak over 131,072 operations a cycle and matrix unit set (v5e 1 x, v5p 2 x,
-# v6e 4 x), as in ../shared/tpu_without_a_tpu.md. v5p's memory is called 95 GB and 95 GiB by
-# different pages; XLA's own limit decides what fits. NVIDIA's tables give 1,979 TFLOP/s, with
+# v6e 4 x): docs/scale.md, "How the step time is estimated". v5p's memory is 95 GB on one page,
+# 95 GiB on another; XLA's own limit decides what fits. NVIDIA's tables give 1,979 TFLOP/s, with
 # sparsity and rounded: dense is half of it (989.4 in its Hopper white paper); NVLink's 900 GB/s is
 # the sum of both directions. Both rows are the SXM modules.
 CHIPS = (

@@ -46,10 +46,10 @@ class Overflow(NamedTuple):
 class Estimate:
   """Seconds of one run on every chip.
 
-  Method, of ../shared/tpu_without_a_tpu.md: a fusion with a matrix product or convolution takes
-  the longer of libtpu's own cycles and its traffic with HBM; everything else its traffic; nothing
-  overlaps. Without cycles (no TPU), products take their FLOPs at the chip's peak. A collective
-  takes what a ring algorithm sends, over all links of a chip at once; nothing overlaps here either.
+  Method (docs/scale.md, "How the step time is estimated"): a fusion with a matrix product or
+  convolution takes the longer of libtpu's own cycles and its traffic with HBM; everything else its
+  traffic; nothing overlaps. Without cycles (no TPU), products take their FLOPs at the
+  chip's peak. A collective takes what a ring algorithm sends, over all links of a chip at once.
   """
 
   products: float

@@ -13,17 +13,11 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import (
-  Image,
-  ImageDraw,
-  ImageFont,
-  ImageOps,
-  PngImagePlugin,
-  UnidentifiedImageError,
-)  # fmt: skip
+from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 
 from cc_jax.errors import UserError
 from data_pipeline.errors import DataError
+from data_pipeline.images import has_alpha, open_image, to_rgb_or_rgba
 from data_pipeline.triples import segment_reference, split_alpha
 
 METADATA = "cc_jax"  # the PNG text entry with a picture's settings, as JSON
@@ -47,7 +41,7 @@ def to_image(picture: Any) -> Image.Image:
     if pixels.dtype != np.uint8:
       pixels = to_uint8(pixels)
     picture = Image.fromarray(pixels)
-  if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
+  if has_alpha(picture):
     picture = picture.convert("RGBA")
     paper = Image.new("RGBA", picture.size, _PAPER)
     picture = Image.alpha_composite(paper, picture)
@@ -159,9 +153,7 @@ def read_reference(
       mask has another size.
   """
   name = _name(reference, "the reference")
-  image = _open(reference, name)
-  has_alpha = image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info
-  pixels = np.asarray(image.convert("RGBA" if has_alpha else "RGB"))
+  pixels = np.asarray(to_rgb_or_rgba(_open(reference, name)))
   if mask is not None:
     mask = np.asarray(_open(mask, _name(mask, "the mask")).convert("L"))
   elif place != "frame" and split_alpha(pixels)[1] is None:
@@ -200,11 +192,10 @@ def _open(picture: Any, name: str) -> Image.Image:
   if path.stat().st_size == 0:
     raise UserError(f"{name} is an empty file; save the picture again")
   try:
-    with Image.open(path) as image:
-      return ImageOps.exif_transpose(image)
-  except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+    return open_image(path)
+  except DataError as error:
     raise UserError(
-      f"{name} is no picture that can be read ({error}); give a PNG or JPEG file"
+      f"{name} is no picture that can be read ({error.__cause__}); give a PNG or JPEG file"
     ) from error
 
 

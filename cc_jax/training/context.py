@@ -17,7 +17,8 @@ from cc_jax.diffusion.schedule import NoiseSchedule
 from cc_jax.errors import UserError
 from cc_jax.models.params import Params
 from cc_jax.models.remat import check_policies, set_policies
-from cc_jax.objectives.contrast import Contrast
+from cc_jax.objectives.contrast import ContrastiveBackend
+from cc_jax.objectives.pairs import PairLoss
 from cc_jax.parallel.fsdp import all_gather_on_use, remat_all_gathers
 from cc_jax.parallel.mesh import batch_sharding
 from cc_jax.parallel.rules import shards_params
@@ -61,13 +62,29 @@ class StepContext:
       )
 
   @property
-  def contrast(self) -> Contrast:
-    """The implementation of the contrastive losses."""
+  def contrast(self) -> ContrastiveBackend:
+    """How the contrastive losses are computed."""
     objective, axes = self.config.objective, ()
     if self.mesh is not None:
       axes = batch_sharding(self.mesh).spec[0]
       axes = axes if isinstance(axes, tuple) else (axes,)
-    return Contrast(objective.contrast, objective.tile, self.mesh, axes)
+    return ContrastiveBackend(objective.contrast, objective.tile, self.mesh, axes)
+
+  def describe_contrast(self, mesh: Mesh, *parts: Params) -> list[str]:
+    """Log lines: the backend of each contrastive loss; `parts` are weights or their shapes."""
+    objective, backend = self.config.objective, dataclasses.replace(self, mesh=mesh).contrast
+    model, lines = self.model(*parts), []
+    encoder, vision = model.mfi_encoder.config, model.image_encoder.config
+    n, width = self.config.train.batch_size, encoder.width
+    if objective.lambda_cscl:
+      lines.append("cscl: " + backend.explain(PairLoss(1.0, symmetric=True), 1, n, width, 0))
+    if objective.lambda_macl:
+      groups = max(model.group_of_layer) + 1
+      groups *= encoder.textual_queries if objective.macl_pooling == "per_token" else 1
+      embed_width = vision.projection_dim if vision.with_projection else vision.hidden_size
+      pair_loss = PairLoss(1.0, objective.macl_scaling, symmetric=objective.macl_symmetric)
+      lines.append("macl: " + backend.explain(pair_loss, groups, n, width, embed_width))
+    return lines
 
   def model(self, *parts: Params) -> CustomContrast:
     """The CustomContrast module with these weights (adapter's and base's)."""

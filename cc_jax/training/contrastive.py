@@ -9,7 +9,7 @@ import ml_collections
 from jaxtyping import Array, Float, Int
 
 from cc_jax.customcontrast.model import CustomContrast
-from cc_jax.objectives.contrast import NAIVE, Contrast
+from cc_jax.objectives.contrast import NAIVE_BACKEND, ContrastiveBackend
 from cc_jax.objectives.cscl import cscl
 from cc_jax.objectives.macl import macl
 from cc_jax.training.context import Batch, Metrics, prefix_keys, to_unit_range
@@ -22,11 +22,11 @@ def contrastive_objective(
   features: Float[Array, "b p c"],
   embed: Float[Array, "b e"],
   t: Int[Array, " b"],
-  how: Contrast = NAIVE,
+  backend: ContrastiveBackend = NAIVE_BACKEND,
 ) -> tuple[Float[Array, ""], Metrics]:
   """λ_cscl L_CSCL + λ_macl L_MACL; `features` and `embed` are the references'."""
   seen = contrastive_embeddings(model, objective, batch, features, embed, t)
-  return compare_embeddings(objective, seen, batch["subject_id"], how)
+  return compare_embeddings(objective, seen, batch["subject_id"], backend)
 
 
 class Embeddings(NamedTuple):
@@ -78,7 +78,7 @@ def compare_embeddings(
   objective: ml_collections.ConfigDict,
   seen: Embeddings,
   subject_ids: Int[Array, " b"],
-  how: Contrast,
+  backend: ContrastiveBackend,
 ) -> tuple[Float[Array, ""], Metrics]:
   """λ_cscl L_CSCL + λ_macl L_MACL over the global batch's embeddings."""
   total, metrics = jnp.zeros(()), {}
@@ -88,7 +88,7 @@ def compare_embeddings(
       seen.textual_cls,
       temperature=objective.cscl_temperature,
       subject_ids=subject_ids,
-      how=how,
+      backend=backend,
     )
     total = total + objective.lambda_cscl * value
     metrics |= {"loss/cscl": value, **prefix_keys("cscl", parts)}
@@ -103,7 +103,7 @@ def compare_embeddings(
       symmetric=objective.macl_symmetric,
       pooling=objective.macl_pooling,
       subject_ids=subject_ids,
-      how=how,
+      backend=backend,
     )
     total = total + objective.lambda_macl * value
     metrics |= {"loss/macl": value, **prefix_keys("macl", parts)}

@@ -154,6 +154,8 @@ def train(
         seed = shard_params(step_seed(config), mesh)
       with log.spent("compiling"):
         log.say("compiling the training step ...")
+        for line in method.describe_contrast(mesh, trainable, frozen):
+          log.say(line)
         began = time.perf_counter()
         step_fn = make_train_step(method, mesh, state, frozen)
         step_fn = step_fn.lower(state, frozen, batch, seed).compile()

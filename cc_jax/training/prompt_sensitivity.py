@@ -1,8 +1,8 @@
 """Wrong-word gaps: does the denoiser still listen to the prompt while it holds the subject?
 
-lab.md: the relative rise of the diffusion loss at one timestep when a word of the caption is
-replaced by a wrong one. 0 = the word is ignored. It needs no sampling and no judge, so that
-training can log it.
+The relative rise of the diffusion loss at one timestep when a word of the caption is replaced by a
+wrong one. 0 = the word is ignored. It needs no sampling and no judge, so that training can log it
+(docs/method.md, "The wrong-word gap").
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from cc_jax.training.context import Batch, StepContext, to_unit_range
 from cc_jax.training.losses import denoise
 from cc_jax.training.noise import StepNoise
 
-NOISE_LEVEL = 0.85  # t / T: late enough that the picture itself says little (lab.md's value)
+NOISE_LEVEL = 0.85  # t / T: late enough that the picture itself says little (docs/method.md)
 NumpyBatch = dict[str, np.ndarray]
 
 

@@ -18,10 +18,11 @@ captions.json:
       "family": "mugs of the blue set"
     }
 
-Every picture has a caption that contains the class noun and says nothing of what the reference will
-tell (colours, patterns). Optional: "references" names the pictures that may serve as reference (all
-by default), "family" subjects that are hard to tell apart. Two pictures per subject are the least.
-Subjects with the same noun are a class. Subjects are numbered in the order of their folders' names.
+Every picture has a caption that contains the class noun and does not describe what the reference
+shows (colours, patterns). Optional: "references" lists the pictures that may serve as reference (by
+default all), "family" is shared by subjects that are hard to distinguish. A subject needs at least
+two pictures. Subjects with the same noun form a class; they are numbered in the order of their
+folders' names.
 '''
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 @dataclasses.dataclass(frozen=True)
 class Frame:
-  """A picture's file, its mask's file (None: its own alpha channel) and its caption."""
+  """The files of a picture and its mask (None: the alpha channel is the mask), and its caption."""
 
   picture: Path
   mask: Path | None
@@ -100,45 +101,45 @@ def batches(maker: Maker, *, folder: str, start_step: int, rows: range) -> Itera
 
 
 def read_folder(folder: Path) -> list[Subject]:
-  """The subjects of the layout above; reads the pictures' headers only.
+  """The subjects of a folder in the layout above; reads the pictures' headers only.
 
-  Raises DataError naming the file and the remedy: no folder, no subjects, no or broken
+  Raises DataError that names the file and the remedy: no folder, no subjects, no or invalid
   captions.json, a picture without caption or mask, a caption without picture, a file that is no
   picture, fewer than two pictures.
   """
   if not folder.is_dir():
     raise DataError(f"{folder} is not a folder; set data.name to the folder of your subjects")
-  places = sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
-  if not places:
+  subfolders = sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+  if not subfolders:
     raise DataError(f"{folder} has no folders in it; put the pictures of each subject into one")
-  return [_read_subject(place) for place in places]
+  return [_read_subject(subfolder) for subfolder in subfolders]
 
 
-def _read_subject(place: Path) -> Subject:
-  listing = _read_captions(place / "captions.json")
-  captions, references = listing["captions"], listing.get("references")
-  files = {p.name: p for p in sorted(place.iterdir()) if p.suffix.lower() in _SUFFIXES}
+def _read_subject(folder: Path) -> Subject:
+  metadata = _read_captions(folder / "captions.json")
+  captions, references = metadata["captions"], metadata.get("references")
+  files = {p.name: p for p in sorted(folder.iterdir()) if p.suffix.lower() in _SUFFIXES}
   masks = {name for name in files if Path(name).stem.endswith("_mask")}
   for name in [*captions, *(references or ())]:
     if name not in files:
-      raise DataError(f"{place / 'captions.json'} names {name!r}, which is not in its folder")
+      raise DataError(f"{folder / 'captions.json'} names {name!r}, which is not in its folder")
   frames = []
   for name, file in files.items():
     if name in masks:
       continue
     if name not in captions:
-      raise DataError(f"{file} has no caption; add one to {place / 'captions.json'}")
+      raise DataError(f"{file} has no caption; add one to {folder / 'captions.json'}")
     mask = next((files[m] for m in masks if Path(m).stem == f"{file.stem}_mask"), None)
     if mask is None and not _has_alpha(file):
       raise _no_mask(file)
-    may_refer = references is None or name in references
-    frames.append(Frame(file, mask, captions[name], may_refer))
+    is_reference = references is None or name in references
+    frames.append(Frame(file, mask, captions[name], is_reference))
   if len(frames) < 2:
     raise DataError(
-        f"{place} has {len(frames)} picture(s); a triple needs 2 or more of a subject: "
+        f"{folder} has {len(frames)} picture(s); a triple needs 2 or more of a subject: "
         "add some, or move the folder away"
     )
-  return Subject(listing["class_noun"], listing.get("family"), tuple(frames))
+  return Subject(metadata["class_noun"], metadata.get("family"), tuple(frames))
 
 
 def _read_captions(file: Path) -> dict:
@@ -147,17 +148,17 @@ def _read_captions(file: Path) -> dict:
         f'{file} is missing; write {{"class_noun": "...", "captions": {{"picture.png": "..."}}}}'
     )
   try:
-    listing = json.loads(file.read_text(encoding="utf-8"))
+    metadata = json.loads(file.read_text(encoding="utf-8"))
   except ValueError as error:
     raise DataError(f"{file} is not JSON ({error}); mend it") from None
-  captions = listing.get("captions") if isinstance(listing, dict) else None
-  if not isinstance(captions, dict) or not isinstance(listing.get("class_noun"), str):
+  captions = metadata.get("captions") if isinstance(metadata, dict) else None
+  if not isinstance(captions, dict) or not isinstance(metadata.get("class_noun"), str):
     raise DataError(f'{file} needs "class_noun" (a text) and "captions" (picture -> text)')
   known = {"class_noun", "captions", "references", "family"}
-  unknown = sorted(set(listing) - known)
+  unknown = sorted(set(metadata) - known)
   if unknown:
     raise DataError(f"{file} has the unknown key {unknown[0]!r}; it may have {sorted(known)}")
-  return listing
+  return metadata
 
 
 def _has_alpha(file: Path) -> bool:

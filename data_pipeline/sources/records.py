@@ -14,7 +14,7 @@ import numpy as np
 
 from data_pipeline.errors import DataError
 
-_HEADER, _FOOTER = 12, 4  # a TFRecord is: length uint64, crc uint32, the bytes, crc uint32
+_HEADER, _FOOTER = 12, 4  # of a TFRecord: length uint64, crc uint32; the data; crc uint32
 
 
 class Records:
@@ -27,11 +27,11 @@ class Records:
 
       self._array_records = ArrayRecordDataSource([str(file) for file in files])
       return
-    # os.pread neither moves a shared file position nor holds the interpreter's lock.
+    # os.pread neither moves a shared file position nor holds the GIL.
     self._descriptors = [os.open(file, os.O_RDONLY) for file in files]
-    found = [_tfrecord_offsets(d, f) for d, f in zip(self._descriptors, files, strict=True)]
-    self._file = np.repeat(np.arange(len(files)), [len(offsets) for offsets in found])
-    self._offset, self._length = np.concatenate(found).T
+    offsets = [_tfrecord_offsets(d, f) for d, f in zip(self._descriptors, files, strict=True)]
+    self._file = np.repeat(np.arange(len(files)), [len(of_file) for of_file in offsets])
+    self._offset, self._length = np.concatenate(offsets).T
 
   def __len__(self) -> int:
     return len(self._array_records if self._array_records is not None else self._file)
@@ -48,13 +48,13 @@ class Records:
 
 
 def _tfrecord_offsets(descriptor: int, file: Path) -> np.ndarray:
-  """int64 [n, 2]: where the bytes of each record start, and how many they are."""
-  offsets, place, end = [], 0, os.fstat(descriptor).st_size
-  while place < end:
-    header = os.pread(descriptor, _HEADER, place)
+  """int64 [n, 2]: offset and length in bytes of the data of each record."""
+  offsets, position, end = [], 0, os.fstat(descriptor).st_size
+  while position < end:
+    header = os.pread(descriptor, _HEADER, position)
     length = struct.unpack("<Q", header[:8])[0] if len(header) == _HEADER else end
-    offsets.append((place + _HEADER, length))
-    place += _HEADER + length + _FOOTER
-  if place > end:
+    offsets.append((position + _HEADER, length))
+    position += _HEADER + length + _FOOTER
+  if position > end:
     raise DataError(f"{file} breaks off; delete its folder and build the data set again")
   return np.array(offsets, np.int64).reshape(-1, 2)

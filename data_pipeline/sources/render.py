@@ -1,4 +1,4 @@
-"""Triples of subjects3d rendered on the fly: endless views, no file, no tensorflow."""
+"""Triples of subjects3d rendered on the fly: endless views, without files and tensorflow."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from data_pipeline import sampling
 from data_pipeline.example import Maker, stack
 from data_pipeline.subjects3d import captions, factors, renderer
 
-_AHEAD = 2  # batches in the making while one is used
+_AHEAD = 2  # batches that are prepared while another is used
 
 
 def batches(maker: Maker, *, split: str, start_step: int, rows: range) -> Iterator[dict]:
-  """Endless batches from `start_step` on, made by a background thread."""
+  """Endless batches from `start_step` on, rendered by a background thread."""
   subjects = factors.subjects(split)
   table = sampling.SubjectTable(subjects.subject_id, subjects.family_id, subjects.class_id)
   maker.check(table)
@@ -47,7 +47,7 @@ def make_batch(
 
 
 def three_views(rng: np.random.Generator, subject: factors.Subjects) -> factors.Factors:
-  """Frames i, j, k of `subject` (three equal rows); i and j can be references: photo, no hat."""
+  """Frames i, j, k of `subject` (three equal rows); i and j, as references, are photos, no hat."""
   views = factors.sample_factors(rng, subject)
   views.style[:2] = 0
   views.hat[:2] = 0
@@ -55,7 +55,7 @@ def three_views(rng: np.random.Generator, subject: factors.Subjects) -> factors.
 
 
 def _prefetched(make, start_step: int) -> Iterator[dict]:
-  """make(start_step), make(start_step + 1), ... a few of them ahead of their use."""
+  """make(start_step), make(start_step + 1), ..., each computed before it is needed."""
   with ThreadPoolExecutor(1, thread_name_prefix="render") as pool:
     step, pending = start_step, deque()
     try:

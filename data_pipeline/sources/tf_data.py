@@ -1,4 +1,4 @@
-"""The one door to tensorflow: its import, and tf.data as the parallel executor of rows."""
+"""The only module that imports tensorflow, and tf.data as the parallel executor of rows."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from data_pipeline.example import SIGNATURE
 
 
 def import_tensorflow():
-  """The module, kept off the accelerators (they are jax's) and off the network."""
-  # TFDS and tensorflow probe cloud storage at import; on a closed network that costs minutes.
+  """The module, without access to accelerators (JAX uses them) and network."""
+  # TFDS and tensorflow probe cloud storage at import; without a network that takes minutes.
   os.environ.setdefault("NO_GCE_CHECK", "true")
   if "tensorflow" in sys.modules:
     return _on_cpu()
@@ -35,16 +35,16 @@ def _on_cpu():
   for kind in ("GPU", "TPU"):
     try:
       tf.config.set_visible_devices([], kind)
-    except RuntimeError:  # somebody used it before us; they have chosen their devices
+    except RuntimeError:  # other code has initialized tensorflow, with devices of its choice
       pass
   return tf
 
 
 @contextlib.contextmanager
 def _without_native_log():
-  """Drops the lines about CPU features and absent GPUs, which no setting of tensorflow 2.21 stops.
+  """Drops the lines about CPU features and missing GPUs, which tensorflow 2.21 always prints.
 
-  They are written to the file descriptor; whatever else was written meanwhile is passed on.
+  They are written to the file descriptor; everything else that is written there is passed on.
   """
   sys.stderr.flush()
   with tempfile.TemporaryFile() as log:
@@ -58,8 +58,8 @@ def _without_native_log():
       os.close(stderr)
       log.seek(0)
       lines = log.read().splitlines(keepends=True)
-      own = rb"[IWE]\d{4} |WARNING: All log messages|To enable the following instructions"
-      os.write(2, b"".join(line for line in lines if not re.match(own, line)))
+      native = rb"[IWE]\d{4} |WARNING: All log messages|To enable the following instructions"
+      os.write(2, b"".join(line for line in lines if not re.match(native, line)))
 
 
 def import_tfds():
@@ -75,18 +75,18 @@ def batches(
 ) -> Iterator[dict[str, np.ndarray]]:
   """Endless batches of make_row(step, row) for the rows of this host, from `start_step` on.
 
-  make_row is a pure function, so that the start costs nothing and the order of the threads does
-  not matter; its parts that are slow (reading, decoding, resizing) release the interpreter's lock.
+  make_row is a pure function, so any start_step is free and the order of the threads does not
+  matter; its slow parts (reading, decoding, resizing) release the GIL.
   """
   tf = import_tensorflow()
-  failures: list[Exception] = []
+  errors: list[Exception] = []
 
   def row_of(index: np.ndarray) -> tuple[np.ndarray, ...]:
     step, row = divmod(int(index), len(rows))
     try:
       example = make_row(step, rows[row])
-    except Exception as error:  # tensorflow would turn it into a page of its own words
-      failures.append(error)
+    except Exception as error:  # tensorflow would hide it in a long message
+      errors.append(error)
       raise
     return tuple(example[key] for key in SIGNATURE)
 
@@ -96,22 +96,22 @@ def batches(
 
   first = start_step * len(rows)
   data = tf.data.Dataset.range(first, np.iinfo(np.int64).max)
-  # Rows are partly Python, which runs in one thread at a time: many threads would be in the way.
+  # Rows are partly Python, which runs in one thread at a time: more threads would only wait.
   data = data.map(load, num_parallel_calls=min(16, os.cpu_count() or 1), deterministic=True)
   data = data.batch(len(rows)).prefetch(2)
   options = tf.data.Options()
   options.deterministic = True
-  # Nothing is left to tune, and its thread looks up every 10 s only: the end would wait for it.
+  # There is nothing to tune, and its thread wakes every 10 s only, which delays the exit.
   options.autotune.enabled = False
   iterator = iter(data.with_options(options).as_numpy_iterator())
-  return _with_own_errors(tf, iterator, failures)
+  return _with_original_errors(tf, iterator, errors)
 
 
-def _with_own_errors(tf, iterator, failures) -> Iterator[dict[str, np.ndarray]]:
+def _with_original_errors(tf, iterator, errors) -> Iterator[dict[str, np.ndarray]]:
   while True:
     try:
       yield next(iterator)
     except tf.errors.OpError:
-      if not failures:
+      if not errors:
         raise
-      raise failures[0] from None
+      raise errors[0] from None

@@ -2,8 +2,8 @@
 
 Features of an example: `frames` Sequence(Image), `masks` Sequence(Image), `captions`
 Sequence(Text), `class_noun` Text, `subject_id` (number or text); optional `family_id`, `class_id`
-(without it, subjects with the same noun are a class) and `is_reference` Sequence(bool). Frames stay
-encoded until three of them are chosen. The data set may be in TFRecord or ArrayRecord files.
+(by default, subjects with the same noun form a class) and `is_reference` Sequence(bool). Only the
+three frames of a triple are decoded. The files may be TFRecord or ArrayRecord.
 """
 
 from __future__ import annotations
@@ -24,11 +24,9 @@ _NEEDED = ("frames", "masks", "captions", "class_noun", "subject_id")
 _IDS = ("subject_id", "family_id", "class_id")
 
 
-def batches(
-    maker: Maker, *, name: str, data_dir: str, split: str, start_step: int, rows: range
-) -> Iterator[dict]:
-  """Endless batches of data set `name`, which is built first if it is subjects3d."""
-  subjects = SubjectRecords(open_builder(name, data_dir), split)
+def batches(maker: Maker, builder, *, split: str, start_step: int, rows: range) -> Iterator[dict]:
+  """Endless batches of the data set of a TFDS builder, see `open_builder`."""
+  subjects = SubjectRecords(builder, split)
   maker.check(subjects.table)
 
   def make_row(step: int, row: int) -> dict[str, np.ndarray]:
@@ -45,12 +43,8 @@ def batches(
 
 
 def open_builder(name: str, data_dir: str = ""):
-  """The TFDS builder of a data set that is on disk; subjects3d is written on first use."""
+  """The TFDS builder of a data set that is on disk. Raises DataError where there is none."""
   tfds = tf_data.import_tfds()
-  if name.split("/")[0].split(":")[0] == "subjects3d":
-    from data_pipeline.subjects3d.builder import build
-
-    return build(name, data_dir)
   try:
     builder = tfds.builder(name, data_dir=os.path.expanduser(data_dir) or None)
   except (tfds.core.DatasetNotFoundError, ValueError, KeyError):
@@ -67,7 +61,7 @@ def open_builder(name: str, data_dir: str = ""):
 
 
 class SubjectRecords:
-  """The subjects of one split: `len`, `records[n]` -> SubjectRecord, and `table` for the plan.
+  """The subjects of a split: `len`, `records[n]` -> SubjectRecord, and the `table` of their ids.
 
   Raises DataError for a missing split or feature and for a subject with fewer than two frames.
   """
@@ -86,7 +80,7 @@ class SubjectRecords:
     self._parse = tf_data.import_tensorflow().train.Example.FromString
     files = [Path(file) for file in builder.info.splits[split].filepaths]
     self._records = Records(files)
-    self.table = self._indexed(_index_file(builder, split, files))
+    self.table = self._read_table(_index_file(builder, split, files))
 
   def __len__(self) -> int:
     return len(self._records)
@@ -95,8 +89,8 @@ class SubjectRecords:
     example = self._parse(self._records[number])
     return SubjectRecord(example, f"{self._name}, example {number}")
 
-  def _indexed(self, file: Path) -> sampling.SubjectTable:
-    """The table from the index file; the first use writes it, in one pass over the data."""
+  def _read_table(self, file: Path) -> sampling.SubjectTable:
+    """The table from the index file, which the first use writes in one pass over the data."""
     if file.exists():
       with np.load(file) as stored:
         return sampling.SubjectTable(*(stored[key] for key in _IDS))
@@ -122,7 +116,7 @@ class SubjectRecord:
     self._name = name
 
   def values(self, key: str) -> list:
-    """The numbers or byte strings of a feature, flat; [] when the example lacks it."""
+    """The numbers or byte strings of a feature, flat; [] if the example lacks it."""
     feature = self._features[key] if key in self._features else None
     kind = feature.WhichOneof("kind") if feature is not None else None
     return list(getattr(feature, kind).value) if kind else []
@@ -131,7 +125,7 @@ class SubjectRecord:
     return [value.decode() for value in self.values(key)]
 
   def is_reference(self) -> np.ndarray:
-    """bool [frames]: can frame f serve as a reference? All can where the data set does not say."""
+    """bool [frames]: can frame f serve as a reference? By default all can."""
     flags = self.values("is_reference")
     return np.array(flags, bool) if flags else np.ones(self.frames, bool)
 
@@ -160,7 +154,7 @@ class SubjectRecord:
 
 
 def _numbers(values: list, subjects: int, key: str) -> np.ndarray:
-  """int32 [subjects]; texts and numbers that are too large are numbered in sorted order."""
+  """int32 [subjects]; texts and too large numbers are replaced by their ranks."""
   if not values:
     return np.full(subjects, -1, np.int32)
   if len(values) != subjects:
@@ -172,7 +166,7 @@ def _numbers(values: list, subjects: int, key: str) -> np.ndarray:
 
 
 def _index_file(builder, split: str, files: list[Path]) -> Path:
-  # The sizes and times of the files tell an index of data that was since written anew.
+  # Sizes and times of the files are in the name: data that is rebuilt gets another index.
   stats = [file.stat() for file in files]
   stamp = hash(tuple((s.st_size, s.st_mtime_ns) for s in stats)) % 2**32
   return Path(builder.data_path) / f"subjects_{split}_{stamp:08x}.npz"
@@ -184,5 +178,5 @@ def _write_atomically(file: Path, table: sampling.SubjectTable) -> None:
     with temporary.open("wb") as out:
       np.savez(out, **table._asdict())
     temporary.replace(file)
-  except OSError:  # a data set that we may only read: the next start takes another pass
+  except OSError:  # the data set is read-only: the next start makes another pass
     temporary.unlink(missing_ok=True)

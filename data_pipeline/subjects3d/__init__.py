@@ -1,1 +1,1 @@
-"""subjects3d: a rendered multi-view world in which every factor is known."""
+"""subjects3d: a rendered multi-view world whose factors are all known."""

@@ -1,7 +1,7 @@
 """`python -m data_pipeline.subjects3d --config=small`: writes the TFDS data set, offline.
 
-The same as `tfds build data_pipeline/subjects3d/builder.py`, whose command needs packages
-(apache_beam, mlcroissant) that tensorflow-datasets 4.9.10 does not install.
+It does the same as `tfds build data_pipeline/subjects3d/builder.py`, a command that needs packages
+(apache_beam, mlcroissant) which tensorflow-datasets 4.9.10 does not install.
 """
 
 import argparse

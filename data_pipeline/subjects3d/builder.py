@@ -1,10 +1,10 @@
-"""subjects3d as a TFDS data set, rendered where it is first used.
+"""subjects3d as a TFDS data set, rendered on first use.
 
     python -m data_pipeline.subjects3d --config=small
     tfds build data_pipeline/subjects3d/builder.py --config small   # where the tfds command works
 
-or nothing at all: `data.source='tfds'` with `data.name='subjects3d/small'` writes it on first use.
-The factors of every split are checksummed in the data set's metadata; `verify` compares.
+or neither: `data.source='tfds'` with `data.name='subjects3d/small'` writes it on first use. The
+metadata of the data set has a checksum of the factors of every split, which `verify` compares.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from data_pipeline.sources.tf_data import import_tfds
 from data_pipeline.sources.tfds_source import SubjectRecord, SubjectRecords
 from data_pipeline.subjects3d import factors as factors_lib
 from data_pipeline.subjects3d import multi_view
+from data_pipeline.subjects3d.bulk import render_many
 from data_pipeline.subjects3d.factors import CLASSES, SPLITS, Factors, concatenate
-from data_pipeline.subjects3d.renderer import render_many
 
 tfds = import_tfds()
 
-_OF_SUBJECT = factors_lib.Subjects._fields  # one number for each subject, the rest for each frame
-# tf.Example knows int64 and float32 alone; uint32 travels as int64.
+_OF_SUBJECT = factors_lib.Subjects._fields  # one number per subject; the others, one per frame
+# tf.Example has int64 and float32 only; uint32 is stored as int64.
 _TYPES = {"background_seed": np.int64}
 
 
@@ -41,7 +41,7 @@ class Subjects3d(tfds.core.GeneratorBasedBuilder):
   """Subjects of a rendered world in several views, with masks, captions and all factors."""
 
   name = "subjects3d"
-  # TFDS 4.9.10 would look it up by importlib_resources, on which it does not depend.
+  # TFDS 4.9.10 would find it with importlib_resources, which is not among its dependencies.
   code_path = epath.Path(__file__)
   VERSION = tfds.core.Version(factors_lib.VERSION)
   RELEASE_NOTES = {
@@ -81,7 +81,7 @@ class Subjects3d(tfds.core.GeneratorBasedBuilder):
     plans = {split: multi_view.plan(self.builder_config.name, split) for split in SPLITS}
     checksums = {split: multi_view.checksum(factors) for split, factors in plans.items()}
     self.info.metadata["factors_sha256"] = checksums
-    # All in one go, since each process compiles the programs of the classes that it meets.
+    # All splits at once: each process compiles a program for every class that it renders.
     rendered = render_many(
       concatenate([multi_view.flat(factors) for factors in plans.values()]),
       resolution=multi_view.RESOLUTION,
@@ -107,7 +107,7 @@ def _examples(
   with ThreadPoolExecutor() as pool:  # Pillow encodes without the interpreter's lock
     images, masks = list(pool.map(_png, images)), list(pool.map(_png, masks))
   for n in range(count):
-    its_frames = slice(n * frames, (n + 1) * frames)
+    of_subject = slice(n * frames, (n + 1) * frames)
     subject = factors.take(n)
     columns = {
       key: (column[0] if key in _OF_SUBJECT else column).astype(_TYPES.get(key, column.dtype))
@@ -116,9 +116,9 @@ def _examples(
     yield (
       int(columns["subject_id"]),
       {
-        # TFDS takes file objects as they are; arrays it would encode one by one.
-        "frames": [io.BytesIO(data) for data in images[its_frames]],
-        "masks": [io.BytesIO(data) for data in masks[its_frames]],
+        # TFDS stores file objects unchanged; arrays it would encode one by one.
+        "frames": [io.BytesIO(data) for data in images[of_subject]],
+        "masks": [io.BytesIO(data) for data in masks[of_subject]],
         "captions": captions[n],
         "class_noun": CLASSES[columns["class_id"]],
         "is_reference": references[n],
@@ -131,9 +131,9 @@ def _examples(
 def build(name: str, data_dir: str = "") -> Subjects3d:
   """The builder of 'subjects3d/<config>', written first if it is not on disk.
 
-  TFDS writes into a folder of another name and renames it at the end, so that a killed build leaves
-  no half data set; a lock lets only one of several processes write. Raises DataError for an unknown
-  configuration or a folder that cannot be written.
+  TFDS writes into a temporary folder and renames it at the end, so that a killed build leaves no
+  partial data set; with a lock, only one of several processes writes. Raises DataError for an
+  unknown configuration or a folder that cannot be written.
   """
   config = name.split("/")[1].split(":")[0] if "/" in name else "small"
   if config not in multi_view.CONFIGS:
@@ -156,11 +156,11 @@ def build(name: str, data_dir: str = "") -> Subjects3d:
 
 
 def _write(builder: Subjects3d) -> None:
-  """Renders and writes, unless another process has done it while we waited for the lock."""
+  """Renders and writes, unless another process has done so while this one waited for the lock."""
   if builder.is_prepared():
     return
   print(f"writing {builder.info.full_name} to {builder.data_path} (once)", file=sys.stderr)
-  tfds.disable_progress_bar()  # the renderer shows its own, with the time left
+  tfds.disable_progress_bar()  # the renderer has one, with the remaining time
   with contextlib.redirect_stdout(io.StringIO()):
     builder.download_and_prepare()
   verify(builder)
@@ -168,7 +168,7 @@ def _write(builder: Subjects3d) -> None:
 
 @contextlib.contextmanager
 def _quiet_tfds():
-  """Without its warnings that a folder, which it is about to write, is not there."""
+  """Silences TFDS's warnings that the folder, which it is about to create, does not exist."""
   verbosity = logging.get_verbosity()
   logging.set_verbosity(logging.ERROR)
   try:
@@ -197,9 +197,9 @@ def read_subjects(
   builder = build(name, data_dir)
   verify(builder)
   records = SubjectRecords(builder, split)
-  place = {subject: n for n, subject in enumerate(records.table.subject_id)}  # TFDS has shuffled
-  wanted = multi_view.plan(builder.builder_config.name, split).subject_id[:count, 0]
-  chosen = [records[place[subject]] for subject in wanted]
+  row_of = {subject: n for n, subject in enumerate(records.table.subject_id)}  # TFDS shuffles
+  subject_ids = multi_view.plan(builder.builder_config.name, split).subject_id[:count, 0]
+  chosen = [records[row_of[subject]] for subject in subject_ids]
   frames = [[record.frame(f) for f in range(record.frames)] for record in chosen]
   return multi_view.MultiView(
     frames=np.array([[image for image, _ in row] for row in frames]),
@@ -212,13 +212,13 @@ def read_subjects(
 
 
 def _example_factors() -> dict[str, np.ndarray]:
-  """A row of factors, for the columns' types."""
-  one = factors_lib.subjects("test").take(slice(1))
-  return factors_lib.sample_factors(np.random.default_rng(0), one)._asdict()
+  """The factors of a single picture, for the types of the columns."""
+  subject = factors_lib.subjects("test").take(slice(1))
+  return factors_lib.sample_factors(np.random.default_rng(0), subject)._asdict()
 
 
 def _read_factors(record: SubjectRecord) -> Factors:
-  """Columns [f] of one subject, in the types that they were drawn in."""
+  """Columns [f] of one subject, in the types of `sample_factors`."""
   columns = {}
   for key, column in _example_factors().items():
     values = np.array(record.values(f"factors/{key}")).astype(column.dtype)
@@ -241,7 +241,7 @@ def _lock(file: Path):
   """Waits until no other process of this machine builds."""
   try:
     import fcntl
-  except ImportError:  # Windows: builds at the same time are then the user's care
+  except ImportError:  # Windows: there the user must not start two builds at the same time
     yield
     return
   descriptor = os.open(file, os.O_CREAT | os.O_RDWR)

@@ -1,17 +1,26 @@
-"""English sentences about one picture, from a small grammar with several phrasings (numpy only)."""
+"""English captions of a picture, from a small grammar with several phrasings (numpy only)."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Int
 
 from data_pipeline.errors import DataError
 from data_pipeline.subjects3d import factors as F
 
 MENTIONS = ("scene", "hat", "style", "color1", "color2", "pattern", "size")
+# How often a caption of pretraining mentions what it could: enough to learn each word, and enough
+# silence that a prompt without colour is nothing unusual.
+MENTION_PROBS = dict(
+  scene=0.95, color1=0.8, color2=0.3, pattern=0.5, hat=0.85, style=0.95, size=0.1
+)
+# The same for a subject cut out on white.
+CUTOUT_MENTION_PROBS = {name: 0.0 if name in F.CUTOUT_HIDES else 0.9 for name in MENTION_PROBS}
 MAX_WORDS = 22
-SMALL, LARGE = 0.85, 1.3  # sizes below and above are worth a word
+SMALL, LARGE = 0.85, 1.3  # only sizes below and above are mentioned
 
 _SCENES = (
   ("on the grass", "on green grass", "standing on the grass"),
@@ -25,7 +34,7 @@ _SCENES = (
   ("on a road", "on the road", "standing on the road"),
   ("in a flower meadow", "in a meadow of flowers", "standing in a flower meadow"),
 )
-# An empty prefix belongs to photos alone.
+# Only photos have an empty prefix.
 _STYLES = (
   ("", "", "a photo of", "a picture of"),
   ("a sketch of", "a pencil sketch of"),
@@ -56,16 +65,16 @@ def _pick(rng, choices):
 def _phrase(rng, f, mention) -> tuple[str, str, str]:
   """(text before the noun, noun, text after it)."""
   noun = F.CLASSES[f.class_id]
-  color1, third = F.COLORS[f.color1], F.COLORS[f.pattern_color]
+  color1, pattern_color = F.COLORS[f.color1], F.COLORS[f.pattern_color]
   adjectives, after = [], []
   if "size" in mention and not SMALL <= f.size <= LARGE:
     adjectives.append("small" if f.size < SMALL else _pick(rng, ("large", "big")))
   if "pattern" in mention and f.pattern:
     if "color1" in mention and rng.random() < 0.5:
-      adjectives += [color1, "and", third, _PATTERNED[f.pattern]]
+      adjectives += [color1, "and", pattern_color, _PATTERNED[f.pattern]]
     else:
       adjectives += [color1] if "color1" in mention else []
-      after.append(_WITH_PATTERN[f.pattern].format(third))
+      after.append(_WITH_PATTERN[f.pattern].format(pattern_color))
   else:
     adjectives += ["plain"] if "pattern" in mention else []
     adjectives += [color1] if "color1" in mention else []
@@ -97,11 +106,11 @@ def caption(
 
   Args:
     factors_row: `Factors` of scalars, e.g. `factors.take(i)`.
-    mention: which of `MENTIONS` the sentence speaks of, besides the class noun. 'hat' says nothing
-      where there is none, 'size' nothing about middling sizes, a photo need not be called one.
+    mention: which of `MENTIONS` the caption mentions, besides the class noun. A missing hat and a
+      medium size are never mentioned, the style of a photo not always.
 
   Returns:
-    A sentence of at most 22 words: longer ones are drawn again.
+    A caption of at most 22 words: longer ones are drawn again.
 
   Raises:
     DataError: unknown name in `mention`.
@@ -118,6 +127,49 @@ def caption(
       return Caption(text, noun, len(before))
 
 
+def write_captions(
+  rng: np.random.Generator, factors: F.Factors, mention_probs: Mapping[str, float]
+) -> list[str]:
+  """One caption per row of `factors`; each name in `mention_probs` has its own probability."""
+  rows = len(factors.class_id)
+  mentioned = {name: rng.random(rows) < prob for name, prob in mention_probs.items()}
+  texts = []
+  for i in range(rows):
+    mention = tuple(name for name in mentioned if mentioned[name][i])
+    texts.append(caption(rng, factors.take(i), mention=mention).text)
+  return texts
+
+
+def wrong_word_captions(
+  factors: F.Factors, shifts: Int[np.ndarray, " n"], seed: int
+) -> dict[str, list[str]]:
+  """Captions of class, main colour and scene, and the same with one of these words wrong.
+
+  Args:
+    factors: of n pictures.
+    shifts: which of the other values is named instead, counted from the true one.
+    seed: of the phrasing, which is the same with and without a wrong word.
+
+  Returns:
+    n captions for each wrong word: 'none', 'class', 'colour', 'scene'.
+  """
+
+  def another(column, count):
+    return ((column + 1 + shifts % (count - 1)) % count).astype(column.dtype)
+
+  variants = {
+    "none": factors,
+    "class": factors._replace(class_id=another(factors.class_id, len(F.CLASSES))),
+    "colour": factors._replace(color1=another(factors.color1, len(F.COLORS))),
+    "scene": factors._replace(scene=another(factors.scene, len(F.SCENES))),
+  }
+  mention_probs = dict(scene=1.0, color1=1.0)
+  return {
+    word: write_captions(np.random.default_rng(seed), variant, mention_probs)
+    for word, variant in variants.items()
+  }
+
+
 def all_words() -> list[str]:
   """Every word that a caption may contain, sorted."""
   texts = [*F.CLASSES, *F.COLORS, *(p for row in _SCENES + _STYLES for p in row), *_PARTS, *_HATS]
@@ -127,12 +179,11 @@ def all_words() -> list[str]:
 
 
 def corpus(n: int, rng: np.random.Generator) -> list[str]:
-  """n captions about random pictures, each mentioning a random half of what can be mentioned."""
+  """n captions of random pictures, each mentioning every one of `MENTIONS` with probability 1/2."""
   table = F.subjects("train")
   ranges = F.Ranges(hat=0.5, photo=0.4)  # every phrase often enough for a tokenizer
-  drawn = F.sample_factors(
-    rng, table.take(rng.integers(len(table.class_id), size=n)), ranges=ranges
-  )
+  subjects = table.take(rng.integers(len(table.class_id), size=n))
+  drawn = F.sample_factors(rng, subjects, ranges=ranges)
   texts = []
   for i in range(n):
     mention = [name for name in MENTIONS if rng.random() < 0.5]

@@ -1,8 +1,8 @@
-"""Who is rendered and how: every factor of subjects3d, in plain numpy.
+"""All factors of subjects3d, i.e. which individuals are rendered and how, in plain numpy.
 
-Three kinds of factors: the *intrinsic* ones are the individual (`Subjects`), the *irrelevant* ones
-differ between two pictures of it (pose, place, size, light), the *context* is what a prompt asks
-for (scene, hat, style). `Factors` is all of them, one row per picture.
+Three kinds of factors: the *intrinsic* ones define the individual (`Subjects`), the *irrelevant*
+ones differ between its pictures (pose, position, size, light), the *context* is what a prompt asks
+for (scene, hat, style). `Factors` holds all of them, one row per picture.
 """
 
 from __future__ import annotations
@@ -18,21 +18,13 @@ from data_pipeline.errors import DataError
 CLASSES = (
   "teapot", "snowman", "mushroom", "robot", "rocket", "tree", "duck", "house", "car", "teddy bear",
 )  # fmt: skip
-# Mushroom and tree look the same from all sides: azimuth figures leave them out.
+# Mushroom and tree look the same from all sides, so scores of the azimuth exclude them.
 CLASSES_WITH_FRONT = tuple(c for c in CLASSES if c not in ("mushroom", "tree"))
 COLOR_RGB = {
-  "red": (218, 24, 30),
-  "orange": (255, 132, 8),
-  "yellow": (255, 226, 28),
-  "green": (24, 150, 44),
-  "cyan": (50, 218, 236),
-  "blue": (22, 58, 222),
-  "purple": (126, 28, 182),
-  "pink": (255, 126, 186),
-  "brown": (118, 62, 22),
-  "black": (20, 20, 24),
-  "white": (248, 248, 248),
-}
+  "red": (218, 24, 30), "orange": (255, 132, 8), "yellow": (255, 226, 28), "green": (24, 150, 44),
+  "cyan": (50, 218, 236), "blue": (22, 58, 222), "purple": (126, 28, 182), "pink": (255, 126, 186),
+  "brown": (118, 62, 22), "black": (20, 20, 24), "white": (248, 248, 248),
+}  # fmt: skip
 COLORS = tuple(COLOR_RGB)
 PATTERNS = ("plain", "stripes", "dots", "checks", "swirl")
 SCENES = (
@@ -40,17 +32,19 @@ SCENES = (
   "flower meadow",
 )  # fmt: skip
 STYLES = ("photo", "sketch", "watercolour")
-VERSION = "1.1.0"  # of the world: raise it when the same factors would give another picture
+VERSION = "1.1.0"  # of the world: increase it when the same factors give another picture
 SPLITS = ("train", "validation", "test")
-MEMBERS = 4  # individuals of a family
+MIRRORED = ("azimuth", "x")  # factors whose sign a mirror image changes
+CUTOUT_HIDES = ("scene", "size", "x", "y")  # what a subject cut out on white does not show
+MEMBERS = 4  # individuals per family
 
 _FAMILIES_PER_CLASS = len(COLORS) * (len(COLORS) - 1)
 _HALF_EXTENT = 0.295  # of nearly all silhouettes at size 1, in canvas widths: see shapes.FIT
-_TEST_EXTRA, _VALIDATION = 2, 9  # of 110 families a class: 13 test, 9 validation, 88 train
+_TEST_EXTRA, _VALIDATION = 2, 9  # of 110 families per class: 13 test, 9 validation, 88 train
 
 
 class Subjects(NamedTuple):
-  """Individuals, arrays [n]. int32 but for the proportions, which are float32 in [-1, 1]."""
+  """Individuals, arrays [n]: int32, the three proportions float32 in [-1, 1]."""
 
   subject_id: np.ndarray
   family_id: np.ndarray
@@ -112,23 +106,23 @@ class Factors(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Ranges:
-  """What `sample_factors` draws from: (low, high) of uniform distributions but where noted."""
+  """What `sample_factors` draws from: (low, high) of uniform distributions, except where noted."""
 
   azimuth: tuple[float, float] = (-np.pi, np.pi)
   elevation: tuple[float, float] = (0.1, 0.6)
   roll: tuple[float, float] = (-0.3, 0.3)
   x: tuple[float, float] = (-0.1, 0.1)
   y: tuple[float, float] = (-0.1, 0.1)
-  size: tuple[float, float] = (0.64, 1.6)  # the *area* is uniform: large subjects show more
+  size: tuple[float, float] = (0.64, 1.6)  # the *area* is uniform: large subjects show more detail
   light_azimuth: tuple[float, float] = (-1.2, 1.2)
   light_elevation: tuple[float, float] = (0.4, 1.2)
   hat: float = 0.25  # probability
-  photo: float = 0.85  # probability; the rest is divided equally among the other styles
+  photo: float = 0.85  # probability; the other styles share the rest equally
 
 
 RANGES = {
   "world": Ranges(),
-  # A curriculum's first half: what the lab's base was taught with.
+  # The first half of a curriculum, with which the lab's base was trained.
   "calm": Ranges(azimuth=(-1.6, 1.6), roll=(-0.15, 0.15), size=(0.8, 1.2), hat=0.3, photo=1.0),
 }
 
@@ -137,10 +131,10 @@ RANGES = {
 def _world() -> tuple[Subjects, np.ndarray]:
   """All subjects in the order of subject_id, and the index into SPLITS of each."""
   rng = np.random.Generator(np.random.PCG64(20261123))
-  others = np.array([[c for c in range(len(COLORS)) if c != one] for one in range(len(COLORS))])
+  others = np.array([[b for b in range(len(COLORS)) if b != a] for a in range(len(COLORS))])
   rows, split = [], []
   for class_id in range(len(CLASSES)):
-    # One test family for each main colour, so that none is missing there; then the rest by lot.
+    # One test family for each main colour, so that none is missing there; the others at random.
     family_split = np.zeros((len(COLORS), len(COLORS) - 1), np.int32)
     family_split[np.arange(len(COLORS)), rng.integers(len(COLORS) - 1, size=len(COLORS))] = 2
     rest = rng.permutation(np.flatnonzero(family_split.ravel() == 0))
@@ -149,15 +143,14 @@ def _world() -> tuple[Subjects, np.ndarray]:
     for family in range(_FAMILIES_PER_CLASS):
       color1, nth = divmod(family, len(COLORS) - 1)
       color2 = others[color1, nth]
-      free = [c for c in range(len(COLORS)) if c not in (color1, color2)]
+      unused = [c for c in range(len(COLORS)) if c not in (color1, color2)]
       # Four different patterns of five: a fifth of all subjects is plain.
-      for pattern, pattern_color in zip(
-        rng.permutation(len(PATTERNS))[:MEMBERS], rng.permutation(free)[:MEMBERS], strict=True
-      ):
+      patterns, colors = rng.permutation(len(PATTERNS)), rng.permutation(unused)
+      for pattern_and_color in zip(patterns[:MEMBERS], colors[:MEMBERS], strict=True):
         proportions = rng.uniform(-1, 1, size=3)
         family_id = class_id * _FAMILIES_PER_CLASS + family
         rows.append(
-          (len(rows), family_id, class_id, color1, color2, pattern, pattern_color, *proportions)
+          (len(rows), family_id, class_id, color1, color2, *pattern_and_color, *proportions)
         )
         split.append(family_split[color1, nth])
   columns = list(zip(*rows, strict=True))
@@ -167,12 +160,12 @@ def _world() -> tuple[Subjects, np.ndarray]:
 
 
 def subjects(split: str) -> Subjects:
-  """The whole, deterministic table of a split: 'train' (3520), 'validation' (360) or 'test' (520).
+  """All subjects of a split, always the same: 'train' (3520), 'validation' (360) or 'test' (520).
 
-  A family shares (class, color1, color2); its members differ in pattern, pattern colour and
-  proportions. Families, not subjects, are dealt to the splits, so no (class, color1, color2) of
-  test or validation occurs in train; every class occurs in each split, and every main colour of a
-  class in test.
+  The members of a family have the same (class, color1, color2) and differ in pattern, pattern
+  colour and proportions. Families, not subjects, are assigned to the splits, so no (class, color1,
+  color2) of test or validation occurs in train; every class occurs in each split, and every main
+  colour of a class in test.
 
   Raises:
     DataError: unknown split.
@@ -184,8 +177,37 @@ def subjects(split: str) -> Subjects:
 
 
 def concatenate(parts: list[Factors]) -> Factors:
-  """Rows of several tables, one after another."""
+  """The rows of several tables in one."""
   return Factors(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
+
+
+def real_similarity(subjects: Subjects | Factors) -> np.ndarray:
+  """Similarity of the individuals, [n,n] in [0,1], from their intrinsic factors alone.
+
+  The mean of six: same class; nearness of the two part colours (1 - RGB distance over the largest);
+  same pattern; nearness of the pattern colours (1 if both are plain, 0 if one is); nearness of the
+  proportions (1 - mean absolute difference over the range).
+  """
+  rgb = np.asarray(list(COLOR_RGB.values()), float)
+  distance = np.linalg.norm(rgb[:, None] - rgb[None], axis=-1)
+  color_similarity = 1 - distance / distance.max()
+
+  def equal(column):
+    column = np.asarray(column)
+    return (column[:, None] == column[None]).astype(float)
+
+  def color_pairs(column):
+    column = np.asarray(column)
+    return color_similarity[column[:, None], column[None]]
+
+  plain = np.asarray(subjects.pattern) == PATTERNS.index("plain")
+  both_plain, none_plain = plain[:, None] & plain[None], ~plain[:, None] & ~plain[None]
+  pattern_color = np.where(none_plain, color_pairs(subjects.pattern_color), both_plain)
+  shape = np.stack([subjects.wide, subjects.tall, subjects.ratio], -1).astype(float)
+  proportions = 1 - np.abs(shape[:, None] - shape[None]).mean(-1) / 2
+  parts = (equal(subjects.class_id), color_pairs(subjects.color1), color_pairs(subjects.color2),
+           equal(subjects.pattern), pattern_color, proportions)
+  return np.mean(parts, axis=0)
 
 
 def sample_factors(
@@ -194,9 +216,9 @@ def sample_factors(
   """Draws pose, light and context for each subject.
 
   Args:
-    ranges: 'world' (default), 'calm', or a `Ranges`. Places of large subjects are drawn closer to
-      the middle, so that the border cuts few of them.
-    overrides: fields to fix, each a scalar or [n].
+    ranges: 'world' (default), 'calm', or a `Ranges`. Large subjects are placed closer to the
+      centre, so that the border cuts few of them.
+    overrides: fields with given values, each a scalar or [n].
 
   Raises:
     DataError: unknown ranges or field.
@@ -217,17 +239,16 @@ def sample_factors(
   drawn = dict(zip(Subjects._fields, subjects, strict=True))
   drawn |= {name: uniform(getattr(r, name)) for name in ("azimuth", "elevation", "roll", "x", "y")}
   drawn["size"] = np.sqrt(uniform((r.size[0] ** 2, r.size[1] ** 2)))
-  # A large subject is framed closer to the middle, or the border would cut it.
-  room = np.clip(0.5 - _HALF_EXTENT * drawn["size"], 0.02, None)
+  # A large subject is closer to the centre, or the border would cut it.
+  margin = np.clip(0.5 - _HALF_EXTENT * drawn["size"], 0.02, None)
   for name, (low, high) in (("x", r.x), ("y", r.y)):
-    drawn[name] = drawn[name] * np.minimum(1.0, room / max(abs(low), abs(high), 1e-6)).astype(
-      np.float32
-    )
+    scale = np.minimum(1.0, margin / max(abs(low), abs(high), 1e-6))
+    drawn[name] = drawn[name] * scale.astype(np.float32)
   drawn["light_azimuth"] = uniform(r.light_azimuth)
   drawn["light_elevation"] = uniform(r.light_elevation)
   drawn["background_seed"] = rng.integers(2**32, size=n, dtype=np.uint32)
   drawn["scene"] = rng.integers(len(SCENES), size=n, dtype=np.int32)
-  # A hat of the main colour would be hard to see: draw from the ten others.
+  # A hat of the main colour would be hard to see: draw from the other ten.
   hat_color = (subjects.color1 + rng.integers(1, len(COLORS), size=n)) % len(COLORS)
   drawn["hat"] = np.where(rng.random(n) < r.hat, 1 + hat_color, 0).astype(np.int32)
   other_style = rng.integers(1, len(STYLES), size=n)

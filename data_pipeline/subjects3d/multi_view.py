@@ -28,14 +28,14 @@ CONFIGS = {
   "full": {"train": (3520, 16), "validation": (360, 8), "test": (520, 8)},
 }
 RESOLUTION = 64
-# The first frames of a subject can serve as a reference: photo style, no hat. Three of them leave
-# two beside any target.
+# The first frames of a subject can serve as a reference: photo style, no hat. There are three, so
+# that two remain whichever frame is the target.
 REFERENCES = 3
 _SEED = 20261123
 
 
 class MultiView(NamedTuple):
-  """n subjects in f frames each, in the order of the data set's plan.
+  """n subjects in f frames each, in the order of `plan`.
 
   frames uint8 [n, f, h, w, 3]; masks uint8 [n, f, h, w]; captions, a tuple of f texts for each
   subject; class_noun, n texts; is_reference bool [n, f]; factors, each column [n, f].
@@ -74,7 +74,7 @@ def is_reference(factors: Factors) -> np.ndarray:
 
 
 def write_captions(factors: Factors, split: str) -> list[list[str]]:
-  """A caption for each of the [n, f] frames, naming class, scene, hat and style only."""
+  """A caption for each of the [n, f] frames; it mentions class, scene, hat and style only."""
   from data_pipeline.subjects3d.captions import caption
 
   rng = np.random.Generator(np.random.Philox(key=[_SEED, len(SPLITS) + SPLITS.index(split)]))
@@ -83,8 +83,8 @@ def write_captions(factors: Factors, split: str) -> list[list[str]]:
 
 
 def render_subjects(name: str, split: str, count: int | None = None) -> MultiView:
-  """The first `count` subjects of a split, rendered anew; needs no tensorflow."""
-  from data_pipeline.subjects3d.renderer import render_many
+  """The first `count` subjects of a split, newly rendered; needs no tensorflow."""
+  from data_pipeline.subjects3d.bulk import render_many
 
   factors = plan(name.removeprefix("subjects3d/"), split)
   texts = write_captions(factors, split)
@@ -101,7 +101,7 @@ def render_subjects(name: str, split: str, count: int | None = None) -> MultiVie
 
 
 def flat(factors: Factors) -> Factors:
-  """Columns [n, f] to [n * f], a subject's frames beside each other."""
+  """Columns [n, f] to [n * f], the frames of a subject one after another."""
   return Factors(*(column.reshape(-1) for column in factors))
 
 
@@ -121,10 +121,10 @@ def checksum(factors: Factors) -> str:
 
 
 def _choose_subjects(split: str, count: int) -> Subjects:
-  """`count` subjects of a split, as evenly over the classes as it goes.
+  """`count` subjects of a split, with the classes as equally frequent as possible.
 
-  Training gets whole families, since their members are each other's hard negatives; the other
-  splits get first one member of each family, for as many different colours as possible.
+  Training gets complete families, whose members are hard negatives of each other; the other splits
+  get first one member of each family, for as many different colours as possible.
   """
   table = subjects(split)
   rng = np.random.Generator(np.random.Philox(key=[_SEED, 2 * len(SPLITS) + SPLITS.index(split)]))

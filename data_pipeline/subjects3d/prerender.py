@@ -1,7 +1,7 @@
-"""Pictures of subjects3d rendered once into a folder of .npy files, for trainings from scratch.
+"""Pictures of subjects3d rendered once into a folder of .npy files, for training from scratch.
 
-Adapters read TFDS or render on the fly; the base's networks want tens of thousands of independent
-pictures, each seen several times, and nothing but random access to them.
+Adapters are trained on TFDS or pictures rendered on the fly; the networks of the base need random
+access to tens of thousands of independent pictures, each seen several times.
 """
 
 import json
@@ -11,13 +11,13 @@ from typing import NamedTuple
 import numpy as np
 
 from data_pipeline.subjects3d import factors as factors_lib
-from data_pipeline.subjects3d import renderer
+from data_pipeline.subjects3d.bulk import render_many
 
 
 class Pictures(NamedTuple):
   """n pictures: images uint8 [n,h,w,3], masks uint8 [n,h,w] (memory-mapped), coverage [n,4].
 
-  calm marks the pictures whose irrelevant factors vary little.
+  calm bool [n]: the irrelevant factors vary little.
   """
 
   images: np.ndarray
@@ -39,12 +39,11 @@ def prerender(
   processes: int | None = None,
   resolution: int = 64,
 ) -> Pictures:
-  """Renders `count` pictures of random subjects of `split` into `folder`, or opens those there.
+  """Renders `count` pictures of random subjects of `split` into `folder`, or opens existing ones.
 
-  recombine: patterns and proportions are dealt anew among the pictures, so that they show many
-  more individuals than the split has; class and part colours stay together, as families do.
-  The folder remembers the arguments and the world's version; one made with others is rendered
-  again.
+  recombine: patterns and proportions are permuted among the pictures, so that they show many more
+  individuals than the split has; class and part colours stay together, as in families. The folder
+  stores the arguments and the world's version; with other ones it is rendered again.
   """
   folder = Path(folder)
   recipe = dict(count=count, seed=seed, split=split, calm_share=calm_share,
@@ -60,11 +59,11 @@ def prerender(
     factors = sample(rng, count, split, calm_count, plain_share)
     if recombine:
       factors = recombined(rng, factors)
-    rendered = renderer.render_many(factors, processes=processes, resolution=resolution)
+    rendered = render_many(factors, processes=processes, resolution=resolution)
     np.save(folder / "images.npy", rendered.image)
     np.save(folder / "masks.npy", rendered.mask)
     np.savez(folder / "factors.npz", coverage=rendered.coverage, **factors._asdict())
-    recipe_file.write_text(json.dumps(recipe))  # last: its presence says that the rest is whole
+    recipe_file.write_text(json.dumps(recipe))  # last: where it exists, the rest is complete
   with np.load(folder / "factors.npz") as file:
     fields = dict(file)
   coverage = fields.pop("coverage")
@@ -82,7 +81,7 @@ def sample(
 ) -> factors_lib.Factors:
   """Factors of `count` pictures of random subjects, the first `calm_count` with calm ranges.
 
-  A share of them loses the pattern, besides the fifth of all subjects that have none.
+  A fraction `plain_share` of them loses its pattern; a fifth of all subjects has none anyway.
   """
   table = factors_lib.subjects(split)
   parts = []
@@ -98,9 +97,9 @@ def sample(
 
 
 def recombined(rng: np.random.Generator, factors: factors_lib.Factors) -> factors_lib.Factors:
-  """Pattern with its colour, and each proportion, exchanged at random among the rows.
+  """Permutes the patterns (with their colours) and each of the proportions among the rows.
 
-  A row whose own part colours the new pattern's colour would repeat keeps its pattern.
+  A row keeps its pattern if the colour of the new one equals one of its part colours.
   """
   rows = len(factors.class_id)
   order = rng.permutation(rows)

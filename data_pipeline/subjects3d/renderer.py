@@ -1,9 +1,9 @@
 """Pictures of subjects3d from factors: the same code on CPU, GPU and TPU, without tensorflow.
 
-On a CPU each class has its own jitted program with its table folded in (6 times faster per march
-step than gathering tables); on an accelerator one program renders any mixture of classes.
-Backgrounds and styles are further programs: a filter inside the render program would recompute the
-shading for each of its taps.
+On a CPU each class has a jitted program with its table as constants (6 times faster per march step
+than gathering tables); on an accelerator one program renders any mixture of classes. Backgrounds
+and styles are separate programs: a filter inside the render program would recompute the shading for
+each of its taps.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from data_pipeline.subjects3d.factors import Factors
 
 MARCH_STEPS = 24
 CPU_BATCH, ACCELERATOR_BATCH = 8, 256  # pictures that a program renders at once
-_MIXED = -1  # instead of a class: the program that gathers tables
+_MIXED = -1  # instead of a class: the program for all classes, which gathers tables
 _COMPILED: set[tuple[int, int, int]] = set()  # (class, resolution, batch) rendered in this process
 
 
@@ -32,8 +32,8 @@ class Rendered(NamedTuple):
   """n pictures.
 
   image uint8 [n, H, W, 3]; mask uint8 [n, H, W], soft alpha of the subject with its hat; coverage
-  float32 [n, 4], the share of the picture covered by subject (with hat), main colour, second colour
-  and pattern colour.
+  float32 [n, 4], the fractions of the picture covered by subject (with hat), main colour, second
+  colour and pattern colour.
   """
 
   image: np.ndarray
@@ -47,44 +47,40 @@ def _subject_program(class_id: int, resolution: int):
   tables = jnp.asarray(sdf.padded_tables()) if class_id == _MIXED else None
   maps = jnp.asarray(shapes.PATTERN_MAP)
 
-  def one(f: Factors, place, steps):
+  def render_one(f: Factors, placing, steps):
     if class_id == _MIXED:
-      rows, pattern_map = (
-        sdf.rows_of_table(tables[f.class_id], f.wide, f.tall, f.ratio),
-        maps[f.class_id],
-      )
+      rows = sdf.rows_of_table(tables[f.class_id], f.wide, f.tall, f.ratio)
+      pattern_map = maps[f.class_id]
     else:
-      rows, pattern_map = (
-        sdf.rows_of_class(class_id, f.wide, f.tall, f.ratio),
-        shapes.PATTERN_MAP[class_id],
-      )
-    return shading.subject(f, place, rows, pattern_map, resolution=resolution, steps=steps)
+      rows = sdf.rows_of_class(class_id, f.wide, f.tall, f.ratio)
+      pattern_map = shapes.PATTERN_MAP[class_id]
+    return shading.subject(f, placing, rows, pattern_map, resolution=resolution, steps=steps)
 
-  return jax.jit(jax.vmap(one, in_axes=(0, 0, None)))
+  return jax.jit(jax.vmap(render_one, in_axes=(0, 0, None)))
 
 
 @functools.cache
 def _compose_program(resolution: int, sequential: bool):
   """jit: (factors [b], layers) -> RGB [b, H, W, 3]."""
 
-  def one(f_and_layers):
+  def compose_one(f_and_layers):
     return shading.compose(*f_and_layers, resolution=resolution)
 
-  if sequential:  # a CPU then draws one scene a picture instead of all ten
-    return jax.jit(lambda f, layers: lax.map(one, (f, layers)))
-  return jax.jit(lambda f, layers: jax.vmap(one)((f, layers)))
+  if sequential:  # a CPU then draws one scene per picture instead of all ten
+    return jax.jit(lambda f, layers: lax.map(compose_one, (f, layers)))
+  return jax.jit(lambda f, layers: jax.vmap(compose_one)((f, layers)))
 
 
 @functools.cache
 def _finish_program(resolution: int):
   """jit: (style [b], RGB [b, H, W, 3], alpha [b, H*W]) -> uint8 image and mask."""
 
-  def one(style, image, alpha):
+  def finish_one(style, image, alpha):
     image = shading.stylise(style, image)
     mask = alpha.reshape(resolution, resolution)
     return (image * 255 + 0.5).astype(jnp.uint8), (mask * 255 + 0.5).astype(jnp.uint8)
 
-  return jax.jit(jax.vmap(one))
+  return jax.jit(jax.vmap(finish_one))
 
 
 def _batches(factors: Factors, batch: int, per_class: bool):
@@ -106,7 +102,7 @@ def render(
   """Renders one picture per row of `factors`; a row's picture does not depend on the others.
 
   Args:
-    batch: pictures a program renders at once (the last batch is padded, so nothing recompiles).
+    batch: pictures that a program renders at once (the last batch is padded: no recompilation).
     steps: of the ray march.
     per_class: one program per class instead of one for all; by default on a CPU.
 
@@ -119,7 +115,7 @@ def render(
   on_cpu = jax.default_backend() == "cpu"
   per_class = on_cpu if per_class is None else per_class
   batch = batch or (CPU_BATCH if on_cpu else ACCELERATOR_BATCH)
-  place = shapes.placing(factors)
+  placing = shapes.placing(factors)
   out = Rendered(
     np.empty((n, resolution, resolution, 3), np.uint8),
     np.empty((n, resolution, resolution), np.uint8),
@@ -129,10 +125,10 @@ def render(
   def padded(rows):
     return np.concatenate([rows, np.repeat(rows[-1:], batch - len(rows))])
 
-  def draw(job):
+  def render_subjects(job):
     class_id, rows = job
     rows = padded(rows)
-    return _subject_program(class_id, resolution)(factors.take(rows), place[rows], steps)
+    return _subject_program(class_id, resolution)(factors.take(rows), placing[rows], steps)
 
   def finish(rows, layers, coverage):
     f = factors.take(padded(rows))
@@ -144,42 +140,23 @@ def render(
       column[rows] = np.asarray(part)[: len(rows)]
 
   jobs = list(_batches(factors, batch, per_class))
-  # The first batch of each class not seen before: compiled side by side, seconds each.
-  fresh = [job for job in jobs if (job[0], resolution, batch) not in _COMPILED]
-  fresh = list({job[0]: job for job in reversed(fresh)}.values())
-  with ThreadPoolExecutor(max(1, min(len(fresh), os.cpu_count() or 1))) as pool:
-    for (class_id, rows), drawn in zip(fresh, pool.map(draw, fresh), strict=True):
-      collect(rows, finish(rows, *drawn))
+  # The first batch of each class without a compiled program: compiled in parallel, seconds each.
+  uncompiled = [job for job in jobs if (job[0], resolution, batch) not in _COMPILED]
+  uncompiled = list({job[0]: job for job in reversed(uncompiled)}.values())
+  with ThreadPoolExecutor(max(1, min(len(uncompiled), os.cpu_count() or 1))) as pool:
+    outputs = pool.map(render_subjects, uncompiled)
+    for (class_id, rows), output in zip(uncompiled, outputs, strict=True):
+      collect(rows, finish(rows, *output))
       _COMPILED.add((class_id, resolution, batch))
-  done = {(class_id, rows[0]) for class_id, rows in fresh}
-  pending = None  # one batch computes while the one before is copied
+  finished = {(class_id, rows[0]) for class_id, rows in uncompiled}
+  pending = None  # a batch is computed while the previous one is copied
   for class_id, rows in jobs:
-    if (class_id, rows[0]) in done:
+    if (class_id, rows[0]) in finished:
       continue
-    pictures = finish(rows, *draw((class_id, rows)))
+    pictures = finish(rows, *render_subjects((class_id, rows)))
     if pending is not None:
       collect(*pending)
     pending = (rows, pictures)
   if pending is not None:
     collect(*pending)
   return out
-
-
-def render_many(
-  factors: Factors, *, resolution: int = 64, processes: int | None = None, progress: bool = True
-) -> Rendered:
-  """`render` for bulk: the same pictures, by several single-threaded processes on a CPU.
-
-  The processes are spawned: a script that calls this needs `if __name__ == "__main__":`.
-
-  Args:
-    processes: by default one per core for many pictures, none for few. An accelerator renders in
-      this process in any case.
-    progress: a bar with rate and time left.
-
-  Raises:
-    DataError: a process died.
-  """
-  from data_pipeline.subjects3d import bulk
-
-  return bulk.render_many(factors, resolution=resolution, processes=processes, progress=progress)

@@ -1,8 +1,8 @@
 """The ten backgrounds, one picture at a time, in pure JAX.
 
-Everything is of low frequency: noise-like grounds, stars and flowers eat the capacity of a small
-VAE and tell nothing. The ground is a plane in perspective under a horizon that rises with the
-camera.
+Everything has low spatial frequency: noisy grounds, small stars and flowers would take up the
+capacity of a small VAE for nothing. The ground is a plane in perspective; its horizon rises with
+the camera.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from data_pipeline.subjects3d import factors
 
 
 def _hash(ix, iy, seed):
-  """Integer hash -> [0, 1); noise made of sines costs more and differs between devices."""
+  """Integer hash -> [0, 1); noise from sines costs more and differs between devices."""
   h = (
     ix.astype(jnp.uint32) * jnp.uint32(0x8DA6B343)
     ^ iy.astype(jnp.uint32) * jnp.uint32(0xD8163841)
@@ -45,7 +45,7 @@ def _uniform(seed, k: int):
 
 
 def _step(edge, value, width):
-  """0 below the edge, 1 above, over a ramp of the given width."""
+  """0 below the edge, 1 above it, with a linear ramp of `width`."""
   return jnp.clip((value - edge) / width + 0.5, 0.0, 1.0)
 
 
@@ -79,9 +79,8 @@ class _View:
 
   def patches(self, frequency, k=11):
     """Soft patches on the ground, fading towards the horizon."""
-    return _noise(self.gx * frequency, self.gz * frequency, self.seed + k) * (
-      0.25 + 0.75 * self.near
-    )
+    noise = _noise(self.gx * frequency, self.gz * frequency, self.seed + k)
+    return noise * (0.25 + 0.75 * self.near)
 
   def sky(self, top, bottom, clouds=0.0):
     color = _mix(top, bottom, jnp.clip(self.v / 0.4, 0.0, 1.0))
@@ -91,11 +90,9 @@ class _View:
     return color
 
   def ridge(self, frequency, height, k=21):
-    """Height above the horizon of a rolling skyline, as a mask."""
-    line = self.horizon - height * (
-      0.6 + 0.5 * _noise(self.u * frequency + self.shift, self.u * 0 + 0.5, self.seed + k)
-    )
-    return _step(line, self.v, 1.5 * self.pixel)
+    """Mask of what is below a hilly skyline that rises over the horizon."""
+    noise = _noise(self.u * frequency + self.shift, self.u * 0 + 0.5, self.seed + k)
+    return _step(self.horizon - height * (0.6 + 0.5 * noise), self.v, 1.5 * self.pixel)
 
 
 def _grass(w):
@@ -107,19 +104,15 @@ def _grass(w):
 
 def _beach(w):
   sky = w.sky(_rgb(122, 196, 255), _rgb(214, 240, 255), clouds=0.4)
-  # Sea, foam, wet sand, sand: bands parallel to the horizon with a slow wave.
+  # Sea, foam, wet sand, sand: bands parallel to the horizon, with a long wave.
   wave = 0.012 * _noise(w.u * 3 + w.shift, w.u * 0, w.seed + 4)
   shore = w.horizon + 0.13 + wave
   sea = _mix(_rgb(18, 110, 190), _rgb(40, 190, 205), jnp.clip(w.below / 0.13, 0, 1))
   n = w.patches(1.2)
   sand = _mix(_rgb(226, 200, 142), _rgb(250, 230, 178), 0.5 + 0.5 * n)
   sand = _mix(_rgb(196, 164, 108), sand, _step(shore + 0.07, w.v, 0.06))
-  ground = _mix(
-    _mix(sea, (1.0, 1.0, 1.0), _step(shore - 0.012, w.v, 0.015)),
-    sand,
-    _step(shore + 0.02, w.v, 0.02),
-  )
-  return w.ground(sky, ground)
+  foam = _mix(sea, (1.0, 1.0, 1.0), _step(shore - 0.012, w.v, 0.015))
+  return w.ground(sky, _mix(foam, sand, _step(shore + 0.02, w.v, 0.02)))
 
 
 def _snow(w):
@@ -136,17 +129,15 @@ def _snow(w):
 def _desert(w):
   sky = w.sky(_rgb(246, 190, 110), _rgb(255, 232, 176))
   sky = _mix(sky, _rgb(206, 124, 62), w.ridge(2.2, 0.12))
-  ripple = jnp.sin(w.gz * 5.0 + 2.2 * _noise(w.gx * 0.8, w.gz * 0.8, w.seed + 9)) * (
-    0.2 + 0.8 * w.near
-  )
+  ripple = jnp.sin(w.gz * 5.0 + 2.2 * _noise(w.gx * 0.8, w.gz * 0.8, w.seed + 9))
+  ripple = ripple * (0.2 + 0.8 * w.near)
   return w.ground(sky, _mix(_rgb(212, 128, 56), _rgb(240, 166, 84), 0.5 + 0.5 * ripple))
 
 
 def _sea(w):
   sky = w.sky(_rgb(140, 205, 250), _rgb(232, 246, 255), clouds=0.9)
-  swell = jnp.sin(w.gz * 4.5 + 3.0 * _noise(w.gx * 0.9, w.gz * 0.9, w.seed + 9)) * (
-    0.25 + 0.75 * w.near
-  )
+  swell = jnp.sin(w.gz * 4.5 + 3.0 * _noise(w.gx * 0.9, w.gz * 0.9, w.seed + 9))
+  swell = swell * (0.25 + 0.75 * w.near)
   water = _mix(_rgb(8, 78, 150), _rgb(36, 142, 204), 0.5 + 0.5 * swell)
   water = _mix(water, _rgb(170, 226, 245), 0.75 * _step(0.86, swell, 0.2))
   return w.ground(sky, water)
@@ -217,7 +208,7 @@ def _flower_meadow(w):
   sky = w.sky(_rgb(132, 190, 250), _rgb(226, 240, 255), clouds=0.5)
   sky = _mix(sky, _rgb(70, 132, 74), w.ridge(1.6, 0.09))
   ground = _mix(_rgb(46, 122, 44), _rgb(84, 158, 60), 0.5 + 0.5 * w.patches(1.0))
-  # One flower in most cells of a coarse ground grid, petals as a soft disc with a yellow heart.
+  # A flower in most cells of a coarse grid on the ground: a soft disc of petals, its centre yellow.
   ix, fx = _cell(w.gx * 3.0)
   iz, fz = _cell(w.gz * 3.0)
   a, b, kind = _hash(ix, iz, w.seed), _hash(ix, iz, w.seed + 1), _hash(ix, iz, w.seed + 2)

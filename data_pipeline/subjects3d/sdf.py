@@ -1,8 +1,8 @@
-"""The signed distance of one individual and its ray march, pure JAX; the renderer adds the batch.
+"""The signed distance of an individual and its ray march, pure JAX; the renderer adds the batch.
 
-A table entry is either a Python float, folded into the program (one jit per class on a CPU), or a
-traced scalar (tables gathered by class on accelerators). One set of formulas serves both: where an
-entry is the Python float 0 its work is left out, which never changes the value.
+A table entry is either a Python float, a constant of the program (one jit per class on a CPU), or a
+traced scalar (tables gathered by class on accelerators). Both use the same formulas; terms whose
+entry is the Python float 0 are skipped, which does not change the value.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from jax import lax
 
 from data_pipeline.subjects3d import shapes
 
-_AWAY = 1e3  # a distance that never wins
+_FAR = 1e3  # larger than every distance
 _TETRAHEDRON = np.array([(1, -1, -1), (-1, -1, 1), (-1, 1, -1), (1, 1, 1), (0, 0, 0)], np.float32)
 
 
@@ -37,12 +37,12 @@ def rows_of_class(class_id: int, wide, tall, ratio) -> list[list]:
 
 
 def padded_tables() -> np.ndarray:
-  """[classes, P, 17, 4]: all tables with P rows; the solids of the added rows lie far away."""
-  most = max(len(t) for t in shapes.TABLES)
-  out = np.zeros((len(shapes.TABLES), most, *shapes.TABLES[0].shape[1:]), np.float32)
+  """[classes, P, 17, 4]: all tables with P rows; the solids of the added rows are far away."""
+  num_rows = max(len(t) for t in shapes.TABLES)
+  out = np.zeros((len(shapes.TABLES), num_rows, *shapes.TABLES[0].shape[1:]), np.float32)
   scale, centre = shapes.FIELDS.index("sx"), shapes.FIELDS.index("cy")
   out[:, :, scale : scale + 3, 0] = 1
-  out[:, :, centre, 0] = _AWAY
+  out[:, :, centre, 0] = _FAR
   for c, table in enumerate(shapes.TABLES):
     out[c, : len(table)] = table
   return out
@@ -94,9 +94,8 @@ def primitive(x, y, z, row):
     half = jnp.maximum(h, 1e-6)
     shrink = 1.0 - taper * jnp.clip(y * (0.5 / half) + 0.5, 0.0, 1.0)
     slope = taper * jnp.maximum(jnp.maximum(bx, bz), r) * (0.5 / half)
-    smallest = smallest * lax.rsqrt(
-      1.0 + slope * slope
-    )  # the side is steep: distances shrink by its cosine
+    # The side is steep: distances shrink by its cosine.
+    smallest = smallest * lax.rsqrt(1.0 + slope * slope)
   qx = x if _zero(bx) else jnp.maximum(jnp.abs(x) - bx * shrink, 0.0)
   qz = z if _zero(bz) else jnp.maximum(jnp.abs(z) - bz * shrink, 0.0)
   qy = y if _zero(h) and _zero(r) else jnp.abs(y) - h
@@ -127,8 +126,8 @@ def distance(x, y, z, rows, no_hat):
     return jnp.min(primitive(x, y, z, rows) + (rows[-1] == shapes.HAT) * no_hat, axis=0)
   d = None
   for row in rows:
-    one = primitive(x, y, z, row) + (no_hat if row[-1] == shapes.HAT else 0.0)
-    d = one if d is None else jnp.minimum(d, one)
+    d_row = primitive(x, y, z, row) + (no_hat if row[-1] == shapes.HAT else 0.0)
+    d = d_row if d is None else jnp.minimum(d, d_row)
   return d
 
 
@@ -139,17 +138,17 @@ def nearest_material(x, y, z, rows, no_hat):
     return jnp.min(each, axis=0), rows[-1][jnp.argmin(each, axis=0), 0]
   d = material = None
   for row in rows:
-    one = primitive(x, y, z, row) + (no_hat if row[-1] == shapes.HAT else 0.0)
+    d_row = primitive(x, y, z, row) + (no_hat if row[-1] == shapes.HAT else 0.0)
     if d is None:
-      d, material = one, jnp.full_like(one, row[-1])
+      d, material = d_row, jnp.full_like(d_row, row[-1])
     else:
-      material = jnp.where(one < d, row[-1], material)
-      d = jnp.minimum(d, one)
+      material = jnp.where(d_row < d, row[-1], material)
+      d = jnp.minimum(d, d_row)
   return d, material
 
 
 def march(origin, direction, start, end, rows, no_hat, *, steps: int):
-  """Sphere tracing of rays. Returns (t, d) of the point that came nearest, relative to its depth.
+  """Sphere tracing. Returns (t, d) of the point of each ray with the smallest distance per depth.
 
   Args:
     origin: 3 scalars. direction: 3 arrays [H*W], unit length.
@@ -166,15 +165,15 @@ def march(origin, direction, start, end, rows, no_hat, *, steps: int):
     return jnp.minimum(t + d, end), jnp.where(nearer, relative, best), jnp.where(nearer, t, best_t)
 
   t0 = jnp.full_like(dx, start)
-  _, best, best_t = lax.fori_loop(0, steps, step, (t0, jnp.full_like(dx, _AWAY), t0))
+  _, best, best_t = lax.fori_loop(0, steps, step, (t0, jnp.full_like(dx, _FAR), t0))
   return best_t, best * best_t
 
 
 def normal_and_material(x, y, z, rows, no_hat, eps):
   """Unit normal (tetrahedron differences) and material of the nearest solid at points [H*W].
 
-  A loop, so that XLA computes each tap once: unrolled it would be fused into, and repeated for,
-  every channel of the picture.
+  A loop, so that XLA computes each tap once: unrolled, it would be fused into every channel of the
+  picture and repeated there.
   """
   offsets = jnp.asarray(_TETRAHEDRON)
 

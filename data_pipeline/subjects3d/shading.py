@@ -1,4 +1,4 @@
-"""From factors to a lit picture of one individual, and the filters that make drawings of it."""
+"""From factors to a lit picture of an individual, and the filters that turn it into drawings."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ CAMERA_DISTANCE = 7.0  # object units: a mild perspective
 _PALETTE = np.array(list(factors.COLOR_RGB.values()), np.float32) / 255.0
 _NIGHT, _SEA = factors.SCENES.index("night"), factors.SCENES.index("sea")
 _TAU = 2 * np.pi
-# How far a pattern keeps from half of the surface, in cells: it covers about a third, so that one
-# can tell the main colour from the pattern's. Of a triangle wave 1/2 - 2 x 0.083, of checks less.
+# By how much, in cells, a pattern is narrower than half of the surface: it covers about a third (of
+# a triangle wave 1/2 - 2 x 0.083, of checks less), so that main and pattern colour are distinct.
 _STRIPE_GAP, _CHECK_GAP = 0.083, 0.09
 
 
 def _triangle(x):
-  """Triangle wave of period 1, positive in (0, 0.5): the signed distance to the next flip."""
+  """Triangle wave of period 1, positive in (0, 0.5): the signed distance to the next zero."""
   return 0.25 - jnp.abs((x + 0.25) - jnp.floor(x + 0.25) - 0.5)
 
 
 def _pattern_weight(kind, x, y, z, normal, pattern_map, pixel):
-  """[H*W] weight of the pattern colour in [0, 1], softened over a pixel.
+  """[H*W] weight of the pattern colour in [0, 1], with edges one pixel wide.
 
-  Round classes are wrapped by angle and height, flat ones are mapped face by face; a swirl is
-  always wound around the body. `pattern_map`: see `shapes.PATTERN_MAP`.
+  The pattern's coordinates are angle and height for round classes, those of the face for flat ones;
+  a swirl always uses angle and height. `pattern_map`: see `shapes.PATTERN_MAP`.
   """
   flat, phase, per_height, around = (pattern_map[k] for k in range(4))
   angle = jnp.arctan2(x, z) / _TAU
@@ -49,32 +49,28 @@ def _pattern_weight(kind, x, y, z, normal, pattern_map, pixel):
   return jnp.where(kind == 0, 0.0, jnp.clip(signed / cell + 0.5, 0.0, 1.0))
 
 
-def subject(f, place, rows, pattern_map, *, resolution: int, steps: int):
-  """Renders one individual over nothing.
+def subject(f, placing, rows, pattern_map, *, resolution: int, steps: int):
+  """Renders an individual without background.
 
   Args:
-    f: `factors.Factors` of scalars. place: [4] of `shapes.placing`. rows: the table, see `sdf`.
+    f: `factors.Factors` of scalars. placing: [4] of `shapes.placing`. rows: the table, see `sdf`.
     pattern_map: [4] of `shapes.PATTERN_MAP`.
 
   Returns:
-    (red, green, blue, alpha, shadow), arrays [H*W] in [0, 1]: shadow is the share of light that the
-    ground loses; and coverage [4]: shares of the picture of subject, main, second, pattern colour.
+    (red, green, blue, alpha, shadow), arrays [H*W] in [0, 1]: shadow is the fraction of light that
+    the ground loses; and coverage [4] of the picture by subject, main, second, pattern colour.
   """
-  scale, middle, bound = place[0] * f.size, place[1], place[2]
+  scale, middle, bound = placing[0] * f.size, placing[1], placing[2]
   pixel = 1.0 / (resolution * scale)  # object units at the subject's depth
   axis = (jnp.arange(resolution, dtype=jnp.float32) + 0.5) / resolution - 0.5
   a = (jnp.tile(axis, resolution) - f.x) / scale
-  b = (f.y - place[3] * f.size - jnp.repeat(axis, resolution)) / scale
+  b = (f.y - placing[3] * f.size - jnp.repeat(axis, resolution)) / scale
   cos, sin = jnp.cos(f.roll), jnp.sin(f.roll)
   a, b, a_level, b_level = a * cos - b * sin, a * sin + b * cos, a, b
 
-  # The camera circles the subject, which keeps the table's frame.
-  ca, sa, ce, se = (
-    jnp.cos(f.azimuth),
-    jnp.sin(f.azimuth),
-    jnp.cos(f.elevation),
-    jnp.sin(f.elevation),
-  )
+  # The camera moves around the subject, which stays in the coordinates of its table.
+  ca, sa = jnp.cos(f.azimuth), jnp.sin(f.azimuth)
+  ce, se = jnp.cos(f.elevation), jnp.sin(f.elevation)
   right, up, back = (ca, 0.0, sa), (sa * se, ce, -ca * se), (-sa * ce, se, ca * ce)
   origin = tuple(CAMERA_DISTANCE * k for k in back)
   origin = (origin[0], origin[1] + middle, origin[2])
@@ -94,32 +90,29 @@ def subject(f, place, rows, pattern_map, *, resolution: int, steps: int):
   normal, material = sdf.normal_and_material(x, y, z, rows, no_hat, 0.35 * pixel)
 
   palette = jnp.asarray(_PALETTE)
-  main, second, third = palette[f.color1], palette[f.color2], palette[f.pattern_color]
+  main, second, pattern = palette[f.color1], palette[f.color2], palette[f.pattern_color]
   hat = palette[jnp.maximum(f.hat - 1, 0)]
   is_dark = (main @ jnp.array([0.3, 0.6, 0.1])) < 0.2
   ink = jnp.where(is_dark, jnp.array([0.95, 0.95, 0.95]), jnp.array([0.05, 0.05, 0.06]))
   weight = _pattern_weight(f.pattern, x, y, z, normal, pattern_map, pixel)
 
-  # A key lamp relative to the camera, a sky, a rim that lifts dark subjects off dark grounds.
+  # A lamp relative to the camera, light from the sky, and a rim light for dark subjects at night.
   la, le = f.light_azimuth, f.light_elevation
   lamp = (jnp.sin(la) * jnp.cos(le), jnp.sin(le), jnp.cos(la) * jnp.cos(le))
   cam = (ca, sa), (-sa, ca)  # horizontal part of right and of back
-  lamp = (
-    lamp[0] * cam[0][0] + lamp[2] * cam[1][0],
-    lamp[1],
-    lamp[0] * cam[0][1] + lamp[2] * cam[1][1],
-  )
+  lamp_x = lamp[0] * cam[0][0] + lamp[2] * cam[1][0]
+  lamp = (lamp_x, lamp[1], lamp[0] * cam[0][1] + lamp[2] * cam[1][1])
   lambert = jnp.maximum(sum(n * k for n, k in zip(normal, lamp, strict=True)), 0.0)
   facing = jnp.maximum(-sum(n * k for n, k in zip(normal, direction, strict=True)), 0.0)
   night = (f.scene == _NIGHT) * 1.0
   light = 0.56 + 0.12 * normal[1] + 0.44 * lambert + 0.05 * facing
-  light = light * (0.82 + 0.18 * jnp.clip(y / 0.6, 0.0, 1.0))  # less sky reaches the foot
+  light = light * (0.82 + 0.18 * jnp.clip(y / 0.6, 0.0, 1.0))  # the sky lights the bottom less
   rim = (1.0 - facing) ** 3 * (0.08 + 0.30 * night)
   gloss = jnp.maximum(lambert * facing - 0.55, 0.0) ** 2 * 0.6
 
   channels = []
   for k in range(3):
-    color = main[k] + (third[k] - main[k]) * weight
+    color = main[k] + (pattern[k] - main[k]) * weight
     color = jnp.where(material == shapes.SECOND, second[k], color)
     color = jnp.where(material == shapes.HAT, hat[k], color)
     color = jnp.where(material == shapes.INK, ink[k], color)
@@ -130,7 +123,7 @@ def subject(f, place, rows, pattern_map, *, resolution: int, steps: int):
       jnp.clip(color * light * tint + gloss + rim * (0.8, 0.85, 1.0)[k] + 0.015, 0.0, 1.0)
     )
 
-  # Blob shadow: where the unrolled ray meets the ground, away from the lamp.
+  # Blob shadow where the ray without roll meets the ground, shifted away from the lamp.
   gx, gy, gz = rays(a_level, b_level)
   reach = -origin[1] / jnp.minimum(gy, -1e-3)
   sx, sz = origin[0] + reach * gx + 0.25 * lamp[0], origin[2] + reach * gz + 0.25 * lamp[2]
@@ -169,7 +162,7 @@ def _blur(image):
 
 
 def _sketch(image):
-  """Pencil on paper: dark contours, a little hatching in the shade, a breath of the colours."""
+  """Pencil on paper: dark contours, a little hatching in the shade, faint colours."""
   gray = image @ jnp.array([0.3, 0.59, 0.11])
   # The strongest channel's gradient: red beside green of the same lightness is a contour too.
   gy = jnp.abs(_shift(image, 1, 0) - _shift(image, -1, 0)).max(-1)
@@ -187,7 +180,7 @@ def _sketch(image):
 def _watercolour(image):
   """Soft washes on paper: darker contours, lightness in a few steps, a white margin.
 
-  Steps of lightness, not of each channel, which would lose the subject.
+  The lightness is quantised, not each channel, which would lose the subject.
   """
   soft = _blur(image)
   gray = soft @ jnp.array([0.3, 0.59, 0.11])
@@ -195,16 +188,16 @@ def _watercolour(image):
   base = jnp.floor(level)
   stepped = (base + jnp.clip((level - base - 0.5) * 3.0 + 0.5, 0.0, 1.0)) / 5.0
   washed = soft * ((stepped + 0.1) / (gray + 0.1))[..., None]
-  # What the blur took away marks the contours, as pigment gathers at the edge of a wash.
+  # What the blur removes is at the contours, where the pigment of a wash gathers.
   edge = jnp.abs(image - _blur(soft)).max(-1)
   washed = washed * (1 - jnp.clip(2.2 * edge, 0.0, 0.6))[..., None]
-  # The paper shines through, so the pigments have to be stronger.
+  # The paper shines through, so the colours are made more saturated.
   tone = washed @ jnp.array([0.3, 0.59, 0.11])
   washed = tone[..., None] + 1.3 * (washed - tone[..., None])
   h, w = tone.shape
   y, x = jnp.abs(jnp.linspace(-1, 1, h))[:, None], jnp.abs(jnp.linspace(-1, 1, w))
   margin = jnp.clip((1.0 - jnp.maximum(x, y)) * 9.0 - 0.25 + 0.5 * (tone - 0.5), 0.0, 1.0)
-  strength = 0.78 * margin[..., None]  # the wash ends before the sheet does
+  strength = 0.78 * margin[..., None]  # the wash ends before the edge of the sheet
   return jnp.array([1.0, 0.99, 0.97]) * (1.0 - (1.0 - jnp.clip(washed, 0.0, 1.0)) * strength)
 
 

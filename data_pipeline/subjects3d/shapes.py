@@ -1,9 +1,8 @@
 """The ten classes as tables of super-primitives (numpy only).
 
-A row of 17 numbers is one solid: centre, two rotations, three scales, horizontal box half-extents,
-half height, radius, rounding, taper, ring radius, mirroring, material. It gives sphere, ellipsoid,
-(rounded, tapered) box, cylinder, capsule, cone, torus and band. A proportion (wide, tall, ratio in
-[-1, 1]) is a linear change: table = base + wide * d_wide + tall * d_tall + ratio * d_ratio.
+A row of 17 numbers (`FIELDS`) is a solid; special cases are sphere, ellipsoid, (rounded, tapered)
+box, cylinder, capsule, cone, torus and band. A proportion (wide, tall, ratio in [-1, 1]) changes
+the numbers linearly: base + wide * d_wide + tall * d_tall + ratio * d_ratio.
 
 Object frame: y up, ground at y = 0, front towards +z, and +x to the picture's right when the front
 faces the camera.
@@ -21,14 +20,14 @@ FIELDS = (
   "sx", "sy", "sz",  # scales
   "bx", "bz",  # half-extents of the box part
   "h", "r",  # half height and radius of the cylinder part
-  "rnd",  # rounding: a sphere is nothing but rounding
-  "taper",  # share by which box and radius shrink from bottom to top
+  "rnd",  # rounding: a sphere has only this
+  "taper",  # fraction by which box and radius shrink from bottom to top
   "ring",  # > 0: bent to a ring of that radius around the x axis (bx radial, bz axial)
   "mirror",  # 1: also at -x; 2: also at -x, at -z and at both
   "mat",
 )  # fmt: skip
 MAIN, SECOND, HAT, INK, WHITE, ORANGE, LAMP, TAIL_LAMP, GLASS, DARK = range(10)
-# Materials that are the same on every individual. INK is black, or white on a dark subject.
+# Materials that are the same for all individuals. INK is black, or white on a dark subject.
 FIXED_RGB = {
   WHITE: (245, 245, 245), ORANGE: (255, 140, 0), LAMP: (255, 250, 170), TAIL_LAMP: (255, 20, 20),
   GLASS: (178, 222, 245), DARK: (46, 46, 52),
@@ -46,19 +45,12 @@ def _row(mat, c, *, wide=None, tall=None, ratio=None, **fields) -> np.ndarray:
 
 
 def _hat(y, *, z=0.0, size=1.0, wide=0.0, tall=0.0, ratio=0.0):
-  """A bowler: brim and crown; y = where it sits, and how that moves with the proportions."""
+  """A bowler: brim and crown; y = its height, and how that changes with the proportions."""
   moves = {"wide": {"cy": wide}, "tall": {"cy": tall}, "ratio": {"cy": ratio}}
+  crown = dict(r=0.24 * size, h=0.14 * size, rnd=0.09 * size, taper=0.15)
   return [
     _row(HAT, (0, y, z), r=0.5 * size, h=0.01, rnd=0.045 * size, **moves),
-    _row(
-      HAT,
-      (0, y + 0.2 * size, z),
-      r=0.24 * size,
-      h=0.14 * size,
-      rnd=0.09 * size,
-      taper=0.15,
-      **moves,
-    ),
+    _row(HAT, (0, y + 0.2 * size, z), **crown, **moves),
   ]
 
 
@@ -126,8 +118,7 @@ def _robot():
          wide={"cz": 0.06}, tall={"cy": 0.14}),  # chest screen
     _row(SECOND, (0, 1.1, -0.64), bx=0.36, bz=0.14, h=0.34, rnd=0.08,
          wide={"cz": -0.06}, tall={"cy": 0.12}),  # backpack
-    _row(TAIL_LAMP, (0.2, 1.12, -0.86), rnd=0.15, mirror=1,
-         wide={"cz": -0.06}, tall={"cy": 0.12}),
+    _row(TAIL_LAMP, (0.2, 1.12, -0.86), rnd=0.15, mirror=1, wide={"cz": -0.06}, tall={"cy": 0.12}),
     _row(SECOND, (0.56, 1.95, 0), rz=np.pi / 2, r=0.16, h=0.04, rnd=0.06, mirror=1,
          tall={"cy": 0.2}, ratio={"cx": 0.09, "cy": 0.05}),  # ears
     *_hat(2.3, tall=0.2, ratio=0.14, size=0.95),
@@ -136,8 +127,7 @@ def _robot():
 
 def _rocket():
   return [
-    _row(MAIN, (0, 1.22, 0), r=0.6, h=0.5, rnd=0.26,
-         wide={"r": 0.1}, tall={"h": 0.12, "cy": 0.12}),
+    _row(MAIN, (0, 1.22, 0), r=0.6, h=0.5, rnd=0.26, wide={"r": 0.1}, tall={"h": 0.12, "cy": 0.12}),
     _row(SECOND, (0, 2.24, 0), r=0.76, h=0.4, rnd=0.06, taper=0.9, wide={"r": 0.1},
          tall={"cy": 0.24}, ratio={"h": 0.1, "cy": 0.1}),  # nose
     _row(SECOND, (0.98, 0.5, 0), rz=-0.42, bx=0.24, bz=0.06, h=0.38, rnd=0.06, taper=0.55, mirror=1,
@@ -250,23 +240,22 @@ def _teddy():
 
 
 _MAKERS = (_teapot, _snowman, _mushroom, _robot, _rocket, _tree, _duck, _house, _car, _teddy)
-# Per class, rows x 17 x 4.
-TABLES = tuple(np.stack(maker()) for maker in _MAKERS)
-# Per class: flat faces?, phase of the height, cells per unit of height, cells around (or per unit).
+TABLES = tuple(np.stack(maker()) for maker in _MAKERS)  # per class: rows x 17 x 4
+# Per class: round or flat, phase of the height, cells per unit height, cells around (or per unit).
 _ROUND, _FLAT = 0.0, 1.0
 PATTERN_MAP = np.array([
   (_ROUND, 0.02, 1.5, 8), (_ROUND, 0.0, 1.4, 8), (_ROUND, 0.1, 1.5, 8), (_FLAT, 0.1, 1.6, 1.6),
   (_ROUND, 0.1, 1.5, 6), (_ROUND, 0.1, 1.6, 8), (_ROUND, 0.0, 1.5, 8), (_FLAT, 0.0, 1.5, 1.5),
   (_FLAT, 0.85, 1.7, 1.7), (_ROUND, 0.0, 1.5, 8),
 ], np.float32)  # fmt: skip
-# Per class, measured on pictures of 400 individuals each: the size at which hardly any side is cut,
-# and how far the silhouette's middle lies below that of the solid, in canvas widths at size 1.
+# Per class, measured on pictures of 400 individuals each: the size at which the border cuts hardly
+# any; how far the silhouette's centre is below that of the solid, in canvas widths at size 1.
 FIT = np.array([1.12, 1.08, 1.02, 1.01, 1.05, 1.05, 1.13, 0.91, 0.97, 0.99], np.float32)
 LIFT = np.array([20, -4, 18, 6, 26, 16, 7, 40, 29, 12], np.float32) * 1e-3
 
 
-def _turned(a, b, angle):
-  """Half-extents along two axes of a box turned by the angle between them."""
+def _rotated_extents(a, b, angle):
+  """Half-extents along two axes of a box rotated by `angle` in their plane."""
   cos, sin = np.abs(np.cos(angle)), np.abs(np.sin(angle))
   return cos * a + sin * b, sin * a + cos * b
 
@@ -274,13 +263,13 @@ def _turned(a, b, angle):
 def extents(subjects: factors.Subjects | factors.Factors) -> np.ndarray:
   """[n, 4]: half width (x), half depth (z), bottom and top (y) without hat, in object units.
 
-  Bounds of the turned boxes around the solids: a little too large for round ones, but always alike.
+  Bounds of the rotated boxes around the solids: always a little too large for round ones.
   """
   out = np.zeros((len(subjects.class_id), 4), np.float32)
   for c in np.unique(subjects.class_id):
-    pick = subjects.class_id == c
-    proportions = np.stack([subjects.wide, subjects.tall, subjects.ratio])[:, pick]
-    weight = np.concatenate([np.ones((1, pick.sum())), proportions])
+    of_class = subjects.class_id == c
+    proportions = np.stack([subjects.wide, subjects.tall, subjects.ratio])[:, of_class]
+    weight = np.concatenate([np.ones((1, of_class.sum())), proportions])
     table = TABLES[c][TABLES[c][:, -1, 0] != HAT]
     columns = np.moveaxis(np.einsum("pfk,kn->npf", table, weight), -1, 0)
     f = dict(zip(FIELDS, columns, strict=True))
@@ -288,10 +277,10 @@ def extents(subjects: factors.Subjects | factors.Factors) -> np.ndarray:
     ex = (np.where(ring, f["bz"], np.maximum(f["r"], f["bx"])) + f["rnd"]) * f["sx"]
     ey = (np.where(ring, f["ring"] + f["bx"], f["h"]) + f["rnd"]) * f["sy"]
     ez = np.where(ring, f["ring"] + f["bx"], np.maximum(f["r"], f["bz"])) + f["rnd"]
-    ey, ex = _turned(ey, ex, f["rz"])
-    ey, ez = _turned(ey, ez * f["sz"], f["rx"])
+    ey, ex = _rotated_extents(ey, ex, f["rz"])
+    ey, ez = _rotated_extents(ey, ez * f["sz"], f["rx"])
     bounds = (np.abs(f["cx"]) + ex, np.abs(f["cz"]) + ez, ey - f["cy"], f["cy"] + ey)
-    out[pick] = np.stack([b.max(1) for b in bounds], -1) * (1, 1, -1, 1)
+    out[of_class] = np.stack([b.max(1) for b in bounds], -1) * (1, 1, -1, 1)
   return out
 
 
@@ -301,7 +290,7 @@ def placing(f: factors.Factors) -> np.ndarray:
   e = extents(f)
   half_height = (e[:, 3] - e[:, 2]) / 2
   half_width = np.hypot(e[:, 0], e[:, 1]) * 0.8
-  # Seen from about 0.35 rad above.
+  # Seen from an elevation of about 0.35 rad.
   depth = np.minimum(e[:, 0], e[:, 1]) * np.sin(0.35) * 0.6
   reach = np.maximum(half_width, half_height * np.cos(0.35) + depth)
   scale = 0.278 * FIT[f.class_id] / reach
