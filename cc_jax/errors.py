@@ -1,11 +1,33 @@
-"""Errors that a user can mend, and the wrapper that prints them without a traceback."""
+"""Errors that a user can mend, the wrapper that prints them without a traceback, renamed keys."""
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from absl import app, flags, logging
 
 from data_pipeline.errors import DataError
+
+# Config keys that had another name at commit 0d5bef4: dotted key of then -> today's.
+RENAMED_KEYS = {
+  "data.reference_share": "data.reference_ratio",
+  "data.reference_place": "data.reference_layout",
+  "data.positive_share": "data.positive_ratio",
+  "data.terse_captions": "data.caption_drop_detail_prob",
+  "data.group_share": "data.group_ratio",
+  "train.accumulate": "train.grad_accum_steps",
+  "train.gate_rate": "train.gate_lr_mult",
+  "train.gaps_every": "train.prompt_sensitivity_every",
+  "world.calm_share": "world.calm_ratio",
+  "world.plain_share": "world.plain_ratio",
+  "clip.white_share": "clip.white_ratio",
+  "clip.mirror_share": "clip.mirror_ratio",
+  "unet.calm_share": "unet.calm_ratio",
+  "judge.fresh": "judge.test_images",
+}
+RENAMED_KEYS |= {f"run.{old}": f"run.{new}" for old, new in RENAMED_KEYS.items()}  # configs/lab.py
+ORIGINAL_KEYS = {new: old for old, new in RENAMED_KEYS.items()}
+RENAMED_REMAT = {"products": "dots"}  # words of train.remat_unet and train.remat_text
 
 
 class UserError(Exception):
@@ -56,6 +78,39 @@ def run(main: Callable[[Sequence[str]], None], define: Callable[[], None] = lamb
 def one_line(error: Exception) -> str:
   """The error's text without line breaks, or its type where it has none."""
   return " ".join(str(error).split()) or type(error).__name__
+
+
+def flatten_config(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+  """A nested config as dotted key -> value."""
+  flat = {}
+  for key, value in tree.items():
+    if isinstance(value, Mapping):
+      flat |= flatten_config(value, f"{prefix}{key}.")
+    else:
+      flat[prefix + key] = value
+  return flat
+
+
+def with_current_names(flat: Mapping[str, Any]) -> dict[str, Any]:
+  """The flattened config of an older run, with today's names."""
+  return {RENAMED_KEYS.get(key, key): _current_value(key, value) for key, value in flat.items()}
+
+
+def refuse_old_names(flat: Mapping[str, Any]) -> None:
+  """Raises UserError for an old name in a flattened config; it says the name of today."""
+  for key, value in flat.items():
+    if key in RENAMED_KEYS:
+      raise UserError(f"the config key {key} is now {RENAMED_KEYS[key]}")
+    if (now := _current_value(key, value)) != value:
+      raise UserError(f"config.{key} is {value!r}; that policy is now called {now!r}")
+
+
+def _current_value(key: str, value: Any) -> Any:
+  if ".remat_" not in key:
+    return value
+  if isinstance(value, list | tuple):
+    return type(value)(RENAMED_REMAT.get(word, word) for word in value)
+  return RENAMED_REMAT.get(value, value)
 
 
 def _stop(message: str) -> None:

@@ -14,11 +14,17 @@ from PIL import Image
 
 import data_pipeline
 from cc_jax.customcontrast.adapter_file import load_adapter
-from cc_jax.errors import UserError
+from cc_jax.errors import (
+  ORIGINAL_KEYS,
+  RENAMED_KEYS,
+  UserError,
+  flatten_config,
+  refuse_old_names,
+  with_current_names,
+)
 from cc_jax.models import remat
 from cc_jax.sampling.pipeline import load
 from cc_jax.training.checkpoint import config_changes, jsonable
-from cc_jax.training.config_keys import ORIGINAL, RENAMED, current, dotted, renamed_message
 from cc_jax.training.loop import train
 from cc_jax.training.telemetry import read_log
 from configs import lab, sd15, sd21, sdxl, subjects3d, subjects3d_base, subjects3d_judge
@@ -40,7 +46,7 @@ def test_training_goes_on_from_an_older_checkpoint(tiny_folder, tmp_path, monkey
     tar.extractall("run", filter="data")
   lines = (OLD / "metrics.jsonl").read_text().splitlines(keepends=True)
   log.write_text("".join(line for line in lines if json.loads(line)["step"] <= 3))
-  changes = current(json.loads((OLD / "config.json").read_text()))
+  changes = with_current_names(json.loads((OLD / "config.json").read_text()))
   config = tiny.tiny_config("base", **{k.replace(".", "__"): v for k, v in changes.items()})
 
   train(config, "run")
@@ -78,20 +84,20 @@ def test_an_older_adapter_draws(tiny_folder, tmp_path):
 def test_the_table_of_old_keys_is_of_the_configs():
   configs = [file.get_config() for file in (
     lab, sd15, sd21, sdxl, subjects3d, subjects3d_base, subjects3d_judge)]
-  keys = {key for config in configs for key in dotted(config.to_dict())}
-  assert not keys & RENAMED.keys()
+  keys = {key for config in configs for key in flatten_config(config.to_dict())}
+  assert not keys & RENAMED_KEYS.keys()
   # `run.` are the keys of the laboratory's training, which is of one config.
-  missing = {key for key in RENAMED.values() if not key.startswith("run.")} - keys
-  assert not missing and len(ORIGINAL) == len(RENAMED)
-  assert all(not renamed_message(dotted(config.to_dict())) for config in configs)
+  missing = {key for key in RENAMED_KEYS.values() if not key.startswith("run.")} - keys
+  assert not missing and len(ORIGINAL_KEYS) == len(RENAMED_KEYS)
+  for config in configs:
+    refuse_old_names(flatten_config(config.to_dict()))
 
 
 def test_records_of_older_runs_are_compared_by_todays_names():
   config = subjects3d.get_config()
-  record = {ORIGINAL.get(key, key): value for key, value in dotted(jsonable(config)).items()}
   saved = {}
-  for key, value in record.items():
-    section, _, name = key.rpartition(".")
+  for key, value in flatten_config(jsonable(config)).items():
+    section, _, name = ORIGINAL_KEYS.get(key, key).rpartition(".")
     (saved.setdefault(section, {}) if section else saved)[name] = value
   assert "reference_share" in saved["data"]
   assert config_changes(saved, config) == {}
@@ -150,5 +156,5 @@ def test_old_keys_in_python_and_old_words(tmp_path):
     train(config, tmp_path)
   with pytest.raises(UserError, match="use none, dots, full"):
     remat.check_policies("train.remat_unet", ["products"])
-  assert renamed_message({"run.data.reference_place": "frame"}) == (
-    "the config key run.data.reference_place is now run.data.reference_layout")
+  with pytest.raises(UserError, match="run.data.reference_place is now run.data.reference_layout"):
+    refuse_old_names({"run.data.reference_place": "frame"})
