@@ -1,4 +1,4 @@
-"""The laboratory: what each part of the method is worth, measured on subjects3d.
+"""The laboratory: measures on subjects3d what each part of the method contributes.
 
     python -m cc_jax.lab --suite=ablation                 # all arms, then tables and figures
     python -m cc_jax.lab --suite=ablation --fast          # a toy base, two steps: minutes
@@ -7,9 +7,9 @@
     python -m cc_jax.lab --suite=ablation --arms=core --split=test   # finished arms, once
     python -m cc_jax.lab --config=configs/lab.py:photographs --suite=ablation --arms=core
 
-The last one asks the same where subjects are shown as in photographs: references keep their
-background, and half of the captions name nothing but the class. A variant is one line of `ARMS`: a
-name, its family and what it changes in `run`. How long it all takes: docs/lab.md.
+The last one repeats it on subjects shown as in photographs: references keep their background, and
+half of the captions name only the class. A variant is one line of `ARMS`: a name, its family and
+what it changes in `run`. Running times: docs/lab.md.
 """
 
 from typing import Any, NamedTuple
@@ -24,8 +24,8 @@ class Arm(NamedTuple):
 
   family: arms that are compared with each other; 'core' and 'control' run with all seeds.
   changes: dotted keys of the training's config and their values.
-  tune: a key and its candidates; the first seed chooses on the validation subjects, for all.
-  first: a share of the steps that comes first, with changes of its own at a constant rate.
+  tune: a key and its candidates; the first seed's scores on the validation subjects choose for all.
+  first: a fraction of the steps, and the changes for that first phase; its rate is constant.
   """
 
   family: str
@@ -34,7 +34,7 @@ class Arm(NamedTuple):
   first: tuple[float, dict[str, Any]] | None = None
 
 
-SELF = {"data.frames": "self"}  # the reference is cut out of the target's own frame
+SELF = {"data.frames": "self"}  # the reference is cut out of the target frame
 OFF = {"objective.lambda_cscl": 0.0, "objective.lambda_macl": 0.0}
 AUGMENTED = {"data.reference_place": "random"}  # as MCL's positives are
 # IP-Adapter-plus (arXiv 2308.06721): Resampler tokens of the penultimate features in decoupled
@@ -130,10 +130,10 @@ ARMS = {
 
 
 def get_config(setting: str = "cut_outs") -> ml_collections.ConfigDict:
-  """The table of decisions, of `python -m cc_jax.lab --config=configs/lab.py[:setting]`.
+  """The config of `python -m cc_jax.lab --config=configs/lab.py[:setting]`.
 
-  'cut_outs': references on white, captions that tell all of the context; 'photographs': neither.
-  Raises ValueError for another one.
+  'cut_outs': references on white, captions that name the whole context; 'photographs': neither.
+  Raises ValueError for another setting.
   """
   if setting not in ("cut_outs", "photographs"):
     raise ValueError(f"setting {setting!r} is unknown; configs/lab.py has cut_outs, photographs")

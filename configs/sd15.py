@@ -5,12 +5,12 @@
 builds the whole training state abstractly (seconds, no weights) and prints the parameter table:
 88.2 M trained parameters beside 1,698 M frozen ones.
 Training needs the weights in the folders that `base` and `encoder.image_encoder` name, triples of
-frames in `data.name`, and an accelerator: `--config.base=... --config.data.name=...`. It has not
-been trained here: no weights and no photographs can be had where this was built.
+frames in `data.name`, and an accelerator: `--config.base=... --config.data.name=...`. The project
+has not trained it: neither weights nor photographs were available.
 
-A slice for it: v5e:4x4, every chip with all weights and 4 images. The plan says 15.1 of its 16 GiB,
-0.44 s a step (0.33 to 0.56), 145 images/s; on v6e:4x4 with 8 images a chip 27.1 of 32 GiB, 0.30 s,
-433 images/s (docs/scale.md):
+A slice for it: v5e:4x4, all weights and 4 images on every chip. The plan says 15.1 of its 16 GiB,
+0.44 s per step (0.33 to 0.56), 145 images/s; on v6e:4x4 with 8 images per chip 27.1 of 32 GiB,
+0.30 s, 433 images/s (docs/scale.md):
 
   python -m cc_jax.plan --config=configs/sd15.py --topology=v5e:4x4 --batch_per_chip=4
 """
@@ -21,7 +21,7 @@ from configs import subjects3d
 
 
 def get_config() -> ml_collections.ConfigDict:
-  """Where it differs from configs/subjects3d.py, the table of all decisions."""
+  """The differences from configs/subjects3d.py, which explains all keys."""
   c = subjects3d.get_config()
   c.base = "stable-diffusion-v1-5"
 

@@ -2,11 +2,11 @@
 
   python -m cc_jax.train --config=configs/sd21.py --abstract
 
-builds the whole training state abstractly and prints the parameter table. Not trained here, for the
+builds the whole training state abstractly and prints the parameter table. Not trained yet, for the
 reason that configs/sd15.py gives.
 
-A slice for it: v6e:4x4, every chip with all weights. On each lie 6.71 GB of its 32 GiB before
-activations; the step has not been compiled for it:
+A slice for it: v6e:4x4 with all weights on every chip: 6.71 GB of its 32 GiB without activations.
+The step has not been compiled for it:
 
   python -m cc_jax.plan --config=configs/sd21.py --topology=v6e:4x4 --what=state
 """
@@ -17,7 +17,7 @@ from configs import sd15
 
 
 def get_config() -> ml_collections.ConfigDict:
-  """Where it differs from configs/sd15.py."""
+  """The differences from configs/sd15.py."""
   c = sd15.get_config()
   c.base = "stable-diffusion-2-1"
   c.data.image_size = 768

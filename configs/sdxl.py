@@ -2,11 +2,11 @@ r"""CustomContrast on Stable Diffusion XL base 1.0 (1024 px).
 
   python -m cc_jax.train --config=configs/sdxl.py --abstract
 
-builds the whole training state abstractly and prints the parameter table. Not trained here, for the
+builds the whole training state abstractly and prints the parameter table. Not trained yet, for the
 reason that configs/sd15.py gives.
 
-A slice for it: v5e:8x8 with weights and Adam cut over 8 chips, one image on each. The plan says 9.4
-of a chip's 16 GiB, 0.65 s a step (0.49 to 0.92), 99 images/s (docs/scale.md):
+A slice for it: v5e:8x8 with weights and Adam sharded over 8 chips, one image on each. The plan says
+9.4 of a chip's 16 GiB, 0.65 s per step (0.49 to 0.92), 99 images/s (docs/scale.md):
 
   python -m cc_jax.plan --config=configs/sdxl.py --topology=v5e:8x8 --batch_per_chip=1 \
     --config.mesh.fsdp=8
@@ -18,7 +18,7 @@ from configs import sd15
 
 
 def get_config() -> ml_collections.ConfigDict:
-  """Where it differs from configs/sd15.py."""
+  """The differences from configs/sd15.py."""
   c = sd15.get_config()
   c.base = "stable-diffusion-xl-base-1.0"
   c.data.image_size = 1024

@@ -4,8 +4,8 @@
 
 On 2 cores without accelerator: 16 minutes, 3.2 GB. Expect on 40 test subjects: scene 100 %, class
 98 %, main colour of the reference 75 % (the base: 2 %), second colour 78 % (8 %), pattern 30 %
-(11 %). A slice has nothing to do: on v5e:4x4 with 2 images a chip the plan says 0.134 of
-16 GiB and 0.84 ms a step (docs/scale.md).
+(11 %). It is far too small for a TPU slice: on v5e:4x4 with 2 images per chip, the plan says 0.134
+of 16 GiB and 0.84 ms per step (docs/scale.md).
 """
 
 import ml_collections
@@ -15,28 +15,28 @@ def get_config() -> ml_collections.ConfigDict:
   """The table of decisions. Every key is read by something; unknown keys are errors."""
   c = ml_collections.ConfigDict()
   c.seed = 0
-  # A folder in the diffusers layout; 'subjects3d-base' is the one shipped inside the package.
+  # A folder in the diffusers layout; 'subjects3d-base' ships with the package.
   c.base = "subjects3d-base"
 
   c.data = ml_collections.ConfigDict()
   c.data.source = "tfds"  # 'tfds' | 'render' (no tensorflow) | 'folder'
-  c.data.name = "subjects3d/small"  # TFDS data set; for 'folder' the folder's path
-  c.data.data_dir = ""  # where TFDS data sets are written; '' = the library's default
+  c.data.name = "subjects3d/small"  # TFDS data set; with 'folder', the folder's path
+  c.data.data_dir = ""  # where TFDS data sets are written; '' = TFDS' default
   c.data.image_size = 64
-  c.data.reference_share = 0.8  # longer side of the reference's subject over the canvas
+  c.data.reference_share = 0.8  # longer side of the reference's subject / side of the canvas
   c.data.reference_jitter = 0.0  # random change of the reference's size and place, 0 = none
-  c.data.positive_share = (0.4, 0.9)  # range of the positive's longer side over the canvas
+  c.data.positive_share = (0.4, 0.9)  # the same for the positive: a range
   # The reference is 'centred'; the lab also shows it 'in_place' (as in its frame, on white), at a
   # 'random' size and place like positives, or the whole 'frame' with its background.
   c.data.reference_place = "centred"
-  c.data.frames = "multi_view"  # 'self': the reference is the target's own frame (lab's control)
-  # Share of captions cut down to the class noun, "a teapot": photographs are rarely told in full.
+  c.data.frames = "multi_view"  # 'self': the reference is the target's frame (a control)
+  # Probability that a caption is only the class noun, "a teapot": real captions are often as short.
   c.data.terse_captions = 0.0
   c.data.group = "family"  # hard negatives: 'class' | 'family'
-  c.data.group_share = 0.0  # share of the global batch drawn from one group
+  c.data.group_share = 0.0  # fraction of the global batch that is drawn from one group
 
   c.encoder = ml_collections.ConfigDict()  # the MFI-Encoder
-  c.encoder.image_encoder = ""  # folder of a CLIP image encoder; '' = the base's own image_encoder/
+  c.encoder.image_encoder = ""  # folder of CLIP or DINOv2; '' = the base's image_encoder/
   c.encoder.image_layers = (1, 2, 3, 4)  # hidden states concatenated [R]; 0 = the encoder's input
   c.encoder.width = 128
   c.encoder.depth = 2  # [R]
@@ -55,7 +55,7 @@ def get_config() -> ml_collections.ConfigDict:
   # embedding: from the prompt without S+ ('plain') or the mean over layers with it ('s_plus') [R].
   # The mini base takes much of colour and class from there.
   c.encoder.s_plus_pooled = "s_plus"
-  c.encoder.fusion = "tv_fusion"  # 'tv_fusion' | 'visual_tokens' (the lab's control) [R]
+  c.encoder.fusion = "tv_fusion"  # 'tv_fusion' | 'visual_tokens' (the laboratory's control) [R]
   # Sizes of the groups of layers that share an S+ (SDXL has 70 layers); () = each its own.
   c.encoder.layer_groups = ()
   c.encoder.contrast_head = 0  # width of a projection head between the S+ tokens and MACL; 0 = none
@@ -68,8 +68,8 @@ def get_config() -> ml_collections.ConfigDict:
   c.injection.gate_start = 0.0  # of the factor on the visual path; 0: training starts at the base
 
   c.objective = ml_collections.ConfigDict()
-  # [R] With 0.1 each and macl_scaling 'inverse', the textual Q-Former's gradient came from contrast
-  # alone: 3.65 against the diffusion loss's 0.013. Soft targets pull less (docs/lab.md).
+  # [R] At 0.1 each and macl_scaling 'inverse', contrast drowned the diffusion loss: the gradients
+  # at the textual Q-Former were 3.65 and 0.013. Soft targets give smaller ones (docs/lab.md).
   c.objective.lambda_cscl = 0.001
   c.objective.cscl_temperature = 0.07  # [R]
   c.objective.cscl_frame = "same_frame"  # 'same_frame' | 'cross_frame' [R]
@@ -81,8 +81,8 @@ def get_config() -> ml_collections.ConfigDict:
   c.objective.macl_soft_temperature = 0.3
   c.objective.macl_symmetric = False  # [R]
   c.objective.macl_pooling = "mean"  # 'mean' | 'per_token' [R]
-  # How both go through the pairs of the global batch: 'naive' N x N matrices | 'tiled' keys of all
-  # devices | 'ring' of blocks | 'auto' by the memory that each needs. The losses are the same.
+  # How both compare the global batch: 'naive': N x N matrices | 'tiled': gathered keys, a tile at a
+  # time | 'ring': blocks passed around | 'auto': by memory. The losses are the same.
   c.objective.contrast = "auto"
   c.objective.tile = 1024  # columns in a tile of 'tiled' and 'ring'
   c.objective.min_snr_gamma = 0.0  # 0 = plain loss
@@ -95,9 +95,9 @@ def get_config() -> ml_collections.ConfigDict:
   c.train = ml_collections.ConfigDict()
   c.train.steps = 800
   c.train.batch_size = 32  # global
-  c.train.accumulate = 1  # parts that the batch goes through the networks in; same gradient
+  c.train.accumulate = 1  # microbatches that a batch is divided into; the gradient is the same
   c.train.learning_rate = 1e-3
-  c.train.gate_rate = 10.0  # the gates' learning rate over the others'
+  c.train.gate_rate = 10.0  # learning rate of the gates / that of all else
   c.train.schedule = "cosine"  # 'cosine' | 'constant', after the warm-up
   c.train.warmup_steps = 100
   c.train.weight_decay = 0.01
@@ -106,27 +106,27 @@ def get_config() -> ml_collections.ConfigDict:
   c.train.clip_norm = 1.0
   c.train.ema = 0.995
   c.train.dtype = "float32"  # compute: 'float32' | 'bfloat16'
-  c.train.base_dtype = "float32"  # how the frozen base is stored
-  # What the backward pass computes again: 'none' | 'products' (all but convolutions and products
-  # with weights) | 'full'. For the UNet one word, or one for each of its blocks down, mid, up.
+  c.train.base_dtype = "float32"  # storage of the frozen base
+  # What the backward pass recomputes: 'none' | 'products' (all but convolutions and products with
+  # weights) | 'full'. For the UNet one word, or one for each of its blocks down, mid, up.
   c.train.remat_unet = ("none",)
   c.train.remat_text = "none"  # the text encoders, which see a sequence for every layer
   c.train.warm_start = ""  # an IP-Adapter(-plus) .safetensors file to start from; '' = random
-  c.train.max_bad_steps = 1
+  c.train.max_bad_steps = 1  # consecutive steps that are not finite before the run stops
   c.train.log_every = 50
   c.train.save_every = 500
   c.train.keep = 2
   c.train.keep_every = 0  # steps whose multiples are kept for good; 0 = none
   c.train.sample_every = 500  # 0 = only at the end
-  c.train.gaps_every = 500  # wrong-word loss gaps; 0 = never
+  c.train.gaps_every = 500  # how much a wrong word raises the loss; 0 = never
 
   c.mesh = ml_collections.ConfigDict()
-  # Devices along each axis, one of them -1 = those that are left. The batch is cut over data and
-  # fsdp, parameters with optimizer and average over fsdp and tensor (cc_jax.parallel.rules.RULES).
+  # Devices along each axis; -1 for one of them = all remaining. The batch is sharded over data and
+  # fsdp; parameters, optimizer and EMA over fsdp and tensor (cc_jax.parallel.rules.RULES).
   c.mesh.data = -1
   c.mesh.fsdp = 1
   c.mesh.tensor = 1
-  c.mesh.processes = 1  # that must join; more than 1 starts jax.distributed
+  c.mesh.processes = 1  # in all; more than 1 starts jax.distributed
   c.mesh.cpu_devices = -1  # virtual CPU devices when there is no accelerator; -1 = one per core
 
   c.sample = ml_collections.ConfigDict()  # the grid and the scores at the end of the run
@@ -135,6 +135,6 @@ def get_config() -> ml_collections.ConfigDict:
   c.sample.sampler = "dpmsolver++"
   c.sample.steps = 20
   c.sample.guidance = 5.0
-  c.sample.image_guidance = -1.0  # apart from the text's when >= 0
+  c.sample.image_guidance = -1.0  # guidance of the image, separate from the text's, if >= 0
   c.sample.scale = 1.0
   return c

@@ -2,9 +2,9 @@
 
   python -m cc_jax.pretrain --config=configs/subjects3d_base.py --workdir=runs/base
 
-On 4 cores without accelerator: the pictures 1 minute, VAE 12 (25.0 dB), CLIP pair 35, UNet at about
-110 samples/s 3 hours for these steps. The shipped base came about in pieces, each from the one
-before by `init_from`: 5,800 steps of the UNet by an earlier recipe (mask_weight 2); 21,000 more, up
+On 4 cores without accelerator: rendering 1 minute, VAE 12 (25.0 dB), CLIP pair 35, UNet 3 hours
+(about 110 samples/s). The shipped base was trained in pieces, each initialised from the one before
+(`init_from`): 5,800 steps of the UNet by an earlier recipe (mask_weight 2); 21,000 more, up
 to step 12,000 of them with calm_share 0.5; at last, for patterns, 6,000 with world.plain_share 0.2,
 calm_share 0.6 and learning_rate 8e-4. It draws class 96, main colour 99 and scene 100 % of 200
 prompts as asked (`python -m cc_jax.evaluate --what=base`). To train it on:
@@ -13,7 +13,7 @@ prompts as asked (`python -m cc_jax.evaluate --what=base`). To train it on:
 CLIP: 700 steps of both towers with white_share 0.5, 1,800 of the image encoder alone (freeze_text),
 both by captions only (factor_weight and position_scale 0): a linear probe named 43 % of the classes
 (docs/lab.md, "What the image encoder must know"). Then, with the factors, on pictures of their own
-(world.recombine, plain_share 0.2, calm_share 0.3), 800 steps and, with pretrain.code_positions put
+(world.recombine, plain_share 0.2, calm_share 0.3), 800 steps and, with clip.code_positions put
 upon them once (a random start has it from the beginning), 4,200 of batch 128 (31 minutes on 4
 cores); at last 800 of the projection alone (freeze_features, contrast_weight 0, white_share 0.9,
 batch 256, learning_rate 3e-3; 8 minutes on one core). At the end of the 4,200 it told class 94,
@@ -33,9 +33,9 @@ def get_config() -> ml_collections.ConfigDict:
 
   c.world = ml_collections.ConfigDict()  # what is rendered before the training starts
   c.world.images = 60_000
-  c.world.calm_share = 0.5  # share with narrow irrelevant factors: the easy lessons
-  c.world.plain_share = 0.5  # share that loses its pattern: shapes are seen better
-  c.world.recombine = False  # whether patterns and proportions are dealt anew among subjects
+  c.world.calm_share = 0.5  # fraction with narrow irrelevant factors, which is easier
+  c.world.plain_share = 0.5  # fraction without pattern, which shows shapes better
+  c.world.recombine = False  # whether patterns and proportions are shuffled among subjects
   c.world.split = "train"
   c.world.captions = 4  # phrasings per image
   c.world.processes = 0  # 0 = one per core
@@ -62,15 +62,15 @@ def get_config() -> ml_collections.ConfigDict:
   c.clip.vision = ml_collections.ConfigDict(dict(
       hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4,
       hidden_act="gelu", projection_dim=128, image_size=64, patch_size=8))
-  c.clip.white_share = 0.75  # pictures cut out on white: what the adapter will show the encoder
+  c.clip.white_share = 0.75  # fraction cut out on white, as the adapter's references are
   c.clip.freeze_text = False  # with init_from: train the image encoder alone
   c.clip.freeze_features = False  # and of that one the projection alone, which MACL's S comes from
   c.clip.contrast_weight = 1.0
   c.clip.position_scale = 0.8  # of the code in a random start's positions; 0 = CLIP's own start
-  # Of telling the factors (pretrain.FactorHeads) and how alike two subjects are (likeness); 0 =
+  # Weight of classifying the factors (pretrain.clip.FactorHeads) and of similarity_correlation; 0 =
   # captions alone.
   c.clip.factor_weight = 0.3
-  c.clip.mirror_share = 0.5  # share of the pictures that are shown left for right
+  c.clip.mirror_share = 0.5  # fraction of the pictures that are mirrored
   c.clip.train = _train(steps=2500, batch=192, learning_rate=1.5e-3)
 
   c.unet = ml_collections.ConfigDict()
@@ -90,8 +90,8 @@ def get_config() -> ml_collections.ConfigDict:
   c.unet.noise_shift = 2.0  # u -> s u / (1 + (s - 1) u): more of the noisy times
   c.unet.mask_weight = 6.0  # loss weight 1 + mask_weight * subject mask, grown by one latent
   c.unet.drop_caption = 0.1
-  c.unet.calm_until = 0.3  # share of the steps over which calm pictures are favoured even more
-  c.unet.calm_share = 0.75  # share of a batch from the calm pictures, afterwards
+  c.unet.calm_until = 0.3  # fraction of the steps in which there are more calm pictures still
+  c.unet.calm_share = 0.75  # fraction of a batch that is calm, afterwards
 
   c.mesh = ml_collections.ConfigDict()
   c.mesh.data = -1
