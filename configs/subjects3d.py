@@ -95,7 +95,7 @@ def get_config() -> ml_collections.ConfigDict:
   c.train = ml_collections.ConfigDict()
   c.train.steps = 800
   c.train.batch_size = 32  # global
-  c.train.accumulate = 1  # microbatches that a batch is divided into; the gradient is the same
+  c.train.accumulate = 1  # microbatches that a batch is divided into; same gradient
   c.train.learning_rate = 1e-3
   c.train.gate_rate = 10.0  # learning rate of the gates / that of all else
   c.train.schedule = "cosine"  # 'cosine' | 'constant', after the warm-up
