@@ -70,7 +70,7 @@ def steps(config, base, definition, trainable, frozen, mesh):
   """(the state after the last step, what is compared, the compiled program's text)."""
   state = shard_params(step.init_state(trainable, config), mesh)
   frozen = shard_params(frozen, mesh)
-  method = make_step_context(config, definition, base)
+  context = make_step_context(config, definition, base)
   batches = tiny.batches(base.tokenizers[0], SIZE)
   found, compiled = {}, None
   for number in range(STEPS):
@@ -79,7 +79,7 @@ def steps(config, base, definition, trainable, frozen, mesh):
     batch = shard_batch(batch, mesh)
     if compiled is None:
       seed = shard_params(step_seed(config), mesh)
-      compiled = step.make_train_step(method, mesh, state, frozen)
+      compiled = step.make_train_step(context, mesh, state, frozen)
       compiled = compiled.lower(state, frozen, batch, seed).compile()
     state, metrics = compiled(state, frozen, batch, seed)
     if number == 0:
