@@ -684,23 +684,6 @@ def test_relative_rise_counts_changed_samples_only():
 # The command line and the config.
 
 
-def test_every_config_key_is_read():
-  """By name, after a dot or in quotes, in a file of the program (not in a config)."""
-  source = "\n".join(
-    path.read_text()
-    for folder in ("cc_jax", "data_pipeline")
-    for path in sorted((ROOT / folder).rglob("*.py"))
-    if path.name not in ("pretrain.py", "fitting.py")
-  )
-  unread = []
-  for section, keys in tiny.subjects3d.get_config().items():
-    names = keys.keys() if isinstance(keys, ml_collections.ConfigDict) else [section]
-    for key in names:
-      # encoder and injection are read whole, field by field, into dataclasses
-      pattern = rf"(\.{key}\b|[\"']{key}[\"']|^  {key}: )"
-      if not re.search(pattern, source, re.MULTILINE):
-        unread.append(f"{section}.{key}")
-  assert not unread
 
 
 def test_packages_and_their_norms(setup, compiled):
