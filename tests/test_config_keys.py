@@ -1,4 +1,4 @@
-"""Every key of every config is read by the program: recorded where it runs, else found in its code."""
+"""Every key of every config is read: recorded where a run is quick, else found in the code."""
 
 import ast
 import functools
@@ -127,7 +127,8 @@ def unread_by_training(config, workdir, monkeypatch):
   callbacks = loop.Callbacks(evaluate.draw_validation_grid, evaluate.score_test_subjects)
   loop.train(config, workdir, callbacks)
   # The other source's keys, without tensorflow.
-  for package, name in ((data_pipeline.subjects3d, "builder"), (data_pipeline.sources, "tfds_source")):
+  modules = (data_pipeline.subjects3d, "builder"), (data_pipeline.sources, "tfds_source")
+  for package, name in modules:
     stub = SimpleNamespace(build=lambda *_: None, batches=lambda *_, **__: iter(()))
     monkeypatch.setitem(sys.modules, f"{package.__name__}.{name}", stub)
     monkeypatch.setattr(package, name, stub, raising=False)
