@@ -26,10 +26,8 @@ def sample_latents(vae: nnx.Module, images: Array, keys: Array) -> Float[Array, 
   return images_to_latents(vae, images, functools.partial(_normal, keys))
 
 
-def subject_weights(
-  masks: Array, size: tuple[int, int], weight: float
-) -> Float[Array, "b h w"] | None:
-  """1 + weight * mask at the latents' size, for uint8 masks [B, H, W]; None for weight 0. [R]"""
+def subject_weights(masks: Array, size: tuple[int, int], weight: float) -> Array | None:
+  """[B, h, w]: 1 + weight * mask at the latents' size, for uint8 masks [B, H, W]; None for 0. [R]"""
   if not weight:
     return None
   masks = masks.astype(jnp.float32) / 255
@@ -37,10 +35,7 @@ def subject_weights(
 
 
 def denoise(
-  context: StepContext,
-  model: CustomContrast,
-  batch: Batch,
-  features: Float[Array, "b p c"],
+  context: StepContext, model: CustomContrast, batch: Batch, features: Float[Array, "b p c"],
   step_noise: StepNoise,
 ) -> tuple[Float[Array, "b h w c"], Float[Array, "b h w c"]]:
   """(prediction, its target) for the target frame with the noise of t."""
@@ -85,10 +80,7 @@ def total_loss(
 
 
 def diffusion_objective(
-  context: StepContext,
-  model: CustomContrast,
-  batch: Batch,
-  features: Float[Array, "b p c"],
+  context: StepContext, model: CustomContrast, batch: Batch, features: Float[Array, "b p c"],
   step_noise: StepNoise,
 ) -> tuple[Float[Array, ""], Metrics]:
   """L_diffusion; `features` are the references'."""

@@ -42,9 +42,7 @@ def sample_losses(
 
 
 def make_prompt_sensitivity(
-  context: StepContext,
-  mesh: Mesh,
-  batch: NumpyBatch,
+  context: StepContext, mesh: Mesh, batch: NumpyBatch,
   wrong: Mapping[str, tuple[NumpyBatch, np.ndarray]],
 ) -> Callable[[Params, Params], dict[str, float]]:
   """A function (adapter, frozen) -> {'gap/<word>': relative rise of the loss} on one fixed batch.
