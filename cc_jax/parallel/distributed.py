@@ -115,12 +115,11 @@ def initialize_distributed(mesh: ml_collections.ConfigDict) -> str:
 
 
 def _give_up(processes: str, address: str | None) -> None:
-  print(
+  text = (
     f"error: {processes} did not all join at {address or 'the coordinator'} within {JOIN_TIMEOUT} "
-    "s; check that each was started and reaches that address, or set mesh.processes",
-    file=sys.stderr,
-    flush=True,
+    "s; check that each was started and reaches that address, or set mesh.processes"
   )
+  print(text, file=sys.stderr, flush=True)
   os._exit(1)
 
 

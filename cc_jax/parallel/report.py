@@ -19,10 +19,7 @@ MAX_REPLICATED_RATIO = 0.02  # of the bytes that RULES should shard
 
 
 def unexpectedly_replicated(tree: Any, mesh: Mesh | AbstractMesh) -> tuple[int, dict[str, int]]:
-  """(bytes that RULES should shard, path -> bytes of those of them that an axis replicates).
-
-  It reads the arrays' own shardings, whoever set them; `tree` may hold abstract arrays.
-  """
+  """(bytes that RULES should shard, path -> bytes of those of them that an axis replicates)."""
   total, replicated = 0, {}
   for name, x in flatten(tree).items():
     rule = find_rule(name)

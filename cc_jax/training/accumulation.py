@@ -49,10 +49,8 @@ def accumulate_gradients(
     model, features, embeddings = embed_microbatch(trainable, microbatch)
     loss, metrics = diffusion_objective(context, model, microbatch[0], features, microbatch[1])
     # The gradient of these products is that of the contrastive losses through the embeddings.
-    products = jax.tree.map(
-      lambda d, e: jnp.sum(d.astype(jnp.float32) * e), d_embeddings, embeddings
-    )
-    return loss / count + sum(jax.tree.leaves(products)), metrics
+    pairs = zip(jax.tree.leaves(d_embeddings), jax.tree.leaves(embeddings))
+    return loss / count + sum(jnp.sum(d.astype(jnp.float32) * e) for d, e in pairs), metrics
 
   def add(gradients, inputs):
     gradient_fn = jax.grad(context.remat_all_gathers(microbatch_loss), has_aux=True)

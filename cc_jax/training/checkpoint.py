@@ -42,11 +42,7 @@ class Checkpoints:
   """
 
   def __init__(self, folder: epath.PathLike, *, keep: int, keep_every: int = 0):
-    """Opens the folder, or creates it.
-
-    Raises:
-      UserError: it cannot be written, or does not answer within ANSWER_TIMEOUT seconds.
-    """
+    """Opens or creates the folder. Raises UserError if it cannot be written in ANSWER_TIMEOUT s."""
     if keep < 1:
       raise UserError(f"train.keep is {keep}; keep at least one checkpoint")
     folder = os.fspath(folder)
@@ -85,7 +81,7 @@ class Checkpoints:
     return None if latest is None else latest.step
 
   def save(self, step: int, state: Any, record: Mapping[str, Any]) -> None:
-    """Starts to write `state` in the background; returns once its buffers may be donated.
+    """Starts to write `state` in the background; then its buffers may be donated.
 
     Raises UserError if this save cannot start or the one before it failed.
     """

@@ -27,7 +27,7 @@ def sample_latents(vae: nnx.Module, images: Array, keys: Array) -> Float[Array, 
 
 
 def subject_weights(masks: Array, size: tuple[int, int], weight: float) -> Array | None:
-  """[B, h, w]: 1 + weight * mask at the latents' size, for uint8 masks [B, H, W]; None for 0. [R]"""
+  """1 + weight * mask [B, H, W] (uint8) at the latents' size [B, h, w]; None for weight 0. [R]"""
   if not weight:
     return None
   masks = masks.astype(jnp.float32) / 255

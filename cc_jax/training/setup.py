@@ -121,10 +121,8 @@ def build_abstract(
   config.base = _known_architecture(config.base)
   config.encoder.image_encoder = _known_architecture(config.encoder.image_encoder)
   base = abstract_base(config.base, **base_options(config))
-  adapter = adapter_configs(config)
-  return config, base, build_customcontrast(
-    base, *adapter, dtype=config.train.dtype, transform=eval_shape_only
-  )
+  adapter, dtype = adapter_configs(config), config.train.dtype
+  return config, base, build_customcontrast(base, *adapter, dtype=dtype, transform=eval_shape_only)
 
 
 def _known_architecture(folder: str) -> str:

@@ -11,6 +11,7 @@ log of a run that was killed and restarted has the same losses as that of one th
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import json
 import math
@@ -70,7 +71,7 @@ class Telemetry:
 
   def waited(self, seconds: float) -> None:
     """Counts time that the loop waited for data; it is part of the step's time."""
-    self._spent["data"] = self._spent.get("data", 0.0) + seconds
+    self._spent["data"] += seconds
 
   @contextlib.contextmanager
   def spent(self, on: str) -> Iterator[None]:
@@ -80,7 +81,7 @@ class Telemetry:
       yield
     finally:
       seconds = time.perf_counter() - began
-      self._spent[on] = self._spent.get(on, 0.0) + seconds
+      self._spent[on] += seconds
       self._outside += seconds
       if self._writes:
         self._bar.unpause()
@@ -148,7 +149,7 @@ class Telemetry:
 
   def _restart_clock(self) -> None:
     self._timed, self._outside, self._since = 0, 0.0, time.perf_counter()
-    self._spent: dict[str, float] = {}
+    self._spent = collections.defaultdict(float)
 
   def _times(self) -> dict[str, float]:
     total = time.perf_counter() - self._since
@@ -158,7 +159,7 @@ class Telemetry:
     times["images_per_second_per_chip"] = rate / self._chips
     if self._utilisation:
       times["mfu"] = self._utilisation / seconds
-    return times | {f"share/{kind}": self._spent.get(kind, 0.0) / total for kind in SHARES}
+    return times | {f"share/{kind}": self._spent[kind] / total for kind in SHARES}
 
 
 class Profile:
