@@ -50,7 +50,8 @@ def accumulate_gradients(
     loss, metrics = diffusion_objective(context, model, microbatch[0], features, microbatch[1])
     # The gradient of these products is that of the contrastive losses through the embeddings.
     pairs = zip(jax.tree.leaves(d_embeddings), jax.tree.leaves(embeddings))
-    return loss / count + sum(jnp.sum(d.astype(jnp.float32) * e) for d, e in pairs), metrics
+    products = [jnp.sum(d.astype(jnp.float32) * e) for d, e in pairs]
+    return loss / count + sum(products), metrics
 
   def add(gradients, inputs):
     gradient_fn = jax.grad(context.remat_all_gathers(microbatch_loss), has_aux=True)

@@ -81,10 +81,7 @@ class Checkpoints:
     return None if latest is None else latest.step
 
   def save(self, step: int, state: Any, record: Mapping[str, Any]) -> None:
-    """Starts to write `state` in the background; then its buffers may be donated.
-
-    Raises UserError if this save cannot start or the one before it failed.
-    """
+    """Starts a save; then buffers may be donated. UserError if this or the last save fails."""
     record = {"format": FORMAT, "step": step, **record}
     with self._explained(f"cannot save step {step}"):
       self._orbax.wait()
