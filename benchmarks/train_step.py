@@ -52,14 +52,14 @@ def main() -> None:
   definition, trainable, frozen = build_customcontrast(
     base, *adapter_configs(config), dtype=config.train.dtype, seed=config.seed
   )
-  method = make_step_context(config, definition, base)
+  context = make_step_context(config, definition, base)
   state = shard_params(step.init_state(trainable, config), mesh)
   frozen = shard_params(frozen, mesh)
-  batch = shard_batch(noise(size, config.data.image_size, len(method.empty_prompt)), mesh)
+  batch = shard_batch(noise(size, config.data.image_size, len(context.empty_prompt)), mesh)
 
   began = time.perf_counter()
   seed = shard_params(step_seed(config), mesh)
-  compiled = step.make_train_step(method, mesh, state, frozen)
+  compiled = step.make_train_step(context, mesh, state, frozen)
   compiled = compiled.lower(state, frozen, batch, seed).compile()
   print(f"{mesh.size} x {mesh.devices.flat[0].device_kind}, batch {size}, {config.train.dtype}")
   print(f"compile    {time.perf_counter() - began:8.1f} s")

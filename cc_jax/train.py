@@ -4,9 +4,9 @@
     python -m cc_jax.train --config=... --workdir=... --config.train.steps=3000
     python -m cc_jax.train --config=configs/sd15.py --abstract
 
-The same command again goes on where the run stopped, on any number of devices and processes.
-`--abstract` needs no weights: it prints the parameter table and ends. On several machines the same
-command runs on each (cc_jax.parallel.rules.join). Read from the top down: `train` is the whole story.
+The same command again resumes the run, on any number of devices and processes. `--abstract` prints
+the parameter table and ends; it needs no weights. On several machines the same command runs on each
+(cc_jax.parallel.distributed). The training itself is cc_jax.training.loop.train.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from cc_jax.training.setup import use_compilation_cache
 
 def parse_steps(text: str) -> tuple[int, int]:
   """'10:15' -> (10, 15); '' -> (0, 0). Raises UserError for anything else."""
-  found = re.fullmatch(r"(\d+):(\d+)", text or "0:0")
-  if not found or int(found[1]) > int(found[2]):
+  match = re.fullmatch(r"(\d+):(\d+)", text or "0:0")
+  if not match or int(match[1]) > int(match[2]):
     raise UserError(f"--profile_steps={text}: give the first and last step, e.g. 10:15")
-  return int(found[1]), int(found[2])
+  return int(match[1]), int(match[2])
 
 
 def main(argv: Sequence[str]) -> None:
@@ -45,8 +45,8 @@ def main(argv: Sequence[str]) -> None:
     raise UserError("no --workdir given; name a folder for checkpoints and logs")
   profile_steps = parse_steps(flags.FLAGS.profile_steps)
   use_compilation_cache(epath.Path(workdir))
-
-  train(config, workdir, Callbacks(draw_validation_grid, score_test_subjects), profile_steps)
+  callbacks = Callbacks(on_sample=draw_validation_grid, on_finish=score_test_subjects)
+  train(config, workdir, callbacks, profile_steps)
 
 
 def define_flags() -> None:

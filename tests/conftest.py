@@ -10,7 +10,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["NO_GCE_CHECK"] = "true"  # TFDS would look for cloud storage at import
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("TQDM_DISABLE", "1")
-# As cc_jax.parallel.rules sets it: from the start, so that all processes share their compiled programs.
+# As set_cpu_devices sets it, but from the start, so that all processes share compiled programs.
 _FLAGS = "--xla_cpu_collective_call_terminate_timeout_seconds=3600"
 _FLAGS += " --xla_cpu_parallel_codegen_split_count=1"  # tests run side by side: less work in all
 if version("jaxlib").startswith("0.10."):  # XLA's older emitters compile in 2/5 of the time

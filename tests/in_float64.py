@@ -1,7 +1,7 @@
 """Importing this first makes the whole program compute in float64, and SGD out of the optimizer.
 
-For processes that compare meshes or process counts: differences that rounding makes vanish, so that
-the others show. Small arrays are cut as large ones are.
+For processes that compare meshes or process counts: only differences that are not rounding remain.
+Small arrays are sharded like large ones.
 """
 
 import jax
@@ -10,7 +10,7 @@ jax.config.update("jax_enable_x64", True)
 
 import jax.numpy as jnp  # noqa: E402
 
-jnp.float32 = jnp.float64  # where the program names the precision of losses, norms and defaults
+jnp.float32 = jnp.float64  # the precision of losses, norms and defaults
 
 import optax  # noqa: E402
 
@@ -18,6 +18,6 @@ from cc_jax.parallel import report, rules  # noqa: E402
 from cc_jax.training import optimizer, setup  # noqa: E402
 
 optimizer.make_optimizer = lambda settings: optax.trace(decay=0.0)  # its state is the gradient
-rules.RULES = tuple(rule._replace(above=2) for rule in rules.RULES)
-report.MAX_REPLICATED_RATIO = 1.0  # the tiny networks' sides are odd on purpose
+rules.RULES = tuple(rule._replace(min_size=2) for rule in rules.RULES)
+report.MAX_REPLICATED_RATIO = 1.0  # the tiny networks' sizes are odd on purpose
 setup.DTYPES = (*setup.DTYPES, "float64")

@@ -1,9 +1,9 @@
 """Five steps of SGD on meshes of 8 virtual devices: python tests/run_sharded.py BASE OUT.
 
 Everything that mixes samples is on: CSCL, MACL, subject masks, condition dropout, EMA; each mesh
-goes through the pairs in a way of its own, one in parts of the batch. In float64: what is compared
-is what the partitioner made of the program, not the rounding of sums in another order. The adapter
-is moved away from its start, where closed gates would make most gradients zero.
+has another backend of the contrastive losses, one has microbatches. In float64: the comparison is
+about what the partitioner makes of the program, not about rounding sums in another order. The
+adapter is moved away from its start, where closed gates would make most gradients zero.
 """
 
 import json
@@ -19,19 +19,18 @@ import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 import tiny  # noqa: E402
 
-from cc_jax.bases.base import load_base
-from cc_jax.customcontrast.build import build_customcontrast
+from cc_jax.bases.base import load_base  # noqa: E402
+from cc_jax.customcontrast.build import build_customcontrast  # noqa: E402
 from cc_jax.models.params import flatten  # noqa: E402
-from cc_jax.parallel.distributed import set_cpu_devices
-from cc_jax.parallel.mesh import make_mesh, shard_batch
-from cc_jax.parallel.rules import abstract_params, init_sharded, param_sharding_fn, shard_params
-from cc_jax.training import step
+from cc_jax.parallel.distributed import set_cpu_devices  # noqa: E402
+from cc_jax.parallel.mesh import make_mesh, shard_batch  # noqa: E402
+from cc_jax.parallel.rules import abstract_params, init_sharded, param_sharding_fn, shard_params  # noqa: E402
+from cc_jax.training import step  # noqa: E402
 from cc_jax.training.checkpoint import Checkpoints, jsonable  # noqa: E402
-from cc_jax.training.setup import adapter_configs, make_step_context, step_seed
+from cc_jax.training.setup import adapter_configs, make_step_context, step_seed  # noqa: E402
 
 SIZE, STEPS = 16, 5
-# data, fsdp, tensor: how the contrastive losses go through the pairs, parts of the batch, what is
-# computed again.
+# data, fsdp, tensor: objective.contrast, microbatches, train.remat_*.
 MESHES = {
   (1, 1, 1): ("naive", 1, "none"),
   (8, 1, 1): ("naive", 1, "none"),
@@ -40,7 +39,7 @@ MESHES = {
 }
 
 
-def configure(base, sizes, contrast, parts, remat):
+def configure(base, sizes, contrast, microbatches, remat):
   data, fsdp, tensor = sizes
   return tiny.tiny_config(
     base,
@@ -49,7 +48,7 @@ def configure(base, sizes, contrast, parts, remat):
     mesh__tensor=tensor,
     mesh__cpu_devices=8,
     train__batch_size=SIZE,
-    train__accumulate=parts,
+    train__accumulate=microbatches,
     train__remat_unet=(remat,),
     train__remat_text=remat,
     train__learning_rate=0.01,
@@ -67,38 +66,38 @@ def configure(base, sizes, contrast, parts, remat):
 
 
 def steps(config, base, definition, trainable, frozen, mesh):
-  """(the state after the last step, what is compared, the compiled program's text)."""
+  """(the state after the last step, arrays to compare, the compiled program's text)."""
   state = shard_params(step.init_state(trainable, config), mesh)
   frozen = shard_params(frozen, mesh)
-  method = make_step_context(config, definition, base)
+  context = make_step_context(config, definition, base)
   batches = tiny.batches(base.tokenizers[0], SIZE)
-  found, compiled = {}, None
+  arrays, compiled = {}, None
   for number in range(STEPS):
     batch = next(batches)
     batch["subject_id"][-3:] = -1
     batch = shard_batch(batch, mesh)
     if compiled is None:
       seed = shard_params(step_seed(config), mesh)
-      compiled = step.make_train_step(method, mesh, state, frozen)
+      compiled = step.make_train_step(context, mesh, state, frozen)
       compiled = compiled.lower(state, frozen, batch, seed).compile()
     state, metrics = compiled(state, frozen, batch, seed)
     if number == 0:
       trace = jax.device_get(state.opt_state.trace)  # now, since the state is donated
-      found |= {f"gradient/{key}": value for key, value in trace.items()}
-    found |= {f"metric/{number}/{key}": value for key, value in metrics.items()}
-  found |= {f"parameter/{key}": value for key, value in state.trainable.items()}
-  found |= {f"average/{key}": value for key, value in state.ema.items()}
-  return state, jax.device_get(found), compiled.as_text()
+      arrays |= {f"gradient/{key}": value for key, value in trace.items()}
+    arrays |= {f"metric/{number}/{key}": value for key, value in metrics.items()}
+  arrays |= {f"parameter/{key}": value for key, value in state.trainable.items()}
+  arrays |= {f"EMA/{key}": value for key, value in state.ema.items()}
+  return state, jax.device_get(arrays), compiled.as_text()
 
 
 def main(folder: str, out: Path) -> None:
   jax.config.update("jax_disable_most_optimizations", True)
-  configs = {sizes: configure(folder, sizes, *how) for sizes, how in MESHES.items()}
+  configs = {sizes: configure(folder, sizes, *settings) for sizes, settings in MESHES.items()}
   config = configs[1, 8, 1]
   set_cpu_devices(config.mesh, SIZE)
   meshes = {sizes: make_mesh(c.mesh, SIZE) for sizes, c in configs.items()}
   assert all(mesh.devices.shape == sizes for sizes, mesh in meshes.items())
-  # Made on one of the meshes, as training does; the same values go to all.
+  # Created on one of the meshes, as training does; all use the same values.
   mesh = meshes[1, 8, 1]
   base = load_base(
     folder, dtype=jnp.float64, param_dtype=jnp.float64, sharding=param_sharding_fn(mesh)
@@ -114,16 +113,16 @@ def main(folder: str, out: Path) -> None:
   }
   states = {}
   for sizes, mesh in meshes.items():
-    states[sizes], found, text = steps(
+    states[sizes], arrays, text = steps(
       configs[sizes], base, definition, trainable, frozen, mesh
     )
     name = "x".join(map(str, sizes))
-    np.savez(out / f"{name}.npz", **found)
+    np.savez(out / f"{name}.npz", **arrays)
     (out / f"{name}.hlo").write_text(text)
   parameters = {**frozen, **trainable}
   (out / "shapes.json").write_text(json.dumps([x.shape for x in parameters.values()]))
 
-  # A checkpoint does not know how its arrays were cut.
+  # A checkpoint does not depend on how its arrays were sharded.
   saved = states[8, 1, 1]
   record = {"base_hash": base.hash, "config": jsonable(config), "telemetry": {}}
   checkpoints = Checkpoints(out / "checkpoints", keep=1)
@@ -137,8 +136,8 @@ def main(folder: str, out: Path) -> None:
       value.sharding == wanted.sharding and np.asarray(value).tobytes() == before[key].tobytes()
       for (key, value), wanted in zip(flatten(restored).items(), jax.tree.leaves(state))
     ]
-    cut = sum(not value.is_fully_replicated for value in jax.tree.leaves(restored))
-    print("restored", *sizes, all(same), cut, flush=True)
+    sharded = sum(not value.is_fully_replicated for value in jax.tree.leaves(restored))
+    print("restored", *sizes, all(same), sharded, flush=True)
   checkpoints.close()
 
 

@@ -116,7 +116,7 @@ def test_one_process_speaks_and_lists_all(folders):
   folder, stopped = folders
   outputs = json.loads((folder / "two" / "out.json").read_text())
   assert [f"process {i} on " in outputs[0] for i in range(3)] == [True, True, False]
-  assert re.search(r"trained +mfi_encoder +fsdp +\d", outputs[0])  # what is cut how
+  assert re.search(r"trained +mfi_encoder +fsdp +\d", outputs[0])  # what is sharded how
   assert "4 x cpu, devices" in outputs[0] and f"SIGTERM: step {stopped} is saved" in outputs[0]
   assert silent(outputs[1])
 
@@ -155,7 +155,7 @@ def the_batches_are_the_loaders(folder, base, runs):
 
 
 def agree(ours, wanted):
-  """Losses and norms of all steps; gradients, parameters and averages after the last."""
+  """Losses and norms of all steps; gradients, parameters and EMA after the last."""
   lines = [read_log(run / "metrics.jsonl") for run in (ours, wanted)]
   assert [line["step"] for line in lines[0]] == list(range(1, STEPS + 1))  # each written once
   for x, y in zip(*lines):

@@ -1,4 +1,4 @@
-"""Four meshes of virtual devices give the same numbers; what is cut how; what is refused."""
+"""Four meshes of virtual devices give the same numbers; what is sharded how; what is refused."""
 
 import importlib
 import json
@@ -48,7 +48,7 @@ def relative(a, b):
 
 @pytest.mark.parametrize("mesh", MESHES[1:])
 def test_numbers_do_not_depend_on_the_mesh(runs, mesh):
-  """Losses of five steps, the first step's gradients, parameters and averages after the fifth."""
+  """Losses of five steps, the first step's gradients, parameters and EMA after the fifth."""
   one, other = runs[0]["1x1x1"], runs[0][mesh]
   assert set(one) == set(other)
   assert one["parameter/mfi_encoder.visual.queries"].dtype == np.float64
@@ -69,7 +69,7 @@ def test_numbers_do_not_depend_on_the_mesh(runs, mesh):
 def test_a_checkpoint_is_restored_onto_other_meshes_bit_for_bit(runs):
   lines = [line.split()[1:] for line in runs[2].splitlines() if line.startswith("restored")]
   assert [line[:4] for line in lines] == [["2", "2", "2", "True"], ["1", "1", "1", "True"]]
-  assert int(lines[0][4]) > 100 and int(lines[1][4]) == 0  # it really was cut
+  assert int(lines[0][4]) > 100 and int(lines[1][4]) == 0  # it really was sharded
 
 
 LAYERS, SAMPLES, QUERIES, WIDTH = 4, 16, 2, 8
@@ -82,7 +82,7 @@ def gathered(hlo):
 
 
 def test_only_small_things_are_gathered(runs):
-  """The batch stays cut: of what is gathered, nothing is larger than the contrastive tokens.
+  """The batch stays sharded: nothing that is gathered is larger than the contrastive tokens.
 
   A reshape that folds layers into the batch would gather every layer's text, forward and backward.
   """
@@ -91,7 +91,7 @@ def test_only_small_things_are_gathered(runs):
 
 
 def test_over_fsdp_weights_are_gathered_and_not_what_goes_through_them(runs):
-  """Without sharding.all_gather_on_use the partitioner cuts channels as a weight is cut."""
+  """Without all_gather_on_use the partitioner shards channels as a weight is sharded."""
   known = {tuple(shape) for shape in json.loads((runs[1] / "shapes.json").read_text())}
   tokens = {(LAYERS, SAMPLES, WIDTH), (SAMPLES, WIDTH)}  # pooled, for metrics and losses
   shapes = gathered((runs[1] / "1x8x1.hlo").read_text())
@@ -124,8 +124,8 @@ def mesh_of(data, fsdp, tensor):
   ],
 )
 def test_rules(path, shape, expected):
-  found = tuple(param_spec(path, shape, mesh_of(2, 4, 2)))
-  assert found[: len(expected)] == expected and not any(found[len(expected) :])
+  spec = tuple(param_spec(path, shape, mesh_of(2, 4, 2)))
+  assert spec[: len(expected)] == expected and not any(spec[len(expected) :])
   assert param_spec(path, shape, mesh_of(16, 1, 1)) == jax.P()
 
 
@@ -145,20 +145,21 @@ def sdxl():
 
 
 def test_sdxl_over_four_chips(sdxl):
-  """The adapter's whole state in at most 20 GB, 6 GB a chip; nothing that should be cut is not."""
+  """The adapter's state in at most 20 GB, 6 GB a chip; nothing is replicated by mistake."""
   mesh = mesh_of(1, 4, 1)
   tree = abstract_params(sdxl, mesh)
   check_sharding(tree, mesh)
   state, base = tree["state"], tree["base"]
   parts = {"frozen base": base, "adapter": state.trainable, "Adam": state.opt_state}
-  parts |= {"average": state.ema, "gradients": state.trainable}
+  parts |= {"EMA": state.ema, "gradients": state.trainable}
   total, chip = (sum(map(size, parts.values())) for size in (cost.all_bytes, cost.chip_bytes))
   assert 15e9 < total < 20e9
   assert total / 4 < chip < min(6e9, 1.02 * total / 4)
   for name, part in parts.items():
-    wanted, whole = unexpectedly_replicated(part, mesh)
-    # What the rules leave alone by its size counts here, too.
-    assert wanted > 0.98 * cost.all_bytes(part) and sum(whole.values()) < 0.02 * wanted, name
+    total_bytes, replicated = unexpectedly_replicated(part, mesh)
+    # Of all bytes, those of parameters that are too small for the rules included.
+    assert total_bytes > 0.98 * cost.all_bytes(part), name
+    assert sum(replicated.values()) < 0.02 * total_bytes, name
   del parts["gradients"]  # the plan adds them
   assert f"{total / 1e9:.4g}" in state_table(AbstractProgram(None, (), parts, 0))
   table = describe_sharding({"frozen": base, "trained": state.trainable}, mesh)
@@ -166,21 +167,21 @@ def test_sdxl_over_four_chips(sdxl):
   assert float(row[-2].replace(",", "")) == pytest.approx(4 * float(row[-1].replace(",", "")), 1e-3)
 
 
-def test_what_does_not_divide_or_was_not_cut_is_refused_by_name(sdxl):
+def test_what_does_not_divide_or_is_replicated_is_refused_by_name(sdxl):
   mesh = mesh_of(1, 7, 1)
   message = r"100% of the bytes .* \(mesh.fsdp=7, mesh.tensor=1\): \S+embedding, .* choose sizes"
   with pytest.raises(UserError, match=message):
     check_sharding(abstract_params(sdxl, mesh), mesh)
   mesh = mesh_of(1, 4, 1)
   tree = abstract_params(sdxl, mesh)
-  whole = {
+  replicated = {
     key: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated_sharding(mesh))
     for key, x in tree["base"].items()
     if key.startswith("text_encoders.")
   }
   message = r"20% of the bytes .*: text_encoders.1.text_model.embeddings.token_embedding.embedding"
   with pytest.raises(UserError, match=message):
-    check_sharding({**tree["base"], **whole}, mesh)
+    check_sharding({**tree["base"], **replicated}, mesh)
 
 
 @pytest.mark.parametrize(

@@ -32,11 +32,10 @@ from cc_jax.customcontrast.build import build_customcontrast, eval_shape_only
 from cc_jax.customcontrast.model import CustomContrast
 from cc_jax.errors import UserError
 from cc_jax.objectives import macl as macl_lib
-from cc_jax.parallel import rules as sharding
+from cc_jax.parallel import rules
 from cc_jax.parallel.mesh import AXES, make_mesh, replicate, shard_batch
-from cc_jax.parallel.rules import RULES, shard_params
-from cc_jax.training import prompt_sensitivity as gaps
-from cc_jax.training import step
+from cc_jax.parallel.rules import shard_params
+from cc_jax.training import loop, step
 from cc_jax.training.accumulation import (
   accumulate_gradients,
   merge_microbatches,
@@ -44,11 +43,12 @@ from cc_jax.training.accumulation import (
 )
 from cc_jax.training.checkpoint import Checkpoints
 from cc_jax.training.context import to_unit_range
-from cc_jax.training.contrastive import Embeddings, contrastive_objective
+from cc_jax.training.contrastive import Embeddings, compare_embeddings, contrastive_embeddings
 from cc_jax.training.loop import Callbacks, train
 from cc_jax.training.losses import diffusion_objective, sample_latents, subject_weights, total_loss
 from cc_jax.training.noise import keep_conditions, sample_step_noise, sample_timesteps
 from cc_jax.training.parameter_table import parameter_table
+from cc_jax.training.prompt_sensitivity import relative_rise, wrong_nouns, wrong_phrases
 from cc_jax.training.setup import adapter_configs, base_options, make_step_context, step_seed
 from cc_jax.training.step import group_by_module
 from cc_jax.training.telemetry import read_log
@@ -206,7 +206,7 @@ class Setup:
   trainable: dict
   frozen: dict
 
-  def method(self, **changes):
+  def context(self, **changes):
     config = self.config.copy_and_resolve_references()
     config.update_from_flattened_dict({k.replace("__", "."): v for k, v in changes.items()})
     return make_step_context(config, self.definition, self.base)
@@ -230,13 +230,13 @@ def setup(tiny_folder):
 @pytest.fixture(scope="module")
 def compiled(setup, quick_compile):
   """The whole step, as `train` compiles it."""
-  method = setup.method()
+  context = setup.context()
   mesh = make_mesh(setup.config.mesh, 4)
   frozen = replicate(setup.frozen, mesh)
   state = replicate(setup.state(), mesh)
   batch = shard_batch(next(setup.batches()), mesh)
   seed = shard_params(step_seed(setup.config), mesh)
-  function = step.make_train_step(method, mesh, state, frozen)
+  function = step.make_train_step(context, mesh, state, frozen)
   function = function.lower(state, frozen, batch, seed).compile()
 
   def one(state, frozen, batch, seed=seed):
@@ -306,8 +306,8 @@ def test_every_objective_trains_two_steps(setup, monkeypatch):
   choices do not touch, is left out. `compiled` has the whole step with four of them.
   """
   defaults = {f"objective__{k}": v for k, v in tiny.subjects3d.get_config().objective.items()}
-  methods = [
-    setup.method(**defaults | {f"objective__{k}": v for k, v in changes.items()})
+  contexts = [
+    setup.context(**defaults | {f"objective__{k}": v for k, v in changes.items()})
     for changes in ALTERNATIVES
   ]
 
@@ -316,8 +316,13 @@ def test_every_objective_trains_two_steps(setup, monkeypatch):
     width = model.image_tokens * model.image_width
     return flat[:, :width].reshape(-1, model.image_tokens, model.image_width) - 0.5, flat[:, -10:]
 
+  def contrast(context, model, batch, embed, t):
+    objective = context.config.objective
+    embeddings = contrastive_embeddings(model, objective, batch, "reference", embed, t)
+    return compare_embeddings(objective, embeddings, batch["subject_id"], context.contrast)[0]
+
   def loss(trainable, frozen, batch, number):
-    model = methods[0].model(trainable, frozen)
+    model = contexts[0].model(trainable, frozen)
     t = 100 + 200 * jnp.arange(len(batch["slot"]))
     reference, embed = look(model, to_unit_range(batch["reference"]))
     seen = {
@@ -327,11 +332,9 @@ def test_every_objective_trains_two_steps(setup, monkeypatch):
     with monkeypatch.context() as patch:
       patch.setattr(CustomContrast, "image_features", lambda model, pixels: ("positive", None))
       patch.setattr(CustomContrast, "encode", lambda model, features, t: seen[features])
-      branches = [
-        lambda m=m: contrastive_objective(model, m.config.objective, batch, "reference", embed, t)[0]
-        for m in methods
-      ]
-      value = jax.lax.switch(number, branches)
+      value = jax.lax.switch(
+        number, [functools.partial(contrast, c, model, batch, embed, t) for c in contexts]
+      )
     return value, {"loss": value}
 
   gradient = jax.jit(jax.grad(loss, has_aux=True))
@@ -352,7 +355,7 @@ def test_gradients_do_not_depend_on_the_number_of_parts(setup):
   shares = dict(drop_text=0.1, drop_image=0.1, drop_both=0.1, lambda_cscl=1.0, lambda_macl=1.0)
   shares |= dict(cscl_temperature=0.3, macl_temperature=0.3, macl_soft_temperature=0.3)
   changes = {f"objective__{k}": v for k, v in shares.items()} | {"train__batch_size": 16}
-  one, four = (setup.method(**changes, train__accumulate=n) for n in (1, 4))
+  one, four = (setup.context(**changes, train__accumulate=n) for n in (1, 4))
   rng = np.random.default_rng(2)  # with 1, one bias nearly cancels (1.3e-5 on one processor)
   # As in run_sharded.py: gates are open, and queries far apart. No gradient is a sum that nearly
   # cancels, since that would show the rounding of a sum in another order.
@@ -390,23 +393,23 @@ def test_gradients_do_not_depend_on_the_number_of_parts(setup):
 def test_what_is_computed_again_does_not_change_the_gradient(setup):
   """The diffusion loss through UNet and text encoders; what is kept for its gradient shrinks."""
   unet = ("none", "products", "full", "products", "full")
-  methods = setup.method(), setup.method(train__remat_unet=unet, train__remat_text="full")
+  contexts = setup.context(), setup.context(train__remat_unet=unet, train__remat_text="full")
   rng = np.random.default_rng(1)
   trainable = {
     key: np.asarray(value + 0.3 * rng.normal(size=value.shape), np.float32)
     for key, value in sorted(setup.trainable.items())
   }
-  draws = sample_step_noise(methods[0], jax.random.key(1), 4)
+  draws = sample_step_noise(contexts[0], jax.random.key(1), 4)
   batch = next(setup.batches())
 
-  def loss(method, trainable):
-    model = method.learning_model(trainable, setup.frozen)
+  def loss(context, trainable):
+    model = context.model_for_gradient(trainable, setup.frozen)
     features, _ = model.image_features(to_unit_range(batch["reference"]))
-    return diffusion_objective(method, model, batch, features, draws)[0]
+    return diffusion_objective(context, model, batch, features, draws)[0]
 
   gradients, kept = [], []
-  for method in methods:
-    of = functools.partial(loss, method)
+  for context in contexts:
+    of = functools.partial(loss, context)
     gradients.append(jax.jit(jax.grad(of))(trainable))
     residuals = jax.eval_shape(lambda t, of=of: jax.vjp(of, t)[1], trainable)
     kept.append(sum(x.size for x in jax.tree.leaves(residuals)))
@@ -418,15 +421,15 @@ def test_what_is_computed_again_does_not_change_the_gradient(setup):
 
 def test_over_fsdp_neither_activations_nor_gathered_weights_are_kept(setup, monkeypatch):
   """As much as without a mesh: each way to compute again would undo the other one."""
-  rules = tuple(rule._replace(above=2) for rule in RULES)
-  monkeypatch.setattr(sharding, "RULES", rules)
+  small = tuple(rule._replace(min_size=2) for rule in rules.RULES)
+  monkeypatch.setattr(rules, "RULES", small)
   batch, key = next(setup.batches()), jax.random.key(1)
   inside = {x.shape for x in setup.frozen.values()}
 
   def kept(remat, mesh):
-    method = setup.method(train__remat_unet=(remat,), train__remat_text=remat)
-    method = dataclasses.replace(method, mesh=mesh)
-    of = method.remat_all_gathers(functools.partial(total_loss, method))
+    context = setup.context(train__remat_unet=(remat,), train__remat_text=remat)
+    context = dataclasses.replace(context, mesh=mesh)
+    of = context.remat_all_gathers(functools.partial(total_loss, context))
     back = jax.eval_shape(
       lambda t, f: jax.vjp(lambda t: of(t, f, batch, key), t, has_aux=True)[1],
       setup.trainable, setup.frozen)
@@ -440,16 +443,17 @@ def test_over_fsdp_neither_activations_nor_gathered_weights_are_kept(setup, monk
   assert cut["full"] < 0.7 * cut["none"]
 
 
-def test_cut_and_paste():
+def test_microbatches_are_split_and_merged():
   x = np.arange(24).reshape(12, 2)
   parts = split_microbatches({"x": x}, 3)["x"]
   assert parts.shape == (3, 4, 2)
   np.testing.assert_array_equal(parts[1], x[1::3])
   layered = np.arange(48).reshape(2, 12, 2)
-  stacked = jnp.moveaxis(split_microbatches(jnp.moveaxis(layered, 1, 0), 3), 2, 1)  # as a scan stacks them
-  whole = merge_microbatches(Embeddings(visual_cls=parts, anchors=stacked))
-  np.testing.assert_array_equal(whole.visual_cls, x)
-  np.testing.assert_array_equal(whole.anchors, layered)
+  stacked = split_microbatches(jnp.moveaxis(layered, 1, 0), 3)
+  stacked = jnp.moveaxis(stacked, 2, 1)  # as a scan stacks them
+  merged = merge_microbatches(Embeddings(visual_cls=parts, anchors=stacked))
+  np.testing.assert_array_equal(merged.visual_cls, x)
+  np.testing.assert_array_equal(merged.anchors, layered)
 
 
 def test_conditions_are_dropped_at_their_shares():
@@ -513,9 +517,9 @@ def test_stops_after_max_bad_steps_with_the_last_good_checkpoint(setup, loader, 
     assert np.isfinite(np.asarray(value)).all()
   loader.clear()  # the data were mended: the same command goes on
   seen = []
-  views = Callbacks(lambda *a: seen.append(a[-1].name), lambda *a: seen.append("end"))
+  callbacks = Callbacks(lambda *a: seen.append(a[-1].name), lambda *a: seen.append("end"))
   config.train.sample_every = 4
-  state = train(config, tmp_path, views, profile_steps=(5, 6))
+  state = train(config, tmp_path, callbacks, profile_steps=(5, 6))
   assert list((tmp_path / "profile").rglob("*.xplane.pb"))
   assert state.step == 8 and seen == ["0000004.png", "0000008.png", "end"]
   assert (tmp_path / "adapter.safetensors").exists()
@@ -530,7 +534,7 @@ def bucket(folder):
   class Bucket(type(backend.os_backend)):
     def __getattribute__(self, name):
       function = super().__getattribute__(name)
-      return lambda *paths, **how: function(*(local(os.fspath(p)) for p in paths), **how)
+      return lambda *paths, **options: function(*(local(os.fspath(p)) for p in paths), **options)
 
   return Bucket()
 
@@ -540,15 +544,15 @@ def test_a_workdir_in_a_bucket(setup, loader, tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   monkeypatch.setattr(backend, "tf_backend", bucket(tmp_path / "cloud"))
   here = functools.partial(Checkpoints, tmp_path / "checkpoints")
-  monkeypatch.setattr(train, "Checkpoints", lambda folder, **how: here(**how))
+  monkeypatch.setattr(loop, "Checkpoints", lambda folder, **options: here(**options))
   run = tmp_path / "cloud" / "mine" / "run"
   run.mkdir(parents=True)
   (run / "metrics.jsonl").write_text('{"step": 3, "loss": 1.0}\n{"step": 4, "lo')  # of a lost run
   config = setup.config.copy_and_resolve_references()
   config.train.update(gaps_every=0, sample_every=4)
   picture = Image.new("RGB", (2, 2))
-  views = Callbacks(lambda *a: evaluate._save(picture, a[-1]), None)
-  state = train(config, "gs://mine/run", views)
+  callbacks = Callbacks(on_sample=lambda *a: evaluate._save(picture, a[-1]))
+  state = train(config, "gs://mine/run", callbacks)
   assert [line["step"] for line in read_log(run / "metrics.jsonl")] == [2, 4, 6, 8]
   assert sorted(os.listdir(run / "samples")) == ["0000004.png", "0000008.png"]
   tensors = load_adapter(run / "adapter.safetensors").tensors
@@ -556,15 +560,13 @@ def test_a_workdir_in_a_bucket(setup, loader, tmp_path, monkeypatch):
   assert sorted(os.listdir(tmp_path)) == ["checkpoints", "cloud"]
 
 
-def test_weights_that_lie_whole_though_they_should_not_stop_the_run(
-  setup, loader, tmp_path, monkeypatch
-):
-  def check(tree, mesh):
+def test_weights_that_are_replicated_by_mistake_stop_the_run(setup, loader, tmp_path, monkeypatch):
+  def check_sharding(tree, mesh):
     assert {"state", "frozen"} == tree.keys() and mesh.size == 1
-    raise UserError("they lie whole")
+    raise UserError("they are replicated")
 
-  monkeypatch.setattr(sharding, "check", check)
-  with pytest.raises(UserError, match="they lie whole"):
+  monkeypatch.setattr(loop, "check_sharding", check_sharding)
+  with pytest.raises(UserError, match="they are replicated"):
     train(setup.config, tmp_path)
   assert not (tmp_path / "metrics.jsonl").exists()
 
@@ -638,7 +640,7 @@ def test_wrong_words_replace_what_they_should(setup):
     ("in the snow a teddy bear", "teddy bear"),
     ("a photo of a duck", "duck"),
   )
-  wrong, changed = gaps.wrong_nouns(right, tokenizer, 2)
+  wrong, changed = wrong_nouns(right, tokenizer, 2)
   expected = captions(
     setup,
     ("a teddy bear on the beach", "teddy bear"),
@@ -650,7 +652,7 @@ def test_wrong_words_replace_what_they_should(setup):
     np.testing.assert_array_equal(wrong[key], expected[key], err_msg=key)
 
   scenes = ("beach", "snow", "teddy night")  # the last one has two words
-  wrong, changed = gaps.wrong_phrases(right, scenes, tokenizer, 2)
+  wrong, changed = wrong_phrases(right, scenes, tokenizer, 2)
   expected = captions(
     setup,
     ("a duck on the snow", "duck"),
@@ -666,39 +668,22 @@ def test_wrong_words_replace_what_they_should(setup):
 def test_a_wrong_word_that_leaves_no_room_for_s_plus_is_left_out(setup):
   right = captions(setup, ("duck " * 11 + "car", "car"), ("a teddy bear", "teddy bear"))
   assert (right["input_ids"][0] != setup.base.tokenizers[0].pad_token_id).sum() == 13  # + EOS
-  wrong, changed = gaps.wrong_nouns(right, setup.base.tokenizers[0], 2)
+  wrong, changed = wrong_nouns(right, setup.base.tokenizers[0], 2)
   np.testing.assert_array_equal(changed, [False, True])
   np.testing.assert_array_equal(wrong["input_ids"][0], right["input_ids"][0])
 
 
 def test_relative_rise_counts_changed_samples_only():
-  rise = gaps.relative_rise(
+  rise = relative_rise(
     jnp.asarray([1.0, 2.0, 9.0]), jnp.asarray([2.0, 2.5, 99.0]), jnp.asarray([True, True, False])
   )
   assert float(rise) == 0.5
-  assert float(gaps.relative_rise(jnp.ones(2), jnp.ones(2), jnp.zeros(2, bool))) == 0.0
+  assert float(relative_rise(jnp.ones(2), jnp.ones(2), jnp.zeros(2, bool))) == 0.0
 
 
 # The command line and the config.
 
 
-def test_every_config_key_is_read():
-  """By name, after a dot or in quotes, in a file of the program (not in a config)."""
-  source = "\n".join(
-    path.read_text()
-    for folder in ("cc_jax", "data_pipeline")
-    for path in sorted((ROOT / folder).rglob("*.py"))
-    if path.name not in ("pretrain.py", "fitting.py")
-  )
-  unread = []
-  for section, keys in tiny.subjects3d.get_config().items():
-    names = keys.keys() if isinstance(keys, ml_collections.ConfigDict) else [section]
-    for key in names:
-      # encoder and injection are read whole, field by field, into dataclasses
-      pattern = rf"(\.{key}\b|[\"']{key}[\"']|^  {key}: )"
-      if not re.search(pattern, source, re.MULTILINE):
-        unread.append(f"{section}.{key}")
-  assert not unread
 
 
 def test_packages_and_their_norms(setup, compiled):
@@ -768,7 +753,7 @@ def test_the_tables_of_stable_diffusion_need_no_weights(name, unet, text, traine
   assert float(size.replace(",", "")) == pytest.approx(2 * sum(frozen) / 2**20, abs=0.1)  # bfloat16
   count = int(rows["all", "trained"][1].replace(",", ""))
   assert 0.7 * trained < count <= trained
-  assert int(rows["average", "state"][1].replace(",", "")) == count
+  assert int(rows["EMA", "state"][1].replace(",", "")) == count
 
 
 def test_bfloat16_computes_in_it_and_keeps_float32_where_it_learns(setup):
@@ -781,7 +766,7 @@ def test_bfloat16_computes_in_it_and_keeps_float32_where_it_learns(setup):
   )
   assert {x.dtype for x in frozen.values()} == {jnp.dtype(jnp.bfloat16)}
   assert {x.dtype for x in trainable.values()} == {jnp.dtype(jnp.float32)}
-  method = make_step_context(config, definition, base)
+  context = make_step_context(config, definition, base)
   state = jax.eval_shape(lambda t: step.init_state(t, config), trainable)
   seen = []
   real = CustomContrast.predict
@@ -793,7 +778,7 @@ def test_bfloat16_computes_in_it_and_keeps_float32_where_it_learns(setup):
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(CustomContrast, "predict", predict)
     after, metrics = jax.eval_shape(
-      lambda *args: step.train_step(method, *args, np.uint32(0)),
+      lambda *args: step.train_step(context, *args, np.uint32(0)),
       state, frozen, next(setup.batches())
     )
   assert set(seen) == {jnp.dtype(jnp.bfloat16)}

@@ -74,7 +74,7 @@ def run_arm(config: ml_collections.ConfigDict, name: str, seed: int, tuned: Any,
     first = first_phase(own.run, *arm.first)
     if saved_step(place) < first.train.steps:
       train(first, epath.Path(place))
-  train(own.run, epath.Path(place), Callbacks(on_the_way, at_the_end))
+  train(own.run, epath.Path(place), Callbacks(on_sample=on_the_way, on_finish=at_the_end))
   return read_result(file)
 
 

@@ -1,4 +1,4 @@
-"""Processes and the CPU: starting jax.distributed, virtual CPU devices."""
+"""Processes and virtual CPU devices: what must be set before JAX is used."""
 
 from __future__ import annotations
 
@@ -14,21 +14,18 @@ import ml_collections
 import numpy as np
 from jax.experimental import multihost_utils
 
-from cc_jax.errors import UserError
+from cc_jax.errors import UserError, one_line
 from cc_jax.parallel.mesh import AXES
 
 JOIN_TIMEOUT = 300  # seconds in which all processes must have joined
 
 
-# Processes and devices.
-
-
 def set_cpu_devices(mesh: ml_collections.ConfigDict, batch_size: int) -> None:
-  """Splits the CPU into virtual devices; call it before anything else touches jax's devices.
+  """Splits the CPU into virtual devices; call it before anything else uses jax's devices.
 
-  One device per core keeps all cores busy, which XLA's convolutions on one CPU device do not.
-  `mesh.cpu_devices = -1` means one per core, at most as many as divide the global batch. With an
-  accelerator this has no effect, since the mesh is made of the default platform's devices.
+  One device per core (`mesh.cpu_devices = -1`, at most as many as divide the global batch) keeps
+  all cores busy, which XLA's convolutions on one CPU device do not. It has no effect with an
+  accelerator: the mesh has the default platform's devices.
   """
   count = mesh.cpu_devices
   if count == -1:
@@ -40,22 +37,23 @@ def set_cpu_devices(mesh: ml_collections.ConfigDict, batch_size: int) -> None:
       count = max(n for n in range(1, cores + 1) if batch_size % n == 0)
   if count < 1:
     raise UserError(f"mesh.cpu_devices is {count}; use -1 (one per core) or a positive number")
-  # A busy or sleeping laptop must not be taken for a deadlock between the virtual devices.
-  patience = "--xla_cpu_collective_call_terminate_timeout_seconds"
-  if patience not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {patience}=3600".strip()
+  # XLA must not mistake a busy or sleeping laptop for a deadlock between the virtual devices.
+  flags = os.environ.get("XLA_FLAGS", "")
+  timeout = "--xla_cpu_collective_call_terminate_timeout_seconds"
+  if timeout not in flags:
+    os.environ["XLA_FLAGS"] = f"{flags} {timeout}=3600".strip()
   keep_freed_memory()
   try:
     jax.config.update("jax_num_cpu_devices", count)
   except RuntimeError:
-    pass  # jax already runs (a notebook, a test): make_mesh takes the devices that there are
+    pass  # jax is in use (a notebook, a test): make_mesh takes the devices that there are
 
 
 def keep_freed_memory() -> None:
-  """Tells glibc to keep freed memory for the next step instead of handing it to the kernel.
+  """Makes glibc keep freed memory for the next step instead of returning it to the kernel.
 
-  By default every large buffer of a CPU program is mapped anew each step, and the kernel zeroes its
-  pages one fault at a time: a fifth of the time of a small training. No effect elsewhere.
+  By default each step maps every large buffer of a CPU program again, and the kernel zeroes its
+  pages fault by fault: a fifth of the time of a small training. It has no effect elsewhere.
   """
   try:
     mallopt = ctypes.CDLL("libc.so.6").mallopt
@@ -67,44 +65,43 @@ def keep_freed_memory() -> None:
 
 
 def initialize_distributed(mesh: ml_collections.ConfigDict) -> str:
-  """Starts jax.distributed where config or environment ask for it; before anything else uses jax.
+  """Starts jax.distributed if `mesh.processes` exceeds 1 or JAX_COORDINATOR_ADDRESS is set.
 
-  They do where `mesh.processes` is more than 1 or JAX_COORDINATOR_ADDRESS is set. Address, number
-  and index of the process come from JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID,
-  or from what JAX knows of the cluster: a TPU slice, Slurm, Open MPI, Kubernetes.
+  Call it before anything else uses jax. Address, number and index of the process come from
+  JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, or from a cluster that JAX knows: a
+  TPU slice, Slurm, Open MPI, Kubernetes.
 
   Returns:
-    The table of processes and their devices; '' where nothing was asked for.
+    The table of processes and their devices; '' for a single process.
 
   Raises:
-    UserError: nobody to join, or fewer processes than `mesh.processes` within JOIN_TIMEOUT.
+    UserError: no coordinator, or fewer than `mesh.processes` processes within JOIN_TIMEOUT.
   """
   expected = mesh.get("processes", 1)
   if expected < 1:
     raise UserError(f"mesh.processes is {expected}; use the number of processes, 1 or more")
-  given = {key: os.environ.get(f"JAX_{key.upper()}") for key in ("num_processes", "process_id")}
+  variables = {key: os.environ.get(f"JAX_{key.upper()}") for key in ("num_processes", "process_id")}
   address = os.environ.get("JAX_COORDINATOR_ADDRESS")
   if expected == 1 and not address:
     return ""
   if not jax.distributed.is_initialized():
-    # Where others never call, JAX ends the process with a stack dump; we say it before that.
-    wanted = given["num_processes"] or expected
-    alarm = threading.Timer(JOIN_TIMEOUT, _give_up, (f"{wanted} processes", address))
+    # If others never join, JAX ends the process with a stack dump; the alarm precedes it.
+    count = variables["num_processes"] or expected
+    alarm = threading.Timer(JOIN_TIMEOUT, _give_up, (f"{count} processes", address))
     alarm.daemon = True
     alarm.start()
     try:
       jax.config.update("jax_cpu_collectives_implementation", "gloo")  # for tests on CPUs
       jax.distributed.initialize(
-        **{key: int(value) for key, value in given.items() if value},
-        cluster_detection_method="deactivate" if address and all(given.values()) else None,
+        **{key: int(value) for key, value in variables.items() if value},
+        cluster_detection_method="deactivate" if address and all(variables.values()) else None,
         initialization_timeout=JOIN_TIMEOUT + 30,
       )
     except (ValueError, RuntimeError) as error:
-      reason = " ".join(str(error).split())[:200]
       raise UserError(
         f"{expected} processes (mesh.processes) did not come together in {JOIN_TIMEOUT} s: "
-        f"{reason}; set JAX_COORDINATOR_ADDRESS=host:port, JAX_NUM_PROCESSES and JAX_PROCESS_ID, "
-        "or set mesh.processes=1"
+        f"{one_line(error)[:200]}; set JAX_COORDINATOR_ADDRESS=host:port, JAX_NUM_PROCESSES and "
+        "JAX_PROCESS_ID, or set mesh.processes=1"
       ) from error
     finally:
       alarm.cancel()
@@ -117,13 +114,12 @@ def initialize_distributed(mesh: ml_collections.ConfigDict) -> str:
   return table
 
 
-def _give_up(wanted: str, address: str | None) -> None:
-  print(
-    f"error: {wanted} did not all join at {address or 'the coordinator'} within {JOIN_TIMEOUT} s; "
-    "look whether each was started and reaches that address, or set mesh.processes",
-    file=sys.stderr,
-    flush=True,
+def _give_up(processes: str, address: str | None) -> None:
+  text = (
+    f"error: {processes} did not all join at {address or 'the coordinator'} within {JOIN_TIMEOUT} "
+    "s; check that each was started and reaches that address, or set mesh.processes"
   )
+  print(text, file=sys.stderr, flush=True)
   os._exit(1)
 
 

@@ -1,4 +1,4 @@
-"""Parameters sharded over `fsdp`: gathered where a network reads them, and again for the gradient."""
+"""Parameters sharded over `fsdp`: gathered where a network reads them, again for the gradient."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ GATHERED = "gathered over fsdp"
 
 
 class _ShardedParam(nnx.Param):
-  """A parameter that is gathered where it is read: `place` is its sharding without `fsdp`."""
+  """A parameter that is gathered where it is read."""
 
-  place: NamedSharding
+  gathered: NamedSharding  # its sharding without `fsdp`
 
   def get_value(self, *, index: Any = ...) -> Any:
-    x = jax.lax.with_sharding_constraint(super().get_value(), self.place)
+    x = jax.lax.with_sharding_constraint(super().get_value(), self.gathered)
     x = checkpoint_name(x, GATHERED)
     return x if index is ... else x[index]
 
 
 def all_gather_on_use(model: nnx.Module, mesh: Mesh | AbstractMesh) -> None:
-  """Has a model inside a jitted function gather its parameters over `fsdp`, each where it is read.
+  """Makes a model inside a jitted function gather its parameters over `fsdp` as they are read.
 
-  Left to itself the partitioner cuts some activations as the weight before them is cut, and gathers
-  the batch instead of the weight. What is read inside jax.checkpoint is gathered again for the
-  gradient, and not kept.
+  Otherwise the partitioner shards some activations like the weight before them, and gathers the
+  batch instead of the weight. What is read inside jax.checkpoint is gathered again for the gradient
+  and not kept.
   """
   for path, module in nnx.iter_modules(model):
     for name, variable in list(vars(module).items()):
@@ -40,16 +40,15 @@ def all_gather_on_use(model: nnx.Module, mesh: Mesh | AbstractMesh) -> None:
       x = variable.get_value()
       axes = param_spec(".".join(map(str, (*path, name))), x.shape, mesh)
       if "fsdp" in axes:
-        rest = PartitionSpec(*(None if axis == "fsdp" else axis for axis in axes))
-        setattr(module, name, _ShardedParam(x, place=NamedSharding(mesh, rest)))
+        spec = PartitionSpec(*(None if axis == "fsdp" else axis for axis in axes))
+        setattr(module, name, _ShardedParam(x, gathered=NamedSharding(mesh, spec)))
 
 
 def remat_all_gathers(function: Callable, mesh: Mesh | AbstractMesh | None) -> Callable:
-  """`function` whose gradient gathers the parameters of `all_gather_on_use` anew and keeps all else.
+  """`function`, whose gradient gathers the parameters of `all_gather_on_use` again.
 
-  Kept from the forward to the backward pass, they would be whole on every device. JAX applies the
-  policy to what stands inside another jax.checkpoint, too, which would then save nothing: a
-  function that has some is better left as it is.
+  Kept from the forward to the backward pass they would be replicated. JAX applies the policy inside
+  another jax.checkpoint, too, which would then save no memory: do not use this around one.
   """
   if mesh is None or mesh.shape["fsdp"] == 1:
     return function

@@ -1,4 +1,4 @@
-"""What became of the sharding rules: tables, and a check that nothing stays replicated by mistake."""
+"""What the sharding rules lead to: a table, and a check that nothing is replicated by mistake."""
 
 from __future__ import annotations
 
@@ -12,63 +12,56 @@ from jax.sharding import AbstractMesh, Mesh
 from cc_jax.errors import UserError
 from cc_jax.models.params import flatten
 from cc_jax.parallel.mesh import AXES
-from cc_jax.parallel.rules import _rule, _wanted
+from cc_jax.parallel.rules import axes_in_use, find_rule
 from cc_jax.text import align_table
 
-MAX_REPLICATED_RATIO = 0.02  # of the bytes that the rules should cut
-
-
-# What became of it.
+MAX_REPLICATED_RATIO = 0.02  # of the bytes that RULES should shard
 
 
 def unexpectedly_replicated(tree: Any, mesh: Mesh | AbstractMesh) -> tuple[int, dict[str, int]]:
-  """(bytes that RULES should cut, path -> bytes of those of them that lie whole along an axis).
-
-  Looks at the arrays' own shardings, whoever placed them; `tree` may hold placed abstract arrays.
-  """
-  total, whole = 0, {}
+  """(bytes that RULES should shard, path -> bytes of those of them that an axis replicates)."""
+  total, replicated = 0, {}
   for name, x in flatten(tree).items():
-    rule = _rule(name, None)
-    wanted = _wanted(rule, mesh)
-    if not wanted or x.size < rule.above:
-      continue
-    total += x.size * x.dtype.itemsize
-    if not wanted.keys() <= set(jax.tree.leaves(tuple(x.sharding.spec))):
-      whole[name] = x.size * x.dtype.itemsize
-  return total, whole
+    rule = find_rule(name)
+    axes = axes_in_use(rule, mesh).keys()
+    if axes and x.size >= rule.min_size:
+      size = x.size * x.dtype.itemsize
+      total += size
+      if not axes <= set(jax.tree.leaves(tuple(x.sharding.spec))):
+        replicated[name] = size
+  return total, replicated
 
 
 def check_sharding(tree: Any, mesh: Mesh | AbstractMesh) -> None:
-  """Raises UserError if more than MAX_WHOLE of the bytes that RULES should cut are not."""
-  total, whole = unexpectedly_replicated(tree, mesh)
-  share = sum(whole.values()) / max(total, 1)
-  if share > MAX_REPLICATED_RATIO:
-    names = sorted(whole, key=lambda name: -whole[name])
+  """Raises UserError if more than MAX_REPLICATED_RATIO of the bytes that RULES shard are not."""
+  total, replicated = unexpectedly_replicated(tree, mesh)
+  ratio = sum(replicated.values()) / max(total, 1)
+  if ratio > MAX_REPLICATED_RATIO:
+    names = sorted(replicated, key=lambda name: -replicated[name])
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     sizes = ", ".join(f"mesh.{axis}={mesh.shape[axis]}" for axis in AXES[1:])
     raise UserError(
-      f"{share:.0%} of the bytes that should be cut lie whole on every device ({sizes}): "
+      f"{ratio:.0%} of the bytes that should be sharded are replicated on every device ({sizes}): "
       f"{', '.join(names[:3])}{more}; choose sizes that divide these shapes"
     )
 
 
 def describe_sharding(parts: Mapping[str, Any], mesh: Mesh | AbstractMesh) -> str:
-  """The table of what is cut how: a row for each network of each part and each kind of cut.
+  """A table with a row for each network of each part and each set of axes that shards it.
 
   Args:
-    parts: name -> tree of placed arrays, e.g. {'trained': ..., 'frozen': ...}.
+    parts: name -> tree of arrays with shardings, e.g. {'trained': ..., 'frozen': ...}.
   """
   groups: dict[tuple[str, str, str], list[float]] = {}
   for part, tree in parts.items():
     for name, x in flatten(tree).items():
       network = name.replace("/", ".").split(".")[0] if isinstance(tree, dict) else "all"
       axes = jax.tree.leaves(tuple(x.sharding.spec))
-      row = groups.setdefault((part, network, " x ".join(sorted(axes)) or "whole"), [0, 0, 0])
-      itemsize = x.dtype.itemsize
-      local = math.prod(x.sharding.shard_shape(x.shape)) * itemsize
-      for i, value in enumerate((1, x.size * itemsize, local)):
-        row[i] += value
-  rows = [("part", "network", "cut over", "arrays", "MiB", "MiB a device")]
+      key = part, network, " x ".join(sorted(axes)) or "replicated"
+      local = math.prod(x.sharding.shard_shape(x.shape))
+      sizes = 1, x.size * x.dtype.itemsize, local * x.dtype.itemsize
+      groups[key] = [a + b for a, b in zip(groups.get(key, (0, 0, 0)), sizes)]
+  rows = [("part", "network", "sharded over", "arrays", "MiB", "MiB a device")]
   rows += [
     (*key, str(n), f"{size / 2**20:,.1f}", f"{local / 2**20:,.1f}")
     for key, (n, size, local) in groups.items()

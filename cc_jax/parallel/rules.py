@@ -1,9 +1,8 @@
-"""The processes, the mesh, and what lies where on it.
+"""How parameters are sharded: a table of rules by their paths, and the shardings that follow.
 
-The batch is cut over `data` and `fsdp`, parameters with their optimizer and average over `fsdp` and
-`tensor` by RULES; what no rule cuts lies whole on every device. The only file that knows how many
-devices and processes there are. Axes are made `Auto`: XLA's partitioner reads the placement of a
-jitted function's arguments and inserts the collectives.
+RULES shard parameters, their optimizer state and EMA over `fsdp` and `tensor`; what no rule shards
+is replicated. Axes are `Auto`: XLA's partitioner reads the shardings of a jitted function's
+arguments and inserts the collectives.
 """
 
 from __future__ import annotations
@@ -22,16 +21,16 @@ from cc_jax.parallel.mesh import replicated_sharding
 
 
 class Rule(NamedTuple):
-  """How the parameters with a matching path are cut."""
+  """How parameters with a matching path are sharded."""
 
   pattern: str  # a regular expression, searched in the path
-  # Axis of the mesh -> the dimension that it cuts; None = the largest that divides and is left.
+  # Axis of the mesh -> the dimension to shard; None = the largest that divides and is not sharded.
   axes: Mapping[str, int | None]
-  above: int = 2**16  # elements; what is smaller lies whole everywhere
+  min_size: int = 2**16  # elements; smaller parameters are replicated
 
 
-# The first rule whose pattern is found counts. `tensor` cuts in Megatron's pairs (arXiv 1909.08053,
-# section 3): heads, hidden width or channels of the first product, which the second one sums up.
+# The first matching rule applies. `tensor` shards in Megatron's pairs (arXiv 1909.08053, section
+# 3): heads, hidden width or channels of the first product, over which the second one sums.
 RULES = (
   Rule(
     r"\b(to_[qkv](_visual)?|[qkv]_proj|ff_in|fc1|net\.0\.proj|conv1)\.kernel$",
@@ -44,18 +43,22 @@ RULES = (
 )
 
 
-# Placements.
+def find_rule(path: str) -> Rule:
+  return next(rule for rule in RULES if re.search(rule.pattern, path))
 
 
-def param_spec(
-  path: str, shape: Sequence[int], mesh: Mesh | AbstractMesh, rules: Sequence[Rule] | None = None
-) -> PartitionSpec:
-  """How RULES cut a parameter; dimensions that an axis does not divide are left alone."""
-  rule = _rule(path, rules)
+def axes_in_use(rule: Rule, mesh: Mesh | AbstractMesh) -> dict[str, int | None]:
+  """The rule's axes along which the mesh has more than one device."""
+  return {axis: d for axis, d in rule.axes.items() if mesh.shape.get(axis, 1) > 1}
+
+
+def param_spec(path: str, shape: Sequence[int], mesh: Mesh | AbstractMesh) -> PartitionSpec:
+  """How RULES shard a parameter; an axis shards no dimension that it does not divide."""
+  rule = find_rule(path)
   parts: list[str | None] = [None] * len(shape)
-  if math.prod(shape) < rule.above:
+  if math.prod(shape) < rule.min_size:
     return PartitionSpec()
-  for axis, dimension in _wanted(rule, mesh).items():
+  for axis, dimension in axes_in_use(rule, mesh).items():
     order = sorted(range(len(shape)), key=lambda d: (shape[d], d), reverse=True)
     if dimension is not None:
       order = [len(shape) + dimension] if -dimension <= len(shape) else []
@@ -66,41 +69,37 @@ def param_spec(
   return PartitionSpec(*parts) if any(parts) else PartitionSpec()
 
 
-def param_shardings(
-  tree: Any, mesh: Mesh | AbstractMesh, rules: Sequence[Rule] | None = None
-) -> Any:
-  """Where RULES lay every array of a tree (arrays, tracers or ShapeDtypeStructs): NamedShardings.
-
-  Works with a mesh of a topology that is only compiled for and with an AbstractMesh, too.
-  """
-  return jax.tree_util.tree_map_with_path(
-    lambda path, x: NamedSharding(mesh, param_spec(path_name(path), x.shape, mesh, rules)), tree
-  )
-
-
-def abstract_params(tree: Any, mesh: Mesh | AbstractMesh, rules: Sequence[Rule] | None = None) -> Any:
-  """Abstract arrays with their placements: arguments to compile for without any data."""
-  return jax.tree.map(
-    lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-    tree,
-    param_shardings(tree, mesh, rules),
-  )
-
-
-def param_sharding_fn(mesh: Mesh) -> Callable[[str, tuple[int, ...]], NamedSharding]:
-  """(path, shape) -> placement: what `hub.load_base` asks for each tensor that it reads."""
+def param_sharding_fn(
+  mesh: Mesh | AbstractMesh,
+) -> Callable[[str, Sequence[int]], NamedSharding]:
+  """(path, shape) -> sharding by RULES, for `load_base`, which reads tensor by tensor."""
   return lambda path, shape: NamedSharding(mesh, param_spec(path, shape, mesh))
 
 
+def param_shardings(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
+  """The sharding by RULES of every array of a tree (arrays, tracers or ShapeDtypeStructs)."""
+  sharding = param_sharding_fn(mesh)
+  return jax.tree_util.tree_map_with_path(lambda path, x: sharding(path_name(path), x.shape), tree)
+
+
+def abstract_params(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
+  """Abstract arrays with their shardings: arguments to compile for without any data."""
+  return jax.tree.map(
+    lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+    tree,
+    param_shardings(tree, mesh),
+  )
+
+
 def init_sharded(mesh: Mesh) -> Callable[[Callable], Callable]:
-  """jax.jit for functions that make parameters: each device makes what it is going to hold."""
+  """jax.jit for functions that create parameters: each device creates its own shards."""
 
   def transform(function: Callable) -> Callable:
     def create(*args):
-      where: Any = replicated_sharding(mesh)
+      shardings: Any = replicated_sharding(mesh)
       if shards_params(mesh):
-        where = param_shardings(jax.eval_shape(function, *args), mesh)
-      return jax.jit(function, out_shardings=where)(*args)
+        shardings = param_shardings(jax.eval_shape(function, *args), mesh)
+      return jax.jit(function, out_shardings=shardings)(*args)
 
     return create
 
@@ -108,12 +107,12 @@ def init_sharded(mesh: Mesh) -> Callable[[Callable], Callable]:
 
 
 def shards_params(mesh: Mesh | AbstractMesh) -> bool:
-  """Whether parameters are cut on this mesh at all."""
+  """Whether the mesh has axes over which parameters are sharded."""
   return mesh.shape["fsdp"] > 1 or mesh.shape["tensor"] > 1
 
 
 def shard_params(tree: Any, mesh: Mesh) -> Any:
-  """Arrays that every process holds whole -> the same on the mesh, cut by RULES."""
+  """Arrays that are complete in every process -> the same on the mesh, sharded by RULES."""
   return jax.tree.map(_shard_array, tree, param_shardings(tree, mesh))
 
 
@@ -123,12 +122,3 @@ def _shard_array(array: Any, sharding: NamedSharding) -> jax.Array:
   # device_put would compare the array between the processes first, value by value.
   array = np.asarray(array)
   return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
-
-
-def _rule(path: str, rules: Sequence[Rule] | None) -> Rule:
-  return next(rule for rule in rules or RULES if re.search(rule.pattern, path))
-
-
-def _wanted(rule: Rule, mesh: Mesh | AbstractMesh) -> dict[str, int | None]:
-  """The rule's axes that the mesh has more than one device along."""
-  return {axis: d for axis, d in rule.axes.items() if mesh.shape.get(axis, 1) > 1}

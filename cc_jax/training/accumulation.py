@@ -21,68 +21,69 @@ from cc_jax.training.noise import sample_step_noise
 
 
 def accumulate_gradients(
-  method: StepContext, trainable: Params, frozen: Params, batch: Batch, key: Array
+  context: StepContext, trainable: Params, frozen: Params, batch: Batch, key: Array
 ) -> tuple[tuple[Float[Array, ""], Metrics], Params]:
-  """`loss` and its gradient with the memory of a train.accumulate-th part of the batch.
+  """`total_loss` and its gradient, with the activations of one of train.accumulate microbatches.
 
-  The contrastive losses see the whole batch all the same: their N does not shrink. First the
-  embeddings of all parts, without what a gradient would have to keep; then the losses' gradient
-  with respect to them; then each part again, whose own gradient takes these as given
-  (GradCache, arXiv 2101.06983).
+  The contrastive losses still compare the whole batch (GradCache, arXiv 2101.06983): first the
+  embeddings of all microbatches, without residuals; then the gradient of these losses with respect
+  to the embeddings; then each microbatch again, with that gradient given.
   """
-  objective, count = method.config.objective, method.config.train.accumulate
+  objective, count = context.config.objective, context.config.train.accumulate
   size = batch["target"].shape[0]
-  chunks = split_microbatches((dict(batch), sample_step_noise(method, key, size)), count)
+  microbatches = split_microbatches((dict(batch), sample_step_noise(context, key, size)), count)
 
-  def look(trainable, chunk):
-    """(model, features, embeddings) of a part."""
-    batch, draws = chunk
-    model = method.learning_model(trainable, frozen)
+  def embed_microbatch(trainable, microbatch):
+    """(model, features, embeddings) of a microbatch."""
+    batch, noise = microbatch
+    model = context.model_for_gradient(trainable, frozen)
     features, embed = model.image_features(to_unit_range(batch["reference"]))
-    return model, features, contrastive_embeddings(model, objective, batch, features, embed, draws.t)
+    inputs = batch, features, embed, noise.t
+    return model, features, contrastive_embeddings(model, objective, *inputs)
 
-  def compare(seen):
-    return compare_embeddings(objective, merge_microbatches(seen), batch["subject_id"], method.contrast)
+  def compare(embeddings):
+    merged = merge_microbatches(embeddings)
+    return compare_embeddings(objective, merged, batch["subject_id"], context.contrast)
 
-  def part(trainable, chunk, d_seen):
-    model, features, seen = look(trainable, chunk)
-    total, metrics = diffusion_objective(method, model, chunk[0], features, chunk[1])
-    # Its gradient is that of the contrastive losses, through this part's embeddings.
-    inner = jax.tree.map(lambda d, s: jnp.sum(d.astype(jnp.float32) * s), d_seen, seen)
-    return total / count + sum(jax.tree.leaves(inner)), metrics
+  def microbatch_loss(trainable, microbatch, d_embeddings):
+    model, features, embeddings = embed_microbatch(trainable, microbatch)
+    loss, metrics = diffusion_objective(context, model, microbatch[0], features, microbatch[1])
+    # The gradient of these products is that of the contrastive losses through the embeddings.
+    pairs = zip(jax.tree.leaves(d_embeddings), jax.tree.leaves(embeddings))
+    products = [jnp.sum(d.astype(jnp.float32) * e) for d, e in pairs]
+    return loss / count + sum(products), metrics
 
   def add(gradients, inputs):
-    gradient = jax.grad(method.remat_all_gathers(part), has_aux=True)
-    more, metrics = gradient(trainable, *inputs)
+    gradient_fn = jax.grad(context.remat_all_gathers(microbatch_loss), has_aux=True)
+    more, metrics = gradient_fn(trainable, *inputs)
     return jax.tree.map(jnp.add, gradients, more), metrics
 
-  _, seen = jax.lax.scan(lambda _, chunk: (None, look(trainable, chunk)[2]), None, chunks)
-  (contrast, parts), d_seen = jax.value_and_grad(compare, has_aux=True)(seen)
-  gradients, metrics = jax.lax.scan(
-    add, jax.tree.map(jnp.zeros_like, trainable), (chunks, d_seen)
+  _, embeddings = jax.lax.scan(
+    lambda _, microbatch: (None, embed_microbatch(trainable, microbatch)[2]), None, microbatches
   )
+  (contrast, more), d_embeddings = jax.value_and_grad(compare, has_aux=True)(embeddings)
+  zeros = jax.tree.map(jnp.zeros_like, trainable)
+  gradients, metrics = jax.lax.scan(add, zeros, (microbatches, d_embeddings))
   metrics = {name: values.mean() for name, values in metrics.items()}
   total = metrics["loss/diffusion"] + contrast
-  return (total, {"loss": total, **metrics, **parts}), gradients
+  return (total, {"loss": total, **metrics, **more}), gradients
 
 
 def split_microbatches(tree: Any, count: int) -> Any:
-  """Arrays [N, ...] -> [count, N / count, ...]; part m holds the samples m, m + count, ...
+  """Arrays [N, ...] -> [count, N / count, ...]; microbatch m has the samples m, m + count, ...
 
-  So every device's share of the batch is cut by itself, and nothing moves between them.
+  So each device splits its own shard of the batch, and nothing moves between devices.
   """
-  return jax.tree.map(
-    lambda x: jnp.moveaxis(x.reshape(-1, count, *x.shape[1:]), 1, 0), tree
-  )
+  return jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, count, *x.shape[1:]), 1, 0), tree)
 
 
-def merge_microbatches(parts: Embeddings) -> Embeddings:
-  """Stacked embeddings of the parts that `cut` made -> those of the whole batch."""
+def merge_microbatches(stacked: Embeddings) -> Embeddings:
+  """Embeddings stacked by a scan over the microbatches -> those of the whole batch."""
 
-  def whole(x, axis):  # [count, ..., N / count, ...]
+  def merge(x, axis):  # [count, ..., N / count, ...]
     x = jnp.moveaxis(x, 0, axis + 1)
     return x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
 
   return Embeddings(
-    *(x if x is None else whole(x, int(name in LAYERED)) for name, x in parts._asdict().items())
+    *(x if x is None else merge(x, int(name in LAYERED)) for name, x in stacked._asdict().items())
   )

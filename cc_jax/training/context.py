@@ -1,4 +1,4 @@
-"""What a training step knows besides arrays."""
+"""What a training step depends on besides arrays."""
 
 from __future__ import annotations
 
@@ -30,21 +30,21 @@ CSCL_FRAMES = ("same_frame", "cross_frame")
 
 @dataclasses.dataclass(frozen=True)
 class StepContext:
-  """What a step knows besides arrays."""
+  """What a step depends on besides arrays. Creating it checks config.objective and config.train."""
 
   definition: nnx.GraphDef
   schedule: NoiseSchedule
   config: ml_collections.ConfigDict
   empty_prompt: tuple[int, ...]  # [T] token ids of ""
-  mesh: Mesh | None = None  # over which the batch is cut, for losses that must know
+  mesh: Mesh | None = None  # over which the batch is sharded; the contrastive losses use it
 
   def __post_init__(self):
     objective, train = self.config.objective, self.config.train
-    parts = train.accumulate * self.contrast.devices  # the latter checks its own settings
-    if train.batch_size % parts:
+    divisor = train.accumulate * self.contrast.devices  # the latter checks its own settings
+    if train.batch_size % divisor:
       raise UserError(
         f"train.batch_size={train.batch_size} does not divide into train.accumulate="
-        f"{train.accumulate} parts on {self.contrast.devices} devices; use a multiple of {parts}"
+        f"{train.accumulate} parts on {self.contrast.devices} devices; use a multiple of {divisor}"
       )
     check_policies("train.remat_unet", train.remat_unet)
     check_policies("train.remat_text", [train.remat_text])
@@ -54,7 +54,7 @@ class StepContext:
       )
     drops = [objective.drop_text, objective.drop_image, objective.drop_both]
     if min(drops) < 0 or sum(drops) > 1:
-      raise UserError(f"drop_text, drop_image, drop_both are {drops}: shares that sum to at most 1")
+      raise UserError(f"drop_text, drop_image, drop_both are {drops}; they must sum to at most 1")
     if objective.timestep_shift <= 0 or objective.subject_weight < 0:
       raise UserError(
         f"objective.timestep_shift={objective.timestep_shift} must be positive (1 = uniform), "
@@ -64,10 +64,8 @@ class StepContext:
   @property
   def contrast(self) -> ContrastiveBackend:
     """How the contrastive losses are computed."""
-    objective, axes = self.config.objective, ()
-    if self.mesh is not None:
-      axes = batch_sharding(self.mesh).spec[0]
-      axes = axes if isinstance(axes, tuple) else (axes,)
+    objective = self.config.objective
+    axes = () if self.mesh is None else batch_sharding(self.mesh).spec[0]
     return ContrastiveBackend(objective.contrast, objective.tile, self.mesh, axes)
 
   def describe_contrast(self, mesh: Mesh, *parts: Params) -> list[str]:
@@ -86,13 +84,13 @@ class StepContext:
       lines.append("macl: " + backend.explain(pair_loss, groups, n, width, embed_width))
     return lines
 
-  def model(self, *parts: Params) -> CustomContrast:
+  def model(self, *params: Params) -> CustomContrast:
     """The CustomContrast module with these weights (adapter's and base's)."""
-    return merge_params(self.definition, *parts)
+    return merge_params(self.definition, *params)
 
-  def learning_model(self, *parts: Params) -> CustomContrast:
-    """The same for a gradient: gathered over fsdp, with train.remat_unet and train.remat_text."""
-    model, train = self.model(*parts), self.config.train
+  def model_for_gradient(self, *params: Params) -> CustomContrast:
+    """`model` with weights gathered over fsdp, train.remat_unet and train.remat_text."""
+    model, train = self.model(*params), self.config.train
     if self.mesh is not None and shards_params(self.mesh):
       all_gather_on_use(model, self.mesh)
     unet = model.unet
@@ -105,8 +103,8 @@ class StepContext:
   def remat_all_gathers(self, function: Callable) -> Callable:
     """A loss whose gradient keeps no gathered weights.
 
-    With train.remat_* the blocks that compute again see to their own; the rest, such as the
-    MFI-Encoder's, are then kept.
+    With train.remat_* the rematerialised blocks gather theirs again by themselves, and other
+    gathered weights, such as the MFI-Encoder's, are kept.
     """
     train = self.config.train
     if any(word != "none" for word in (*train.remat_unet, train.remat_text)):
@@ -115,7 +113,7 @@ class StepContext:
 
 
 def to_unit_range(images: Array) -> Float[Array, "b h w 3"]:
-  """uint8 -> [0, 1], what image encoders take."""
+  """uint8 -> [0, 1], the input of image encoders."""
   return images.astype(jnp.float32) / 255
 
 

@@ -1,4 +1,4 @@
-"""CSCL and MACL over the embeddings of a batch."""
+"""CSCL and MACL over the embeddings of the global batch."""
 
 from __future__ import annotations
 
@@ -9,28 +9,14 @@ import ml_collections
 from jaxtyping import Array, Float, Int
 
 from cc_jax.customcontrast.model import CustomContrast
-from cc_jax.objectives.contrast import NAIVE_BACKEND, ContrastiveBackend
+from cc_jax.objectives.contrast import ContrastiveBackend
 from cc_jax.objectives.cscl import cscl
 from cc_jax.objectives.macl import macl
 from cc_jax.training.context import Batch, Metrics, prefix_keys, to_unit_range
 
 
-def contrastive_objective(
-  model: CustomContrast,
-  objective: ml_collections.ConfigDict,
-  batch: Batch,
-  features: Float[Array, "b p c"],
-  embed: Float[Array, "b e"],
-  t: Int[Array, " b"],
-  backend: ContrastiveBackend = NAIVE_BACKEND,
-) -> tuple[Float[Array, ""], Metrics]:
-  """λ_cscl L_CSCL + λ_macl L_MACL; `features` and `embed` are the references'."""
-  seen = contrastive_embeddings(model, objective, batch, features, embed, t)
-  return compare_embeddings(objective, seen, batch["subject_id"], backend)
-
-
 class Embeddings(NamedTuple):
-  """What the contrastive losses compare; None where neither asks for it."""
+  """What the contrastive losses compare; None where neither needs it."""
 
   visual_cls: Float[Array, "b d"] | None = None
   textual_cls: Float[Array, "b d"] | None = None
@@ -50,53 +36,54 @@ def contrastive_embeddings(
   embed: Float[Array, "b e"],
   t: Int[Array, " b"],
 ) -> Embeddings:
-  """Runs the encoder on what the contrastive losses need.
+  """Encodes references and positives as far as the contrastive losses need them, at the same t.
 
-  Reference and positive of a sample get the same t. CSCL: `same_frame` is the figure's reading;
-  `cross_frame` [R] holds V of the reference against T of the positive, which no pose they share can
-  solve. S of MACL comes from the references, which are re-centred, so that S speaks of the
-  subjects and not of where they stand.
+  CSCL: `same_frame` is the figure's reading; `cross_frame` [R] compares V of the reference with T
+  of the positive, so that a pose that both share is no shortcut. S of MACL comes from the
+  references, which are centred: it depends on the subjects and not on where they stand.
   """
-  seen = Embeddings()
+  embeddings = Embeddings()
   if not (objective.lambda_cscl or objective.lambda_macl):
-    return seen
+    return embeddings
   reference = model.encode(features, t)
   positive = None
   if objective.lambda_macl or objective.cscl_frame == "cross_frame":
     positive = model.encode(model.image_features(to_unit_range(batch["positive"]))[0], t)
   if objective.lambda_cscl:
     textual = reference if objective.cscl_frame == "same_frame" else positive
-    seen = seen._replace(visual_cls=reference.visual_cls, textual_cls=textual.textual_cls)
+    embeddings = embeddings._replace(
+      visual_cls=reference.visual_cls, textual_cls=textual.textual_cls
+    )
   if objective.lambda_macl:
-    seen = seen._replace(
+    embeddings = embeddings._replace(
       anchors=reference.textual_tokens, positives=positive.textual_tokens, embed=embed
     )
-  return seen
+  return embeddings
 
 
 def compare_embeddings(
   objective: ml_collections.ConfigDict,
-  seen: Embeddings,
+  embeddings: Embeddings,
   subject_ids: Int[Array, " b"],
   backend: ContrastiveBackend,
 ) -> tuple[Float[Array, ""], Metrics]:
   """λ_cscl L_CSCL + λ_macl L_MACL over the global batch's embeddings."""
   total, metrics = jnp.zeros(()), {}
   if objective.lambda_cscl:
-    value, parts = cscl(
-      seen.visual_cls,
-      seen.textual_cls,
+    value, more = cscl(
+      embeddings.visual_cls,
+      embeddings.textual_cls,
       temperature=objective.cscl_temperature,
       subject_ids=subject_ids,
       backend=backend,
     )
     total = total + objective.lambda_cscl * value
-    metrics |= {"loss/cscl": value, **prefix_keys("cscl", parts)}
+    metrics |= {"loss/cscl": value, **prefix_keys("cscl", more)}
   if objective.lambda_macl:
-    value, parts = macl(
-      seen.anchors,
-      seen.positives,
-      seen.embed,
+    value, more = macl(
+      embeddings.anchors,
+      embeddings.positives,
+      embeddings.embed,
       temperature=objective.macl_temperature,
       scaling=objective.macl_scaling,
       soft_temperature=objective.macl_soft_temperature,
@@ -106,5 +93,5 @@ def compare_embeddings(
       backend=backend,
     )
     total = total + objective.lambda_macl * value
-    metrics |= {"loss/macl": value, **prefix_keys("macl", parts)}
+    metrics |= {"loss/macl": value, **prefix_keys("macl", more)}
   return total, metrics

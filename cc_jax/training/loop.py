@@ -1,60 +1,74 @@
-"""The training loop. Read from the top down: `train` is the whole story."""
+"""The training loop. Read from the top down: set up, restore or initialise, loop, finish."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import ml_collections
 import numpy as np
 from etils import epath
+from jax.sharding import Mesh
 
 from cc_jax.bases.base import Base, load_base
+from cc_jax.customcontrast import ip_adapter
 from cc_jax.customcontrast.adapter_file import save_adapter
 from cc_jax.customcontrast.build import build_customcontrast
-from cc_jax.customcontrast.ip_adapter import warm_start
 from cc_jax.customcontrast.model import CustomContrast
 from cc_jax.errors import UserError
+from cc_jax.models.params import Params
 from cc_jax.parallel.distributed import initialize_distributed, set_cpu_devices
 from cc_jax.parallel.mesh import gather_to_host, make_mesh, shard_batch
 from cc_jax.parallel.report import check_sharding, describe_sharding
 from cc_jax.parallel.rules import init_sharded, param_sharding_fn, shard_params, shards_params
-from cc_jax.training import preemption
+from cc_jax.training import setup
 from cc_jax.training.checkpoint import Checkpoints, config_changes, jsonable
-from cc_jax.training.parameter_table import _count
-from cc_jax.training.setup import (
-  adapter_configs,
-  base_options,
-  check_config,
-  heldout_prompt_sensitivity,
-  make_batches,
-  make_step_context,
-  step_seed,
-)
+from cc_jax.training.context import StepContext
+from cc_jax.training.preemption import EXIT_CODE, Preemption
 from cc_jax.training.step import TrainState, init_state, make_train_step
 from cc_jax.training.telemetry import Profile, Telemetry
 
+Callback = Callable[[ml_collections.ConfigDict, Base, CustomContrast, epath.Path], None]
+
 
 class Callbacks(NamedTuple):
-  """What looks at the model while it trains, and after; None looks away. cc_jax.evaluate has both.
+  """Each gets (config, base, model with EMA weights, where to write). cc_jax.evaluate has both.
 
-  Each gets (config, base, the model with averaged weights, the file or folder to write).
+  on_sample: every config.train.sample_every steps, with the file of a picture.
+  on_finish: once the adapter is written, with the workdir.
   """
 
-  draw: Callable[[ml_collections.ConfigDict, Base, CustomContrast, epath.Path], None] | None
-  finish: Callable[[ml_collections.ConfigDict, Base, CustomContrast, epath.Path], None] | None
+  on_sample: Callback | None = None
+  on_finish: Callback | None = None
 
 
-NO_CALLBACKS = Callbacks(None, None)
+NO_CALLBACKS = Callbacks()
+
+
+@dataclasses.dataclass
+class Run:
+  """A run of training and its devices. A step donates `state`: nothing else may refer to it."""
+
+  config: ml_collections.ConfigDict
+  workdir: epath.Path
+  mesh: Mesh
+  base: Base
+  context: StepContext
+  frozen: Params
+  state: TrainState
+  start: int  # finished steps at the beginning of this process
+  checkpoints: Checkpoints
+  log: Telemetry
 
 
 def train(
   config: ml_collections.ConfigDict,
   workdir: epath.PathLike,
-  views: Callbacks = NO_CALLBACKS,
+  callbacks: Callbacks = NO_CALLBACKS,
   profile_steps: tuple[int, int] = (0, 0),
 ) -> TrainState:
   """Trains until config.train.steps, from the latest checkpoint in `workdir` if there is one.
@@ -68,186 +82,166 @@ def train(
       written; max_bad_steps losses in a row that are not finite; processes that did not join.
     SystemExit: 143 after SIGTERM, when the state is saved.
   """
-  check_config(config)
-  workdir, settings = epath.Path(workdir), config.train
-  set_cpu_devices(config.mesh, settings.batch_size)
-  processes = initialize_distributed(config.mesh)
-  checkpoints = Checkpoints(
-    workdir / "checkpoints", keep=settings.keep, keep_every=settings.keep_every
-  )
-  mesh = make_mesh(config.mesh, settings.batch_size)
-  leader = jax.process_index() == 0
-
-  # The base and the adapter, read and made where they shall lie; from here on, plain pytrees.
-  encoder, injection = adapter_configs(config)
-  base = load_base(config.base, sharding=param_sharding_fn(mesh), **base_options(config))
-  born = init_sharded(mesh)
-  definition, trainable, frozen = build_customcontrast(
-    base, encoder, injection, dtype=settings.dtype, seed=config.seed, transform=born
-  )
-  report = None
-  if settings.warm_start and checkpoints.latest_step() is None:
-    trainable, report = warm_start(gather_to_host(trainable), settings.warm_start)
-    trainable = shard_params(trainable, mesh)
-  method = make_step_context(config, definition, base)
-  state = born(functools.partial(init_state, config=config))(trainable)
-  check_sharding({"state": state, "frozen": frozen}, mesh)
-
-  # Where the last run stopped.
-  start, sums = 0, None
-  if checkpoints.latest_step() is not None:
-    state, record = checkpoints.restore(state, base_hash=base.hash, config=config)
-    start, sums = record["step"], record["telemetry"]
-    for key, (before, now) in config_changes(record["config"], config).items():
-      if leader:
-        print(f"config change since step {start}: {key} was {before!r}, is {now!r}")
-  log = Telemetry(
-    workdir,
-    start=start,
-    steps=settings.steps,
-    every=settings.log_every,
-    batch_size=settings.batch_size,
-    chips=mesh.size,
-    sums=sums,
-    writes=leader,
-  )
-  for text in (processes, f"mesh {dict(mesh.shape)}" if processes or shards_params(mesh) else ""):
-    if text:
-      log.say(text)
-  if shards_params(mesh):
-    parts = {"trained": state.trainable, "optimizer": state.opt_state, "average": state.ema}
-    log.say(describe_sharding(parts | {"frozen": frozen}, mesh))
-  log.say(f"{_count(trainable)} trained, {_count(frozen)} frozen parameters; {mesh.size} devices")
-  if report:
-    log.say(report.summary())
-    if leader:
-      (workdir / "warm_start.txt").write_text(str(report))
-
-  def model() -> CustomContrast:
-    return method.model(state.ema, frozen)
-
-  def save(step: int) -> None:
-    record = {"base_hash": base.hash, "config": jsonable(config), "telemetry": log.state()}
-    checkpoints.save(step, state, record)
-
-  def collect(step: int, metrics: Any, ids: dict[str, np.ndarray]) -> None:
-    """Fetches one step's numbers, which waits for that step, and stops a run that went wrong."""
-    metrics = jax.device_get(metrics)
-    log.step(step, metrics)
-    if not metrics["bad_steps"]:
-      return
-    file = log.dump(step, ids, metrics)
-    if metrics["bad_steps"] >= settings.max_bad_steps:
-      raise UserError(
-        f"loss or gradient is not finite, {int(metrics['bad_steps'])} steps in a row up to step "
-        f"{step}; {_checkpoint_left(checkpoints)}; lower train.learning_rate, look at the data (subjects and "
-        f"norms are in {file}), or raise train.max_bad_steps to skip such steps"
-      )
-
-  profile = Profile(workdir / "profile", profile_steps)
+  run = set_up(config, epath.Path(workdir))
+  profile = Profile(run.workdir / "profile", profile_steps)
   try:
-    if start < settings.steps:
-      with log.spent("starting"):
-        batches = make_batches(config, base, config.seed, start, mesh)
-        rows = next(batches)
-        batch = shard_batch(rows, mesh)
-        seed = shard_params(step_seed(config), mesh)
-      with log.spent("compiling"):
-        log.say("compiling the training step ...")
-        for line in method.describe_contrast(mesh, trainable, frozen):
-          log.say(line)
-        began = time.perf_counter()
-        step_fn = make_train_step(method, mesh, state, frozen)
-        step_fn = step_fn.lower(state, frozen, batch, seed).compile()
-        log.say(f"compiled in {time.perf_counter() - began:.0f} s")
-        measure_utilisation(log, step_fn, mesh)
-      with log.spent("starting"):
-        measure_gaps = heldout_prompt_sensitivity(config, base, method, mesh) if settings.gaps_every else None
-
-    pending = None  # the metrics of the step before, fetched while this one runs
-    with preemption.Preemption() as preempted:
-      for step in range(start + 1, settings.steps + 1):
-        profile.before(step)
-        with jax.transfer_guard("disallow"):  # what the step needs lies on the devices
-          state, metrics = step_fn(state, frozen, batch, seed)
-        profile.after(step, metrics)
-        if pending:
-          collect(*pending)
-        pending = step, metrics, {key: ids for key, ids in rows.items() if key.endswith("_id")}
-        if step < settings.steps:  # the next batch goes to the devices while they are at work
-          began = time.perf_counter()
-          rows = next(batches)
-          batch = shard_batch(rows, mesh)
-          if metrics["loss"].is_ready():  # the devices had nothing to do while we waited for data
-            log.waited(time.perf_counter() - began)
-
-        # The log of this step is complete before its checkpoint is: a restart cuts it back to that.
-        stops = preempted.stops_after(step)
-        looks = due(step, settings.gaps_every, settings.sample_every)
-        saves = stops or due(step, settings.save_every, settings.steps)
-        if looks or saves:
-          collect(*pending)
-          pending = None
-        if looks:
-          with log.spent("looking"):
-            if due(step, settings.gaps_every):
-              log.write(step, measure_gaps(state.ema, frozen))
-            if due(step, settings.sample_every):
-              run_callback(views.draw, config, base, model, workdir / "samples" / f"{step:07d}.png", log)
-        if saves:
-          with log.spent("saving"):
-            save(step)
-        if stops:
-          checkpoints.wait()
-          log.say(f"SIGTERM: step {step} is saved; the same command goes on from there")
-          raise SystemExit(preemption.EXIT_CODE)
-    checkpoints.wait()
+    if run.start < config.train.steps:
+      run_steps(run, callbacks, profile)
+    run.checkpoints.wait()
   finally:
     profile.close()
-    log.close()
-    checkpoints.close()
-
-  adapter = gather_to_host(state.ema)
-  if leader:
-    save_adapter(
-      workdir / "adapter.safetensors",
-      adapter,
-      encoder=encoder,
-      injection=injection,
-      base_name=base.name,
-      base_hash=base.hash,
-      notes={
-        "steps": str(int(state.step)),
-        "data": f"{config.data.source} {config.data.name}",
-        # How references are shown: generate.Pipeline.shown reads it.
-        "reference_share": str(config.data.reference_share),
-        "reference_place": config.data.reference_place,
-      },
-    )
-  run_callback(views.finish, config, base, model, workdir, log)
-  return state
+    run.log.close()
+    run.checkpoints.close()
+  save_final_adapter(run)
+  run_callback(run, callbacks.on_finish, run.workdir)
+  return run.state
 
 
-def run_callback(view: Callable | None, config, base, model: Callable, place: epath.Path, log) -> None:
-  """Calls one of the Views. With several processes nobody has the whole model: see `evaluate`."""
-  if view is None:
-    return
-  if jax.process_count() > 1:
-    log.say(f"no pictures from several processes: python -m cc_jax.evaluate draws {place.name}")
-    return
-  view(config, base, model(), place)
-
-
-def measure_utilisation(log: Telemetry, step: Any, mesh: jax.sharding.Mesh) -> None:
-  """Tells the log what utilisation is measured by, where the chip's peak is known."""
-  from cc_jax.plan import (
-    chips,  # lazily: only accelerators need them
-    hlo,
+def set_up(config: ml_collections.ConfigDict, workdir: epath.Path) -> Run:
+  """Everything before the first step; says what is trained, and where."""
+  setup.check_config(config)
+  settings = config.train
+  set_cpu_devices(config.mesh, settings.batch_size)
+  processes = initialize_distributed(config.mesh)
+  folder = workdir / "checkpoints"
+  checkpoints = Checkpoints(folder, keep=settings.keep, keep_every=settings.keep_every)
+  mesh = make_mesh(config.mesh, settings.batch_size)
+  # The base is read, and the adapter initialised, where it is sharded to; both are plain pytrees.
+  adapter = setup.adapter_configs(config)
+  base = load_base(config.base, sharding=param_sharding_fn(mesh), **setup.base_options(config))
+  definition, trainable, frozen = build_customcontrast(
+    base, *adapter, dtype=settings.dtype, seed=config.seed, transform=init_sharded(mesh)
   )
+  context = setup.make_step_context(config, definition, base)
+  state, record, warm_start = restore_or_initialise(config, checkpoints, base, trainable, mesh)
+  check_sharding({"state": state, "frozen": frozen}, mesh)
+  log = Telemetry(
+    workdir, start=record["step"], sums=record["telemetry"], steps=settings.steps,
+    every=settings.log_every, batch_size=settings.batch_size, chips=mesh.size,
+    writes=jax.process_index() == 0,
+  )  # fmt: skip
+  run = Run(config, workdir, mesh, base, context, frozen, state, record["step"], checkpoints, log)
+  log_set_up(run, processes, warm_start)
+  return run
+
+
+def restore_or_initialise(
+  config: ml_collections.ConfigDict, checkpoints: Checkpoints, base: Base, new: Params, mesh: Mesh
+) -> tuple[TrainState, Mapping[str, Any], ip_adapter.Report | None]:
+  """(state, record of its checkpoint, report of a warm start).
+
+  Without a checkpoint the state has the weights `new`, or those of train.warm_start.
+  """
+  restores, report = checkpoints.latest_step() is not None, None
+  if config.train.warm_start and not restores:
+    new, report = ip_adapter.warm_start(gather_to_host(new), config.train.warm_start)
+    new = shard_params(new, mesh)
+  state = init_sharded(mesh)(functools.partial(init_state, config=config))(new)
+  if not restores:
+    return state, {"step": 0, "telemetry": None}, report
+  state, record = checkpoints.restore(state, base_hash=base.hash, config=config)
+  if jax.process_index() == 0:
+    for key, (before, now) in config_changes(record["config"], config).items():
+      print(f"config change since step {record['step']}: {key} was {before!r}, is {now!r}")
+  return state, record, None
+
+
+def log_set_up(run: Run, processes: str, warm_start: ip_adapter.Report | None) -> None:
+  """Says which processes and devices there are, what they hold, and what a warm start used."""
+  mesh, state, say = run.mesh, run.state, run.log.say
+  if processes:
+    say(processes)
+  if processes or shards_params(mesh):
+    say(f"mesh {dict(mesh.shape)}")
+  if shards_params(mesh):
+    parts = {"trained": state.trainable, "optimizer": state.opt_state, "EMA": state.ema}
+    say(describe_sharding(parts | {"frozen": run.frozen}, mesh))
+  trained, frozen = (sum(x.size for x in part.values()) for part in (state.trainable, run.frozen))
+  say(f"{trained:,} trained, {frozen:,} frozen parameters; {mesh.size} devices")
+  if warm_start:
+    say(warm_start.summary())
+    if jax.process_index() == 0:
+      (run.workdir / "warm_start.txt").write_text(str(warm_start))
+
+
+def run_steps(run: Run, callbacks: Callbacks, profile: Profile) -> None:
+  """The steps from `run.start` on, each with what is due after it.
+
+  While a step runs, the metrics of the one before are logged and the next batch is transferred.
+  After it the order is: log, evaluate, save. A checkpoint keeps the running sums of the log, and a
+  restart truncates the log to the checkpoint's step: by then it must hold all that belongs there.
+  """
+  config, settings, mesh, log = run.config, run.config.train, run.mesh, run.log
+  with log.spent("starting"):
+    batches = setup.make_batches(config, run.base, config.seed, run.start, mesh)
+    rows = next(batches)
+    batch, seed = shard_batch(rows, mesh), shard_params(setup.step_seed(config), mesh)
+  step_fn = compile_step(run, batch, seed)
+  with log.spent("starting"):
+    sensitivity_fn = settings.gaps_every and setup.heldout_prompt_sensitivity(
+      config, run.base, run.context, mesh
+    )
+
+  unlogged = None  # the latest step, its metrics and the ids of its batch
+  with Preemption() as preemption:
+    for step in range(run.start + 1, settings.steps + 1):
+      profile.before(step)
+      with jax.transfer_guard("disallow"):  # what the step needs is on the devices
+        run.state, metrics = step_fn(run.state, run.frozen, batch, seed)
+      profile.after(step, metrics)
+      if unlogged:
+        log_step(run, *unlogged)
+      unlogged = step, metrics, {key: ids for key, ids in rows.items() if key.endswith("_id")}
+      if step < settings.steps:
+        began = time.perf_counter()
+        rows = next(batches)
+        batch = shard_batch(rows, mesh)
+        if metrics["loss"].is_ready():  # the devices were idle while we waited for data
+          log.waited(time.perf_counter() - began)
+
+      stops = preemption.stops_after(step)
+      evaluates = due(step, settings.gaps_every, settings.sample_every)
+      saves = stops or due(step, settings.save_every, settings.steps)
+      if evaluates or saves:
+        log_step(run, *unlogged)
+        unlogged = None
+      if evaluates:
+        with log.spent("evaluating"):
+          if due(step, settings.gaps_every):
+            log.write(step, sensitivity_fn(run.state.ema, run.frozen))
+          if due(step, settings.sample_every):
+            run_callback(run, callbacks.on_sample, run.workdir / "samples" / f"{step:07d}.png")
+      if saves:
+        with log.spent("saving"):
+          record = {"base_hash": run.base.hash, "config": jsonable(config)}
+          run.checkpoints.save(step, run.state, record | {"telemetry": log.state()})
+      if stops:
+        run.checkpoints.wait()
+        log.say(f"SIGTERM: step {step} is saved; the same command goes on from there")
+        raise SystemExit(EXIT_CODE)
+
+
+def compile_step(run: Run, batch: Mapping[str, jax.Array], seed: jax.Array) -> jax.stages.Compiled:
+  """The training step, compiled before the first one so that its time can be told apart."""
+  with run.log.spent("compiling"):
+    run.log.say("compiling the training step ...")
+    for line in run.context.describe_contrast(run.mesh, run.state.trainable, run.frozen):
+      run.log.say(line)
+    began = time.perf_counter()
+    step_fn = make_train_step(run.context, run.mesh, run.state, run.frozen)
+    step_fn = step_fn.lower(run.state, run.frozen, batch, seed).compile()
+    run.log.say(f"compiled in {time.perf_counter() - began:.0f} s")
+    measure_utilisation(run.log, step_fn, run.mesh)
+  return step_fn
+
+
+def measure_utilisation(log: Telemetry, step_fn: jax.stages.Compiled, mesh: Mesh) -> None:
+  """Gives the log the FLOPs of a step and of the chip, where the chip's peak is known."""
+  from cc_jax.plan import chips, hlo  # lazily: only accelerators need them
 
   chip = chips.find(mesh.devices.flat[0].device_kind)
   if chip is not None:
-    log.program(hlo.Program(step.as_text()).flops, chip.flops)
+    log.program(hlo.Program(step_fn.as_text()).flops, chip.flops)
 
 
 def due(step: int, *every: int) -> bool:
@@ -255,6 +249,47 @@ def due(step: int, *every: int) -> bool:
   return any(n and step % n == 0 for n in every)
 
 
-def _checkpoint_left(checkpoints: Checkpoints) -> str:
-  step = checkpoints.latest_step()
-  return "no checkpoint yet" if step is None else f"the checkpoint of step {step} is intact"
+def log_step(run: Run, step: int, metrics: Any, ids: Mapping[str, np.ndarray]) -> None:
+  """Fetches the metrics of a step, which waits for it; stops a run that went wrong (UserError)."""
+  metrics = jax.device_get(metrics)
+  run.log.step(step, metrics)
+  if not metrics["bad_steps"]:
+    return
+  file = run.log.dump(step, ids, metrics)
+  if metrics["bad_steps"] >= run.config.train.max_bad_steps:
+    latest = run.checkpoints.latest_step()
+    kept = "no checkpoint yet" if latest is None else f"the checkpoint of step {latest} is intact"
+    raise UserError(
+      f"loss or gradient is not finite, {int(metrics['bad_steps'])} steps in a row up to step "
+      f"{step}; {kept}; lower train.learning_rate, look at the data (subjects and norms are in "
+      f"{file}), or raise train.max_bad_steps to skip such steps"
+    )
+
+
+def run_callback(run: Run, callback: Callback | None, path: epath.Path) -> None:
+  """Calls it, if there is one process: of several, none has all of the model (see `evaluate`)."""
+  if callback is None:
+    return
+  if jax.process_count() > 1:
+    run.log.say(f"no pictures from several processes: python -m cc_jax.evaluate draws {path.name}")
+    return
+  callback(run.config, run.base, run.context.model(run.state.ema, run.frozen), path)
+
+
+def save_final_adapter(run: Run) -> None:
+  """Writes the EMA weights to workdir/adapter.safetensors; all processes must call it."""
+  tensors, config = gather_to_host(run.state.ema), run.config
+  if jax.process_index() != 0:
+    return
+  encoder, injection = setup.adapter_configs(config)
+  notes = {
+    "steps": str(int(run.state.step)),
+    "data": f"{config.data.source} {config.data.name}",
+    # How references are displayed: sampling does the same.
+    "reference_share": str(config.data.reference_share),
+    "reference_place": config.data.reference_place,
+  }
+  save_adapter(
+    run.workdir / "adapter.safetensors", tensors, encoder=encoder, injection=injection,
+    base_name=run.base.name, base_hash=run.base.hash, notes=notes,
+  )  # fmt: skip

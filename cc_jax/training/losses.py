@@ -14,7 +14,7 @@ from cc_jax.models.params import Params
 from cc_jax.models.vae import images_to_latents
 from cc_jax.objectives.diffusion import diffusion_loss, min_snr_weights
 from cc_jax.training.context import Batch, Metrics, StepContext, prefix_keys, to_unit_range
-from cc_jax.training.contrastive import contrastive_objective
+from cc_jax.training.contrastive import compare_embeddings, contrastive_embeddings
 from cc_jax.training.noise import StepNoise, sample_step_noise
 
 
@@ -26,29 +26,24 @@ def sample_latents(vae: nnx.Module, images: Array, keys: Array) -> Float[Array, 
   return images_to_latents(vae, images, functools.partial(_normal, keys))
 
 
-def subject_weights(
-  masks: Array, size: tuple[int, int], weight: float
-) -> Float[Array, "b h w"] | None:
-  """1 + weight * mask at the latents' size, for uint8 masks [B, H, W]; None for weight 0. [R]"""
+def subject_weights(masks: Array, size: tuple[int, int], weight: float) -> Array | None:
+  """1 + weight * mask [B, H, W] (uint8) at the latents' size [B, h, w]; None for weight 0. [R]"""
   if not weight:
     return None
-  share = masks.astype(jnp.float32) / 255
-  return 1 + weight * jax.image.resize(share, (share.shape[0], *size), "linear", antialias=True)
+  masks = masks.astype(jnp.float32) / 255
+  return 1 + weight * jax.image.resize(masks, (masks.shape[0], *size), "linear", antialias=True)
 
 
 def denoise(
-  method: StepContext,
-  model: CustomContrast,
-  batch: Batch,
-  features: Float[Array, "b p c"],
-  draws: StepNoise,
+  context: StepContext, model: CustomContrast, batch: Batch, features: Float[Array, "b p c"],
+  step_noise: StepNoise,
 ) -> tuple[Float[Array, "b h w c"], Float[Array, "b h w c"]]:
-  """(prediction, what it should be) for the target frame noised to t."""
-  t, keep_text, keep_image, keys = draws
-  of_posterior, of_noise = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
-  latents = sample_latents(model.vae, batch["target"], of_posterior)
-  noise = _normal(of_noise, latents.shape[1:])
-  empty = jnp.asarray(method.empty_prompt, jnp.int32)
+  """(prediction, its target) for the target frame with the noise of t."""
+  t, keep_text, keep_image, keys = step_noise
+  posterior_keys, noise_keys = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
+  latents = sample_latents(model.vae, batch["target"], posterior_keys)
+  noise = _normal(noise_keys, latents.shape[1:])
+  empty = jnp.asarray(context.empty_prompt, jnp.int32)
   conditioning = model.condition(
     features,
     jnp.where(keep_text[:, None], batch["input_ids"], empty),
@@ -58,49 +53,48 @@ def denoise(
     use_image=keep_image,
     # An empty prompt has no noun for S+ to stand after. [R]
     use_s_plus=keep_image & keep_text,
-    time_ids=_whole_picture(model.unet, batch["target"]),
+    time_ids=_uncropped_time_ids(model.unet, batch["target"]),
   )
-  schedule = method.schedule
+  schedule = context.schedule
   prediction = model.predict(schedule.add_noise(latents, noise, t), t, conditioning)
   return prediction, schedule.target(latents, noise, t)
 
 
 def total_loss(
-  method: StepContext, trainable: Params, frozen: Params, batch: Batch, key: Array
+  context: StepContext, trainable: Params, frozen: Params, batch: Batch, key: Array
 ) -> tuple[Float[Array, ""], Metrics]:
   """L = L_diffusion + λ_cscl L_CSCL + λ_macl L_MACL [P: the form; R: λ] over the global batch.
 
-  `batch` is the loader's (data_pipeline.make_loader), arrays of the whole global batch. Contrast
-  sees every image: condition dropout concerns the diffusion loss alone, since the tokens of dropped
-  images would all be the same.
+  `batch` is that of data_pipeline.make_loader, global. Condition dropout concerns the diffusion
+  loss alone: to the contrastive losses the tokens of dropped images would all be the same.
   """
-  model = method.learning_model(trainable, frozen)
-  draws = sample_step_noise(method, key, batch["target"].shape[0])
+  model = context.model_for_gradient(trainable, frozen)
+  step_noise = sample_step_noise(context, key, batch["target"].shape[0])
   features, embed = model.image_features(to_unit_range(batch["reference"]))
-  total, metrics = diffusion_objective(method, model, batch, features, draws)
-  contrast, parts = contrastive_objective(
-    model, method.config.objective, batch, features, embed, draws.t, method.contrast
-  )
+  total, metrics = diffusion_objective(context, model, batch, features, step_noise)
+  objective = context.config.objective
+  embeddings = contrastive_embeddings(model, objective, batch, features, embed, step_noise.t)
+  contrast, more = compare_embeddings(objective, embeddings, batch["subject_id"], context.contrast)
   total = total + contrast
-  return total, {"loss": total, **metrics, **parts}
+  return total, {"loss": total, **metrics, **more}
 
 
 def diffusion_objective(
-  method: StepContext, model: CustomContrast, batch: Batch, features: Float[Array, "b p c"], draws: StepNoise
+  context: StepContext, model: CustomContrast, batch: Batch, features: Float[Array, "b p c"],
+  step_noise: StepNoise,
 ) -> tuple[Float[Array, ""], Metrics]:
   """L_diffusion; `features` are the references'."""
-  objective, schedule = method.config.objective, method.schedule
-  prediction, target = denoise(method, model, batch, features, draws)
-  snr = schedule.snr(draws.t)
+  objective, schedule = context.config.objective, context.schedule
+  prediction, target = denoise(context, model, batch, features, step_noise)
+  snr = schedule.snr(step_noise.t)
   weights = min_snr_weights(snr, objective.min_snr_gamma, schedule.prediction_type)
   mask = subject_weights(batch["target_mask"], prediction.shape[1:3], objective.subject_weight)
-  total, parts = diffusion_loss(prediction, target, weights, mask)
-  return total, {"loss/diffusion": total, **prefix_keys("diffusion", parts)}
+  total, metrics = diffusion_loss(prediction, target, weights, mask)
+  return total, {"loss/diffusion": total, **prefix_keys("diffusion", metrics)}
 
 
-
-def _whole_picture(unet: nnx.Module, images: Array) -> Float[Array, "b 6"] | None:
-  """SDXL's time_ids of an uncropped picture: original size, crop corner, target size."""
+def _uncropped_time_ids(unet: nnx.Module, images: Array) -> Float[Array, "b 6"] | None:
+  """SDXL's original size, crop corner and target size of uncropped images; None for others."""
   if unet.config.addition_embed_type != "text_time":
     return None
   size, height, width = images.shape[:3]
@@ -108,5 +102,5 @@ def _whole_picture(unet: nnx.Module, images: Array) -> Float[Array, "b 6"] | Non
 
 
 def _normal(keys: Array, shape: tuple[int, ...]) -> Float[Array, "b ..."]:
-  """Standard normal samples [B, *shape], each from a key of its own."""
+  """Standard normal samples [B, *shape], one for each key."""
   return jax.vmap(lambda key: jax.random.normal(key, shape))(keys)

@@ -13,18 +13,17 @@ from cc_jax.training.context import StepContext
 
 
 class StepNoise(NamedTuple):
-  """The randomness of a step, sample by sample, so that it does not depend on how the batch is cut.
-  """
+  """All randomness of a step, by sample: neither sharding nor microbatches change it."""
 
-  t: Int[Array, " b"]
+  t: Int[Array, " b"]  # timesteps
   keep_text: Bool[Array, " b"]
   keep_image: Bool[Array, " b"]
-  noise: Array  # [B] keys
+  keys: Array  # [B], of the VAE's posterior and the noise
 
 
-def sample_step_noise(method: StepContext, key: Array, size: int) -> StepNoise:
-  """Everything random about `size` samples."""
-  objective, steps = method.config.objective, method.schedule.num_train_timesteps
+def sample_step_noise(context: StepContext, key: Array, size: int) -> StepNoise:
+  """The timesteps, dropped conditions and keys of `size` samples."""
+  objective, steps = context.config.objective, context.schedule.num_train_timesteps
   of_t, of_dropout, of_noise = jax.random.split(key, 3)
   t = sample_timesteps(of_t, size, steps, objective.timestep_shift)
   keep = keep_conditions(of_dropout, size, objective)
@@ -34,7 +33,7 @@ def sample_step_noise(method: StepContext, key: Array, size: int) -> StepNoise:
 def keep_conditions(
   key: Array, size: int, objective: ml_collections.ConfigDict
 ) -> tuple[Bool[Array, " b"], Bool[Array, " b"]]:
-  """(keep text, keep image) per sample: disjoint shares lose the text, the image, or both.
+  """(keep text, keep image) per sample: some lose the text, others the image, others both.
 
   IP-Adapter's published values are 5 % each.
   """
@@ -48,8 +47,8 @@ def keep_conditions(
 def sample_timesteps(key: Array, size: int, steps: int, shift: float) -> Int[Array, " b"]:
   """Uniform timesteps in [0, steps), moved towards noise: u -> shift u / (1 + (shift - 1) u).
 
-  shift 1 is the plain draw. More than 1 dwells where an image's colours and layout are decided; the
-  map is that of SD3 (arXiv 2403.03206, section 5.3.2), here for training alone. [R]
+  A shift of 1 keeps them uniform; more trains more where an image's colours and layout are decided.
+  The map is that of SD3 (arXiv 2403.03206, section 5.3.2), here for training alone. [R]
   """
   u = jax.random.uniform(key, (size,))
   u = shift * u / (1 + (shift - 1) * u)

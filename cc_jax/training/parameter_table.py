@@ -4,44 +4,29 @@ from __future__ import annotations
 
 import jax
 import ml_collections
-import numpy as np
 
 from cc_jax.diffusion.schedule import NoiseSchedule
-from cc_jax.models.params import Params
 from cc_jax.text import align_table
 from cc_jax.training.setup import build_abstract
-from cc_jax.training.step import init_state
+from cc_jax.training.step import group_by_module, init_state
 
 
 def parameter_table(config: ml_collections.ConfigDict) -> str:
-  """The parameter table of a config: `--abstract`; see `build_abstract`."""
+  """Tensors, parameters and MiB of each network and of the training state; see `build_abstract`."""
   config, base, (_, trainable, frozen) = build_abstract(config)
   NoiseSchedule.from_config(base.scheduler_config)
   state = jax.eval_shape(lambda t: init_state(t, config), trainable)
   rows = [("part", "", "tensors", "parameters", "MiB")]
   for kind, params in (("trained", trainable), ("frozen", frozen)):
-    parts: dict[str, list] = {}
-    for path, value in params.items():
-      names = path.split(".")
-      parts.setdefault(".".join(names[:2] if names[0] == "mfi_encoder" else names[:1]), []).append(
-        value
-      )
-    rows += [(part, kind, *_sizes(values)) for part, values in parts.items()]
+    for module, names in group_by_module(params).items():
+      rows.append((module, kind, *_sizes(params[name] for name in names)))
     rows.append(("all", kind, *_sizes(params.values())))
   rows.append(("optimizer", "state", *_sizes(jax.tree.leaves(state.opt_state))))
-  rows.append(("average", "state", *_sizes(jax.tree.leaves(state.ema))))
+  rows.append(("EMA", "state", *_sizes(jax.tree.leaves(state.ema))))
   return align_table(rows, left=2)
 
 
 def _sizes(arrays) -> tuple[str, str, str]:
   arrays = list(arrays)
-  total = sum(int(np.prod(x.shape)) * x.dtype.itemsize for x in arrays)
-  return (
-    str(len(arrays)),
-    f"{sum(int(np.prod(x.shape)) for x in arrays):,}",
-    f"{total / 2**20:,.1f}",
-  )
-
-
-def _count(params: Params) -> str:
-  return f"{sum(x.size for x in params.values()):,}"
+  mebibytes = sum(x.size * x.dtype.itemsize for x in arrays) / 2**20
+  return str(len(arrays)), f"{sum(x.size for x in arrays):,}", f"{mebibytes:,.1f}"

@@ -1,8 +1,8 @@
-"""Wrong-word gaps: does the denoiser still listen to the prompt while it holds the subject?
+"""Wrong-word gaps: does the denoiser still follow the prompt while an adapter injects a subject?
 
-The relative rise of the diffusion loss at one timestep when a word of the caption is replaced by a
-wrong one. 0 = the word is ignored. It needs no sampling and no judge, so that training can log it
-(docs/method.md, "The wrong-word gap").
+A gap is the relative rise of the diffusion loss at one timestep when a word of the caption is
+replaced by a wrong one; 0 = the word is ignored. It needs neither sampling nor a judge, so that
+training can log it (docs/method.md, "The wrong-word gap").
 """
 
 from __future__ import annotations
@@ -23,50 +23,51 @@ from cc_jax.training.context import Batch, StepContext, to_unit_range
 from cc_jax.training.losses import denoise
 from cc_jax.training.noise import StepNoise
 
-NOISE_LEVEL = 0.85  # t / T: late enough that the picture itself says little (docs/method.md)
+NOISE_LEVEL = 0.85  # t / T: so noisy that the picture itself tells little
 NumpyBatch = dict[str, np.ndarray]
 
 
 def sample_losses(
-  method: StepContext, adapter: Params, frozen: Params, batch: Batch
+  context: StepContext, adapter: Params, frozen: Params, batch: Batch
 ) -> Float[Array, " b"]:
   """Diffusion loss of each sample at t = 0.85 T, with reference, prompt and one noise."""
-  model = method.model(adapter, frozen)
+  model = context.model(adapter, frozen)
   size = batch["target"].shape[0]
-  t = jnp.full((size,), int(NOISE_LEVEL * method.schedule.num_train_timesteps), jnp.int32)
-  every = jnp.ones(size, bool)
+  t = jnp.full((size,), int(NOISE_LEVEL * context.schedule.num_train_timesteps), jnp.int32)
+  keep = jnp.ones(size, bool)
   features, _ = model.image_features(to_unit_range(batch["reference"]))
-  keys = jax.random.split(jax.random.key(method.config.seed), size)
-  draws = StepNoise(t, keep_text=every, keep_image=every, noise=keys)
-  return per_sample_mse(*denoise(method, model, batch, features, draws))
+  keys = jax.random.split(jax.random.key(context.config.seed), size)
+  step_noise = StepNoise(t, keep_text=keep, keep_image=keep, keys=keys)
+  return per_sample_mse(*denoise(context, model, batch, features, step_noise))
 
 
 def make_prompt_sensitivity(
-  method: StepContext, mesh: Mesh, batch: NumpyBatch, wrong: Mapping[str, tuple[NumpyBatch, np.ndarray]]
+  context: StepContext, mesh: Mesh, batch: NumpyBatch,
+  wrong: Mapping[str, tuple[NumpyBatch, np.ndarray]],
 ) -> Callable[[Params, Params], dict[str, float]]:
   """A function (adapter, frozen) -> {'gap/<word>': relative rise of the loss} on one fixed batch.
 
   `wrong` maps a name to (the batch with a wrong word, which samples really changed [B]).
   """
   losses = jax.jit(
-    lambda adapter, frozen, batch: sample_losses(method, adapter, frozen, batch),
+    lambda adapter, frozen, batch: sample_losses(context, adapter, frozen, batch),
     out_shardings=replicated_sharding(mesh),
   )
   right = shard_batch(batch, mesh)
-  others = {
+  sharded = {
     name: (shard_batch(values, mesh), shard_batch({"changed": changed}, mesh))
     for name, (values, changed) in wrong.items()
   }
 
-  def gaps(adapter: Params, frozen: Params) -> dict[str, float]:
-    base = losses(adapter, frozen, right)
-    rises = {
-      f"gap/{name}": relative_rise(base, losses(adapter, frozen, values), mark["changed"])
-      for name, (values, mark) in others.items()
+  def prompt_sensitivity(adapter: Params, frozen: Params) -> dict[str, float]:
+    right_losses = losses(adapter, frozen, right)
+    gaps = {
+      f"gap/{name}": relative_rise(right_losses, losses(adapter, frozen, values), mask["changed"])
+      for name, (values, mask) in sharded.items()
     }
-    return {key: float(value) for key, value in jax.device_get(rises).items()}
+    return {key: float(value) for key, value in jax.device_get(gaps).items()}
 
-  return gaps
+  return prompt_sensitivity
 
 
 @jax.jit
@@ -80,7 +81,7 @@ def relative_rise(
 
 
 def wrong_nouns(batch: NumpyBatch, tokenizer: Any, s_words: int) -> tuple[NumpyBatch, np.ndarray]:
-  """Every caption with the class noun of the next sample that has another one.
+  """Replaces the class noun of every caption by that of the next sample which has another one.
 
   Returns:
     (the batch with new input_ids, slot and noun_span, which samples changed [B]).
@@ -97,20 +98,17 @@ def wrong_nouns(batch: NumpyBatch, tokenizer: Any, s_words: int) -> tuple[NumpyB
 def wrong_phrases(
   batch: NumpyBatch, phrases: Sequence[str], tokenizer: Any, s_words: int
 ) -> tuple[NumpyBatch, np.ndarray]:
-  """Every caption that holds one of `phrases` (scenes, say) with the next phrase instead.
-
-  The longest phrase that occurs counts. Returns what `wrong_nouns` does.
-  """
+  """Replaces the longest of `phrases` that a caption has by the next of them; see `wrong_nouns`."""
   tokens = [tuple(tokenizer(phrase, add_special_tokens=False).input_ids) for phrase in phrases]
   swaps = []
   for row in batch["input_ids"]:
-    found = [
+    matches = [
       (start, start + len(phrase), tokens[(k + 1) % len(tokens)])
       for k, phrase in enumerate(tokens)
       for start in range(1, len(row) - len(phrase))
       if tuple(row[start : start + len(phrase)]) == phrase
     ]
-    swaps.append(max(found, key=lambda f: f[1] - f[0]) if found else (0, 0, ()))
+    swaps.append(max(matches, key=lambda m: m[1] - m[0]) if matches else (0, 0, ()))
   return _swapped(batch, swaps, tokenizer, s_words)
 
 

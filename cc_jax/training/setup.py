@@ -1,4 +1,4 @@
-"""From a config to what the training loop needs: base, adapter, context, data."""
+"""From a config to the parts of a training run: adapter, step context, data, metrics."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import ml_collections
 import numpy as np
 from etils import epath
 from flax import nnx
+from jax.sharding import Mesh
 
 import data_pipeline
 from cc_jax.bases.base import Base, abstract_base
@@ -26,10 +27,8 @@ from cc_jax.diffusion.schedule import NoiseSchedule
 from cc_jax.errors import UserError
 from cc_jax.models.params import DTYPES, Params
 from cc_jax.parallel.mesh import local_rows
-from cc_jax.training import prompt_sensitivity as gaps
 from cc_jax.training.context import StepContext
-from cc_jax.training.prompt_sensitivity import make_prompt_sensitivity
-from data_pipeline.subjects3d.factors import SCENES
+from cc_jax.training.prompt_sensitivity import make_prompt_sensitivity, wrong_nouns, wrong_phrases
 from data_pipeline.tokens import empty_prompt
 
 
@@ -39,7 +38,7 @@ def adapter_configs(config: ml_collections.ConfigDict) -> tuple[MFIEncoderConfig
 
 
 def base_options(config: ml_collections.ConfigDict) -> dict[str, Any]:
-  """How the base is computed with and kept."""
+  """Arguments of `load_base`: dtypes of compute and storage, the image encoder."""
   return dict(
     dtype=jnp.dtype(config.train.dtype),
     param_dtype=jnp.dtype(config.train.base_dtype),
@@ -50,10 +49,10 @@ def base_options(config: ml_collections.ConfigDict) -> dict[str, Any]:
 def make_step_context(
   config: ml_collections.ConfigDict, definition: nnx.GraphDef, base: Base
 ) -> StepContext:
-  """What the step knows besides arrays."""
+  """What the step depends on besides arrays. Raises UserError for settings that contradict."""
   if base.tokenizers:
     empty = tuple(int(i) for i in empty_prompt(base.tokenizers[0]))
-  else:  # known architectures have none (`build_abstract`); the words matter to no plan
+  else:  # known architectures have none (`build_abstract`), and a plan needs no words
     empty = (0,) * base.text_encoders[0].config.max_position_embeddings
   schedule = NoiseSchedule.from_config(base.scheduler_config)
   return StepContext(definition, schedule, ml_collections.FrozenConfigDict(config), empty)
@@ -65,13 +64,9 @@ def step_seed(config: ml_collections.ConfigDict) -> np.ndarray:
 
 
 def make_batches(
-  config: ml_collections.ConfigDict,
-  base: Base,
-  seed: int,
-  start: int,
-  mesh: jax.sharding.Mesh,
+  config: ml_collections.ConfigDict, base: Base, seed: int, start: int, mesh: Mesh
 ) -> Iterator[dict[str, np.ndarray]]:
-  """This process's share of every batch from step `start` on."""
+  """This process's rows of every batch from step `start` on."""
   return data_pipeline.make_loader(
     config.data,
     base.tokenizers[0],
@@ -84,16 +79,15 @@ def make_batches(
 
 
 def heldout_prompt_sensitivity(
-  config: ml_collections.ConfigDict, base: Base, method: StepContext, mesh: jax.sharding.Mesh
+  config: ml_collections.ConfigDict, base: Base, context: StepContext, mesh: Mesh
 ) -> Callable[[Params, Params], dict[str, float]]:
-  """Wrong-word gaps on one batch that training does not see: class noun, and scene if there is."""
+  """Wrong-word gaps on one batch that training does not see: class noun and, if known, scene."""
   batch = next(make_batches(config, base, config.seed + 1, 0, mesh))
   tokenizer, words = base.tokenizers[0], config.encoder.s_words
-  wrong = {
-    "class": gaps.wrong_nouns(batch, tokenizer, words),
-    "scene": gaps.wrong_phrases(batch, SCENES, tokenizer, words),
-  }
-  return make_prompt_sensitivity(method, mesh, batch, wrong)
+  wrong = {"class": wrong_nouns(batch, tokenizer, words)}
+  if scenes := data_pipeline.context_phrases(config.data):
+    wrong["scene"] = wrong_phrases(batch, scenes, tokenizer, words)
+  return make_prompt_sensitivity(context, mesh, batch, wrong)
 
 
 def check_config(config: ml_collections.ConfigDict) -> None:
@@ -102,8 +96,8 @@ def check_config(config: ml_collections.ConfigDict) -> None:
   for key in ("steps", "batch_size", "accumulate", "log_every", "max_bad_steps", "keep"):
     if settings[key] < 1:
       raise UserError(f"train.{key} is {settings[key]}; it must be at least 1")
-  every = ("save_every", "keep_every", "sample_every", "gaps_every")
-  for key in ("warmup_steps", "weight_decay", *every):
+  intervals = ("save_every", "keep_every", "sample_every", "gaps_every")
+  for key in ("warmup_steps", "weight_decay", *intervals):
     if settings[key] < 0:
       raise UserError(f"train.{key} is {settings[key]}; it must not be negative")
   for key in ("ema", "beta1", "beta2"):
@@ -117,9 +111,9 @@ def check_config(config: ml_collections.ConfigDict) -> None:
 def build_abstract(
   config: ml_collections.ConfigDict,
 ) -> tuple[ml_collections.ConfigDict, Base, tuple[nnx.GraphDef, Params, Params]]:
-  """(config with the folders that are read, abstract base, what `assemble` makes of it).
+  """(config with paths of folders, abstract base, `build_customcontrast` of it).
 
-  The base needs no weights, and a known one not even a folder: its config.json files lie in
+  The base needs no weights, and a known one not even a folder: its config.json files are in
   assets/architectures.
   """
   check_config(config)
@@ -127,21 +121,21 @@ def build_abstract(
   config.base = _known_architecture(config.base)
   config.encoder.image_encoder = _known_architecture(config.encoder.image_encoder)
   base = abstract_base(config.base, **base_options(config))
-  parts = build_customcontrast(base, *adapter_configs(config), dtype=config.train.dtype, transform=eval_shape_only)
-  return config, base, parts
+  adapter, dtype = adapter_configs(config), config.train.dtype
+  return config, base, build_customcontrast(base, *adapter, dtype=dtype, transform=eval_shape_only)
 
 
 def _known_architecture(folder: str) -> str:
-  """The folder itself, or, if it is not there, the one with the shapes of the model it names."""
-  shapes = ASSETS / "architectures" / folder
-  return str(shapes) if folder and not epath.Path(folder).is_dir() and shapes.is_dir() else folder
+  """The folder itself or, if there is none, that of the known architecture with this name."""
+  known = ASSETS / "architectures" / folder
+  return str(known) if folder and not epath.Path(folder).is_dir() and known.is_dir() else folder
 
 
 def use_compilation_cache(workdir: epath.Path) -> None:
-  """Compiled programs are kept in the workdir: a run that goes on there starts at once.
+  """Keeps compiled programs in the workdir, so that a run which is resumed there starts at once.
 
-  A folder for each kind of processor, since XLA compiles for the very one. JAX's own settings, such
-  as JAX_COMPILATION_CACHE_DIR, come first.
+  One folder for each kind of processor, since XLA compiles for it. JAX's own settings, such as
+  JAX_COMPILATION_CACHE_DIR, take precedence.
   """
   if jax.config.jax_compilation_cache_dir is None:
     info = Path("/proc/cpuinfo")

@@ -1,7 +1,7 @@
-"""One training step of CustomContrast as a pure function, and the state that it turns over.
+"""One training step of CustomContrast as a pure function of its state.
 
-The adapter and the frozen base come as flat dictionaries (`cc_jax.customcontrast.build`); a module exists only
-inside `loss`, where its methods are called.
+Adapter and frozen base are flat dictionaries (`cc_jax.customcontrast.build`); a module exists only
+inside `total_loss`, where its methods are called.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ from cc_jax.training.losses import total_loss
 
 
 class TrainState(NamedTuple):
-  """What a checkpoint holds. Trained weights, optimizer and average are cut alike."""
+  """What a checkpoint holds. Trained weights, optimizer and EMA are sharded alike."""
 
   trainable: Params
   opt_state: Any
   ema: Params
   step: Int[Array, ""]  # finished steps = position in the data
-  bad_steps: Int[Array, ""]  # skipped updates in a row, up to now
+  bad_steps: Int[Array, ""]  # skipped updates in a row, the latest included
 
 
 def init_state(trainable: Params, config: ml_collections.ConfigDict) -> TrainState:
-  """The state before the first step; the average starts as a copy of the weights."""
+  """The state before the first step; the EMA starts as a copy of the weights."""
   return TrainState(
     trainable=trainable,
     opt_state=optimizer.make_optimizer(config.train).init(trainable),
@@ -49,23 +49,22 @@ def init_state(trainable: Params, config: ml_collections.ConfigDict) -> TrainSta
 
 
 def train_step(
-  method: StepContext, state: TrainState, frozen: Params, batch: Batch, seed: Int[Array, ""]
+  context: StepContext, state: TrainState, frozen: Params, batch: Batch, seed: Int[Array, ""]
 ) -> tuple[TrainState, Metrics]:
   """One update. All randomness is fold_in(seed, step): a step is a function of its arguments."""
   key = jax.random.fold_in(jax.random.key(seed), state.step)
-  if method.config.train.accumulate > 1:
-    (_, metrics), gradients = accumulate_gradients(method, state.trainable, frozen, batch, key)
+  if context.config.train.accumulate > 1:
+    (_, metrics), gradients = accumulate_gradients(context, state.trainable, frozen, batch, key)
   else:
-    whole = method.remat_all_gathers(functools.partial(total_loss, method))
-    (_, metrics), gradients = jax.value_and_grad(whole, has_aux=True)(
+    loss_fn = context.remat_all_gathers(functools.partial(total_loss, context))
+    (_, metrics), gradients = jax.value_and_grad(loss_fn, has_aux=True)(
       state.trainable, frozen, batch, key
     )
-  if method.mesh is not None and shards_params(method.mesh):
-    # Each device needs the sum of its own part only, and holds no more than that.
-    gradients = jax.lax.with_sharding_constraint(
-      gradients, param_shardings(gradients, method.mesh)
-    )
-  return update(method.config.train, state, gradients, metrics)
+  if context.mesh is not None and shards_params(context.mesh):
+    # A reduce-scatter: each device gets the sum of its own shard only.
+    shardings = param_shardings(gradients, context.mesh)
+    gradients = jax.lax.with_sharding_constraint(gradients, shardings)
+  return update(context.config.train, state, gradients, metrics)
 
 
 def update(
@@ -73,8 +72,8 @@ def update(
 ) -> tuple[TrainState, Metrics]:
   """The state after these gradients, and the metrics with norms, rate and bad steps added.
 
-  A loss or gradient that is not finite changes nothing but the counters; the decision is made on
-  the device, so that the loop need not wait for it.
+  A loss or gradient that is not finite changes nothing but the counters. The device decides that,
+  so that the loop need not wait.
   """
   rate = optimizer.learning_rate(train, state.step)
   gradient_norm = optax.global_norm(gradients)
@@ -97,35 +96,36 @@ def update(
     "learning_rate": rate,
     "bad_steps": bad_steps,
   }
-  for package, names in group_by_module(gradients).items():
-    added[f"norm/gradient/{package}"] = optax.global_norm([gradients[name] for name in names])
-    moved = optax.global_norm([change[name] for name in names])
-    added[f"norm/update/{package}"] = jnp.where(good, moved, 0.0)
+  for module, names in group_by_module(gradients).items():
+    added[f"norm/gradient/{module}"] = optax.global_norm([gradients[name] for name in names])
+    update_norm = optax.global_norm([change[name] for name in names])
+    added[f"norm/update/{module}"] = jnp.where(good, update_norm, 0.0)
   return TrainState(*kept, state.step + 1, bad_steps), {**metrics, **added}
 
 
 def group_by_module(names: Iterable[str]) -> dict[str, list[str]]:
-  """Parameters by the part of the adapter: 'unet', 'mfi_encoder.visual', 'mfi_encoder.fusion'..."""
-  found: dict[str, list[str]] = {}
+  """Parameters by network, of the MFI-Encoder by part: 'unet', 'mfi_encoder.visual', ..."""
+  names_by_module: dict[str, list[str]] = {}
   for name in names:
     parts = name.split(".")
-    found.setdefault(".".join(parts[: 2 if parts[0] == "mfi_encoder" else 1]), []).append(name)
-  return found
+    module = ".".join(parts[: 2 if parts[0] == "mfi_encoder" else 1])
+    names_by_module.setdefault(module, []).append(name)
+  return names_by_module
 
 
 def make_train_step(
-  method: StepContext, mesh: Mesh, state: TrainState, frozen: Params
+  context: StepContext, mesh: Mesh, state: TrainState, frozen: Params
 ) -> Callable[..., tuple[TrainState, Metrics]]:
-  """`train_step` jitted: step(state, frozen, batch, seed), the state donated, the batch cut.
+  """`train_step` jitted: step(state, frozen, batch, seed); the state is donated.
 
-  `state` and `frozen` tell shapes; they may be abstract, and lie where sharding.RULES say. Runs
-  that differ in their seed alone compile the same program, which JAX's compilation cache then has.
+  `state` and `frozen` give shapes, and may be abstract; RULES shard them. Runs that differ in their
+  seed alone compile the same program, and share it in JAX's compilation cache.
   """
-  method = dataclasses.replace(method, mesh=mesh)
-  kept, base = param_shardings(state, mesh), param_shardings(frozen, mesh)
+  context = dataclasses.replace(context, mesh=mesh)
+  of_state, of_frozen = param_shardings(state, mesh), param_shardings(frozen, mesh)
   return jax.jit(
-    lambda state, frozen, batch, seed: train_step(method, state, frozen, batch, seed),
-    in_shardings=(kept, base, batch_sharding(mesh), replicated_sharding(mesh)),
-    out_shardings=(kept, replicated_sharding(mesh)),
+    lambda state, frozen, batch, seed: train_step(context, state, frozen, batch, seed),
+    in_shardings=(of_state, of_frozen, batch_sharding(mesh), replicated_sharding(mesh)),
+    out_shardings=(of_state, replicated_sharding(mesh)),
     donate_argnums=0,
   )

@@ -1,16 +1,17 @@
-"""What a run tells: metrics.jsonl, TensorBoard and a progress bar.
+"""The log of a run: metrics.jsonl, TensorBoard and a progress bar.
 
-Beside the losses and norms a line has `seconds` of a step, images per second, the model FLOPs
-utilisation `mfu` where the chip's peak is known, and what shares of the time since the line before
-went into waiting for data, saving and compiling.
+Beside losses and norms a line has `seconds` of a step, images per second, the model FLOPs
+utilisation `mfu` where the chip's peak is known, and which fractions (`share/`) of the time since
+the line before were spent on waiting for data, saving and compiling.
 
-Metrics are averaged between two log lines, over the steps whose update was not skipped. The running
-sums travel with every checkpoint and a restart cuts the log back to the step it restores, so that
-the log of a run that was killed and restarted holds the very losses of one that was not.
+A line averages the metrics since the line before, over the steps whose update was not skipped. Each
+checkpoint holds the running sums, and a restart truncates the log to the step that it restores: the
+log of a run that was killed and restarted has the same losses as that of one that was not.
 """
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import json
 import math
@@ -24,31 +25,22 @@ import numpy as np
 import tqdm
 from etils import epath
 
-# Averages mean nothing for these: the value of the line's own step is what one wants to see.
-LAST_VALUE = ("learning_rate", "bad_steps")
-# Depend on the machine's day; everything else in a line is a function of config and step.
+LAST_VALUE = ("learning_rate", "bad_steps")  # not averaged: a line has those of its own step
+# These depend on the machine; everything else in a line is a function of config and step.
 TIMINGS = ("seconds", "images_per_second", "images_per_second_per_chip", "mfu")
 SHARES = ("data", "saving", "compiling")
 
 
 class Telemetry:
-  """Writes one line per `every` steps. `batch_size` is the global one."""
+  """Writes one line per `every` steps; in a bucket, without TensorBoard."""
 
   def __init__(
-    self,
-    workdir: epath.Path,
-    *,
-    start: int,
-    steps: int,
-    every: int,
-    batch_size: int,
-    chips: int = 1,
-    sums: Mapping[str, Any] | None = None,
-    writes: bool = True,
-  ):
-    """Continues the log in `workdir` after step `start`; `sums` is an earlier `state()`.
+    self, workdir: epath.Path, *, start: int, steps: int, every: int, batch_size: int,
+    chips: int = 1, sums: Mapping[str, Any] | None = None, writes: bool = True,
+  ):  # fmt: skip
+    """Continues the log in `workdir` after step `start`; `sums` is a checkpoint's `state()`.
 
-    `writes` is False on all processes but one. In a bucket there is metrics.jsonl alone.
+    `batch_size` is global. `writes` is False on all processes but one.
     """
     self._every, self._batch_size, self._writes = every, batch_size, writes
     self._chips, self._utilisation = chips, 0.0
@@ -62,7 +54,7 @@ class Telemetry:
     self._path = workdir / "metrics.jsonl"
     truncate_log(self._path, start)
     self._file = self._tensorboard = None
-    if "://" in str(workdir):  # a bucket's files cannot grow
+    if "://" in str(workdir):  # nothing can be appended to a bucket's files
       self._text = self._path.read_text() if self._path.exists() else ""
     else:
       from tensorboardX import SummaryWriter  # lazily: a slow import that sampling never needs
@@ -74,28 +66,28 @@ class Telemetry:
     )
 
   def program(self, flops: float, peak: float) -> None:
-    """The FLOPs of one step on one chip, of which the chip can do `peak` a second."""
+    """Sets the FLOPs of one step on one chip and the chip's peak, FLOPs per second."""
     self._utilisation = flops / peak
 
   def waited(self, seconds: float) -> None:
-    """Counts time in which the loop had to wait for data; it is part of the step's."""
-    self._spent["data"] = self._spent.get("data", 0.0) + seconds
+    """Counts time that the loop waited for data; it is part of the step's time."""
+    self._spent["data"] += seconds
 
   @contextlib.contextmanager
   def spent(self, on: str) -> Iterator[None]:
-    """`with telemetry.spent("saving"):` what happens inside is no part of the step's time."""
+    """`with log.spent("saving"):` the time inside is no part of the step's."""
     began = time.perf_counter()
     try:
       yield
     finally:
       seconds = time.perf_counter() - began
-      self._spent[on] = self._spent.get(on, 0.0) + seconds
+      self._spent[on] += seconds
       self._outside += seconds
       if self._writes:
         self._bar.unpause()
 
   def step(self, step: int, metrics: Mapping[str, float]) -> None:
-    """Takes one step's metrics (floats on the host), `step` counting finished steps from 1."""
+    """Adds one step's metrics (floats on the host); the first step is 1."""
     metrics = {key: float(value) for key, value in metrics.items()}
     skipped = metrics["bad_steps"] > 0
     self._count += 1
@@ -116,7 +108,7 @@ class Telemetry:
       self._restart_clock()
 
   def write(self, step: int, values: Mapping[str, float]) -> None:
-    """Writes one line of any values now: averages, wrong-word gaps, scores."""
+    """Writes one line now."""
     if not self._writes:
       return
     line = json.dumps({"step": step, **json_numbers(values)}) + "\n"
@@ -129,14 +121,14 @@ class Telemetry:
     for key, value in values.items():
       self._tensorboard.add_scalar(key, value, step)
 
-  def dump(self, step: int, batch: Mapping[str, np.ndarray], metrics: Mapping[str, float]) -> str:
-    """Writes the subjects of this process's share of a bad batch, and all norms; names the file."""
+  def dump(self, step: int, ids: Mapping[str, np.ndarray], metrics: Mapping[str, float]) -> str:
+    """Writes the ids of this process's rows of a bad batch and the metrics; returns the file."""
     folder = self._workdir / "bad_steps"
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"{step:07d}.process{jax.process_index()}.json"
-    found = {"step": step, "metrics": json_numbers({k: float(v) for k, v in metrics.items()})}
-    found |= {key: np.asarray(ids).tolist() for key, ids in batch.items() if key.endswith("_id")}
-    file.write_text(json.dumps(found, indent=1) + "\n")
+    record = {"step": step, "metrics": json_numbers({k: float(v) for k, v in metrics.items()})}
+    record |= {key: np.asarray(value).tolist() for key, value in ids.items()}
+    file.write_text(json.dumps(record, indent=1) + "\n")
     return str(file)
 
   def say(self, text: str) -> None:
@@ -157,7 +149,7 @@ class Telemetry:
 
   def _restart_clock(self) -> None:
     self._timed, self._outside, self._since = 0, 0.0, time.perf_counter()
-    self._spent: dict[str, float] = {}
+    self._spent = collections.defaultdict(float)
 
   def _times(self) -> dict[str, float]:
     total = time.perf_counter() - self._since
@@ -167,24 +159,24 @@ class Telemetry:
     times["images_per_second_per_chip"] = rate / self._chips
     if self._utilisation:
       times["mfu"] = self._utilisation / seconds
-    return times | {f"share/{kind}": self._spent.get(kind, 0.0) / total for kind in SHARES}
+    return times | {f"share/{kind}": self._spent[kind] / total for kind in SHARES}
 
 
 class Profile:
-  """Writes a trace of steps `first` to `last` (both included) to a folder; (0, 0) writes none."""
+  """Writes a trace of steps first to last, inclusive, to a folder; (0, 0) writes none."""
 
   def __init__(self, folder: epath.Path, steps: tuple[int, int] = (0, 0)):
     self._folder, (self._first, self._last) = folder, steps
     self._runs = False
 
   def before(self, step: int) -> None:
-    """Call it before a step begins; a run that goes on in between begins there."""
+    """Call it before a step; the trace of a run that is resumed in between begins there."""
     if not self._runs and self._first <= step <= self._last:
       jax.profiler.start_trace(str(self._folder))
       self._runs = True
 
   def after(self, step: int, metrics: Any) -> None:
-    """Call it when a step was started; waits for the last one."""
+    """Call it once a step is dispatched; waits for the last one."""
     if self._runs and step == self._last:
       jax.block_until_ready(metrics)
       self.close()
@@ -196,28 +188,26 @@ class Profile:
 
 
 def json_numbers(values: Mapping[str, float]) -> dict[str, float | str]:
-  """JSON has no NaN: a line with one must still be readable by every program."""
+  """NaN and infinity as text: JSON has none, and every program must be able to read a line."""
   return {k: v if math.isfinite(v) else str(v) for k, v in values.items()}
 
 
 def truncate_log(path: epath.Path, step: int) -> None:
-  """Drops the lines of a JSONL log after `step`, and a last line that was cut off by a kill."""
+  """Drops the lines of a JSONL log after `step`, and a last line that a kill left incomplete."""
   if not path.exists():
     return
   kept = []
   for line in path.read_text().splitlines():
-    try:
+    with contextlib.suppress(ValueError):
       if json.loads(line)["step"] <= step:
         kept.append(line)
-    except ValueError:
-      pass
-  beside = path.parent / f"{path.name}.tmp{os.getpid()}"
-  beside.write_text("".join(line + "\n" for line in kept))
-  beside.replace(path)
+  temporary = path.parent / f"{path.name}.tmp{os.getpid()}"
+  temporary.write_text("".join(line + "\n" for line in kept))
+  temporary.replace(path)
 
 
 def read_log(path: epath.PathLike) -> list[dict[str, float]]:
-  """The log's lines, timings left out: what two equal runs must agree on."""
+  """The log's lines without timings: two equal runs agree on them."""
   lines = [json.loads(line) for line in epath.Path(path).read_text().splitlines()]
   timings = {*TIMINGS, *(f"share/{kind}" for kind in SHARES)}
   return [{k: v for k, v in line.items() if k not in timings} for line in lines]
