@@ -33,14 +33,9 @@ class ImageSampler:
   Another size, batch, number of references, or set of guidance's branches compiles anew.
   """
 
-  def __init__(
-    self,
-    model: nnx.Module,
-    schedule: NoiseSchedule,
-    *,
-    merge: Callable[[Any], nnx.Module] | None = None,
-    mesh: jax.sharding.Mesh | None = None,
-  ):
+  def __init__(self, model: nnx.Module, schedule: NoiseSchedule, *,
+               merge: Callable[[Any], nnx.Module] | None = None,
+               mesh: jax.sharding.Mesh | None = None):
     """Splits the model into its definition and parameters; later changes of it have no effect.
 
     Args:
