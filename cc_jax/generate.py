@@ -35,19 +35,13 @@ from cc_jax.sampling.sampler import check_guidance
 
 __all__ = ["Pipeline", "load"]
 
-
-def _check_out(out: str) -> Path:
-  path = Path(out)
-  if path.suffix.lower() != ".png":
-    raise UserError(f"--out={out} is no .png file; pictures are written as PNG only")
-  if not path.parent.is_dir():
-    raise UserError(f"--out={out}: the folder {path.parent} does not exist; make it first")
-  if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
-    raise UserError(f"--out={out} cannot be written; choose another path")
-  return path
-
-
-_TOLD = {
+# Flags that go to `Pipeline.__call__` as they are.
+_PIPELINE_FLAGS = (
+  "prompt", "class_noun", "scale", "guidance", "image_guidance", "steps", "seed", "sampler", "eta",
+  "negative_prompt", "num_images", "height", "width", "image", "strength", "clip_skip",
+)  # fmt: skip
+# Flags that are pairs of pixels: SDXL's size conditions.
+_PAIR_FLAGS = {
   "original_size": "HEIGHT,WIDTH that SDXL is told its picture once had.",
   "crop": "TOP,LEFT that SDXL is told was cut off.",
   "target_size": "HEIGHT,WIDTH that SDXL is told it draws.",
@@ -64,8 +58,7 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     flags.DEFINE_list(name, [], meaning, flag_values=values)
 
   def number(name: str, default: float | None, meaning: str) -> None:
-    whole = isinstance(default, int)
-    define = flags.DEFINE_integer if whole else flags.DEFINE_float
+    define = flags.DEFINE_integer if isinstance(default, int) else flags.DEFINE_float
     define(name, default, meaning, flag_values=values)
 
   text("prompt", "", "What to draw, for example 'a teapot on the beach'.")
@@ -83,49 +76,17 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
   number("seed", 0, "The first picture's; the next ones' follow.")
   number("eta", 0.0, "The share of fresh noise in ddim's steps.")
   number("num_images", 1, "Number of pictures; several are written as out-SEED.png.")
-  text("negative_prompt", "", "What to be led away from.")
+  text("negative_prompt", "", "What the picture should not show.")
   for side in ("height", "width"):
     flags.DEFINE_integer(side, None, "In pixels; the base's own by default.", flag_values=values)
   text("image", None, "A picture to start from in place of noise alone (img2img).")
-  number("strength", 0.8, "With --image: the share of the steps that is made; 1 keeps little.")
+  number("strength", 0.8, "With --image: the share of the steps that is run; 1 keeps little.")
   files("lora", "LoRA files to merge into the base, a.safetensors[:0.8][,b.safetensors].")
   number("clip_skip", 0, "Layers of the text encoders left out at the end.")
-  for name, meaning in _TOLD.items():
+  for name, meaning in _PAIR_FLAGS.items():
     files(name, meaning)
   text("dtype", "float32", " or ".join(DTYPES))
   text("out", "out.png", "The picture.")
-
-
-def _pair(name: str, given: Sequence[str]) -> tuple[int, int] | None:
-  if not given:
-    return None
-  if len(given) != 2 or not all(part.strip().isdigit() for part in given):
-    raise UserError(f"--{name}={','.join(given)} is no pair of pixels; write --{name}=1024,1024")
-  return int(given[0]), int(given[1])
-
-
-def _loras(given: Sequence[str]) -> list[tuple[str, float]]:
-  """'file' or 'file:scale'; a path of its own may hold a colon."""
-  found = []
-  for one in given:
-    path, _, scale = one.rpartition(":")
-    try:
-      found.append((path, float(scale)) if path else (one, 1.0))
-    except ValueError:
-      found.append((one, 1.0))
-  return found
-
-
-def _several_devices(count: int) -> jax.sharding.Mesh | None:
-  """As many devices as there are pictures, if there are so many."""
-  size = min(count, len(jax.devices()))
-  return make_mesh(ml_collections.ConfigDict({"data": size}), size) if size > 1 else None
-
-
-_CALL = (
-  "prompt", "class_noun", "scale", "guidance", "image_guidance", "steps", "seed", "sampler", "eta",
-  "negative_prompt", "num_images", "height", "width", "image", "strength", "clip_skip",
-)  # fmt: skip
 
 
 def main(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> None:
@@ -137,26 +98,21 @@ def main(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> None:
   if values.steps < 1:
     raise UserError(f"--steps={values.steps}: a sampler takes at least 1 step, usually 20")
   check_guidance(values.guidance, values.image_guidance)
-  told = {name: _pair(name, getattr(values, name)) for name in _TOLD}
-  told = {name: pair for name, pair in told.items() if pair is not None}
-  pipe = load(
-    values.checkpoint,
-    values.base,
-    lora=_loras(values.lora),
-    mesh=_several_devices(values.num_images),
-    dtype=jnp.dtype(values.dtype),
-  )
-  call = {name: getattr(values, name) for name in _CALL} | told
+  arguments = {name: getattr(values, name) for name in _PIPELINE_FLAGS}
+  arguments |= {name: _parse_pair(name, getattr(values, name))
+                for name in _PAIR_FLAGS if getattr(values, name)}
   references, masks = values.reference, values.mask
   if "," in (values.class_noun or ""):
-    call["class_noun"] = [noun.strip() for noun in values.class_noun.split(",")]
-    references, masks = ([one.split("+") for one in given] for given in (references, masks))
+    arguments["class_noun"] = [noun.strip() for noun in values.class_noun.split(",")]
+    references, masks = ([one.split("+") for one in files] for files in (references, masks))
+  pipe = load(values.checkpoint, values.base, lora=[_parse_lora(text) for text in values.lora],
+              mesh=data_mesh(values.num_images), dtype=jnp.dtype(values.dtype))
   with warnings.catch_warnings():
     warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
-    images = pipe(references=references, masks=masks, progress=True, **call)
+    images = pipe(references=references, masks=masks, progress=True, **arguments)
   for seed, image in enumerate(images, values.seed):
     path = out if len(images) == 1 else out.with_name(f"{out.stem}-{seed}.png")
-    settings = call | dict(
+    settings = arguments | dict(
       seed=seed, num_images=1, reference=values.reference, mask=values.mask, dtype=values.dtype,
       lora=values.lora, checkpoint=pipe.source, base=pipe.base.name, base_hash=pipe.base.hash,
     )  # fmt: skip
@@ -164,6 +120,37 @@ def main(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> None:
     print(path)
 
 
+def data_mesh(num_images: int) -> jax.sharding.Mesh | None:
+  """A mesh of one device per image, as far as there are devices; None for a single one."""
+  size = min(num_images, len(jax.devices()))
+  return make_mesh(ml_collections.ConfigDict({"data": size}), size) if size > 1 else None
+
+
+def _check_out(out: str) -> Path:
+  path = Path(out)
+  if path.suffix.lower() != ".png":
+    raise UserError(f"--out={out} is no .png file; pictures are written as PNG only")
+  if not path.parent.is_dir():
+    raise UserError(f"--out={out}: the folder {path.parent} does not exist; make it first")
+  if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+    raise UserError(f"--out={out} cannot be written; choose another path")
+  return path
+
+
+def _parse_pair(name: str, parts: Sequence[str]) -> tuple[int, int]:
+  if len(parts) != 2 or not all(part.strip().isdigit() for part in parts):
+    raise UserError(f"--{name}={','.join(parts)} is no pair of pixels; write --{name}=1024,1024")
+  return int(parts[0]), int(parts[1])
+
+
+def _parse_lora(text: str) -> tuple[str, float]:
+  """'file' or 'file:scale'; the path itself may hold a colon."""
+  path, _, scale = text.rpartition(":")
+  try:
+    return (path, float(scale)) if path else (text, 1.0)
+  except ValueError:
+    return text, 1.0
+
+
 if __name__ == "__main__":
-  define_flags()
-  errors.run(main)
+  errors.run(main, define_flags)

@@ -52,9 +52,9 @@ def test_every_round_shows_the_same_subjects_otherwise():
   once, twice = (make_trials("test", 4, rounds=rounds, **how) for rounds in (1, 2))
   first = twice.first(4)
   np.testing.assert_array_equal(first.references, once.references)
-  assert first.prompts == once.prompts and first.seen.keys() == once.seen.keys()
-  for name, column in once.seen.items():
-    np.testing.assert_array_equal(first.seen[name], column)
+  assert first.prompts == once.prompts and first.visible.keys() == once.visible.keys()
+  for name, column in once.visible.items():
+    np.testing.assert_array_equal(first.visible[name], column)
   assert len(twice.references) == len(twice.prompts) == len(twice.factors.size) == 8
   np.testing.assert_array_equal(twice.factors.subject_id, np.tile(once.factors.subject_id, 2))
   assert (twice.factors.size[4:] != once.factors.size).all()
@@ -72,8 +72,8 @@ def test_scores_count_agreement_where_the_reference_shows_it(trials, monkeypatch
   reading["color1"] = (f.color1 + np.array([0, 1])) % 11
   reading |= {name: -getattr(f, name) for name in judging.CONTINUOUS}
   monkeypatch.setattr(judging, "read", lambda judge, images: reading)
-  hidden = {**trials.seen, "color1": np.array([True, False])}
-  scores = score_images(trials.references, trials._replace(seen=hidden), None)
+  hidden = {**trials.visible, "color1": np.array([True, False])}
+  scores = score_images(trials.references, trials._replace(visible=hidden), None)
   assert scores["scene"] == 0.5 and scores["class_id"] == 1 and scores["color1"] == 1
   assert score_images(trials.references, trials, None)["color1"] == 0.5
   assert scores["copied_size"] == pytest.approx(-1)

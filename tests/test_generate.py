@@ -129,8 +129,8 @@ def test_a_picture_is_a_function_of_its_own_seed(pipe, references):
 
 
 def test_a_single_reference_needs_no_list(pipe, folder):
-  alone = pipe._references(folder / "whole.png", folder / "mask.png")
-  np.testing.assert_array_equal(alone, pipe._references([folder / "cut.png"], None))
+  alone = pipe.read_references(folder / "whole.png", folder / "mask.png")
+  np.testing.assert_array_equal(alone, pipe.read_references([folder / "cut.png"], None))
 
 
 def test_order_of_references_does_not_matter_but_they_do(pipe, rows):
@@ -180,7 +180,7 @@ import jax
 from cc_jax import generate
 jax.config.update("jax_disable_most_optimizations", True)
 folder, out, references = sys.argv[1], sys.argv[2], sys.argv[3:]
-pipe = generate.load(folder, mesh=generate._several_devices(3))
+pipe = generate.load(folder, mesh=generate.data_mesh(3))
 assert pipe.sampler.mesh.size == 3
 said = dict(class_noun="teddy bear", references=references, steps=3, seed=[5, 2, 9])
 for k, image in enumerate(pipe("a teddy bear in the snow", **said)):
@@ -226,13 +226,13 @@ def test_without_references_it_is_a_naive_stable_diffusion(folder, pipe, with_ad
 
   sampler = pipe.sampler if with_adapter else ImageSampler(bundle(base), pipe.schedule)
   drawn = []
-  draw = sampler._draw
-  sampler._draw = lambda *args, **kwargs: drawn.append(draw(*args, **kwargs)) or drawn[-1]
+  draw = sampler._sample
+  sampler._sample = lambda *args, **kwargs: drawn.append(draw(*args, **kwargs)) or drawn[-1]
   sampler(
     encode_prompts([tokenizer], [PROMPT] * 2), encode_prompts([tokenizer], [""]), noise=noise,
     steps=STEPS, guidance=3.0,
   )  # fmt: skip
-  sampler._draw = draw
+  sampler._sample = draw
   np.testing.assert_allclose(drawn[0].images, expected, atol=1e-4)
   assert np.std(expected) > 0.05  # not all clipped away
 
@@ -314,14 +314,14 @@ def test_maps_are_the_models_at_the_states_passed_through(pipe, references):
 
 def test_one_program_serves_prompts_scales_samplers_and_numbers_of_steps(pipe, rows):
   pipe.sampler(**rows(2))
-  compiled = pipe.sampler._draw._cache_size()
+  compiled = pipe.sampler._sample._cache_size()
   longer, _ = pipe.sampler(**rows(2, steps=7, scale=0.5, guidance=4.0))
   other, _ = pipe.sampler(**rows(2, steps=7, scale=0.5, guidance=4.0, sampler="dpmsolver++"))
   pipe.sampler(**rows(2, steps=12, sampler="heun", noise=pipe.sampler.noise([8, 9])))
-  assert pipe.sampler._draw._cache_size() == compiled
+  assert pipe.sampler._sample._cache_size() == compiled
   assert far(longer, other) > 1
   pipe.sampler(**rows(2, steps=26))
-  assert pipe.sampler._draw._cache_size() == compiled + 1
+  assert pipe.sampler._sample._cache_size() == compiled + 1
 
 
 def test_fresh_noise_is_a_pictures_own_and_maps_are_per_step(pipe, references):
@@ -462,9 +462,9 @@ def test_adapter_tells_how_large_its_references_were(folder, pipe):
   adapter = load_adapter(folder / "run" / "adapter.safetensors")
   assert "reference_share" not in adapter.notes  # else this test says nothing
   small = dataclasses.replace(pipe.adapter, notes={"reference_share": "0.4"})
-  whole = pipe._references([folder / "cut.png"], None)
+  whole = pipe.read_references([folder / "cut.png"], None)
   pipe.adapter, before = small, pipe.adapter
-  half = pipe._references([folder / "cut.png"], None)
+  half = pipe.read_references([folder / "cut.png"], None)
   pipe.adapter = before
   # Twice as small: a quarter of the canvas is not white.
   assert 2.5 < (whole < 250).any(-1).sum() / (half < 250).any(-1).sum() < 6

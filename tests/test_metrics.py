@@ -246,7 +246,7 @@ def test_identity_and_control_of_trials(monkeypatch):
   seen = judging.visible(f._replace(style=np.array([0, 2])), np.full((2, 4), 0.1))
   trials = Trials(
     references=None, prompts=(), nouns=(), scenes=np.array([4, 5]), styles=np.array([0, 2]),
-    hats=np.array([3, 0]), factors=f, seen=seen)
+    hats=np.array([3, 0]), factors=f, visible=seen)
   reading = {name: getattr(f, name).copy() for name in judging.INTRINSIC}
   reading["class_id"][0] += 1
   reading |= dict(scene=np.array([4, 5]), style=np.array([1, 1]), hat=np.array([3, 7]))

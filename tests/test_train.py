@@ -551,7 +551,7 @@ def test_a_workdir_in_a_bucket(setup, loader, tmp_path, monkeypatch):
   config = setup.config.copy_and_resolve_references()
   config.train.update(gaps_every=0, sample_every=4)
   picture = Image.new("RGB", (2, 2))
-  callbacks = Callbacks(on_sample=lambda *a: evaluate._save(picture, a[-1]))
+  callbacks = Callbacks(on_sample=lambda *a: evaluate.save(picture, a[-1]))
   state = train(config, "gs://mine/run", callbacks)
   assert [line["step"] for line in read_log(run / "metrics.jsonl")] == [2, 4, 6, 8]
   assert sorted(os.listdir(run / "samples")) == ["0000004.png", "0000008.png"]

@@ -18,7 +18,7 @@ from cc_jax.errors import UserError
 from cc_jax.models.abstract import abstract
 from cc_jax.sampling.pipeline import load
 from cc_jax.sampling.prompts import encode_prompts
-from cc_jax.sampling.sample import _with_copies
+from cc_jax.sampling.sample import _repeat_visual_tokens
 from data_pipeline.errors import DataError
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -65,7 +65,7 @@ def seen(parts, asked):
       between=say(0, 0, toward=(other, weight)),
       both=[model.encode(f, asked["t"]) for f in features],
       plain=model.predict(latents, asked["t"], empty),
-      copies=model.predict(latents, asked["t"], _with_copies(empty, 2)),
+      copies=model.predict(latents, asked["t"], _repeat_visual_tokens(empty, 2)),
     )
 
   return look(states, jnp.asarray([0.0, 1.0])), nnx.merge(graphdef, *states)
@@ -188,8 +188,8 @@ def test_a_noun_that_comes_twice(pipe):
   tokenizers = pipe.base.tokenizers
   once = encode_prompts(tokenizers, ["a duck and a duck"], [("duck",)], s_words=2)
   twice = encode_prompts(tokenizers, ["a duck and a duck"], [("duck", "duck")], s_words=2)
-  assert twice.slot[0] == once.slot[0] and once.more == ()
-  (slot, span), = twice.more
+  assert twice.slot[0] == once.slot[0] and once.extra_subjects == ()
+  (slot, span), = twice.extra_subjects
   assert slot[0] > once.slot[0] and span[0, 1] == slot[0]
   ids = twice.ids[0][0]
   assert list(ids[span[0, 0] : span[0, 1]]) == list(ids[slice(*twice.noun_span[0])])

@@ -209,7 +209,7 @@ def two_subjects(
   prompts = [f"a {a} and a {b} on the beach" for a, b in nouns]
   images, _ = draw(pipe, prompts, nouns, trials.references[list(first)],
                    range(SEED, SEED + count), steps=steps,
-                   also=[trials.references[list(second), None]])
+                   extra_subjects=[trials.references[list(second), None]])
   cells, captions = [], []
   for i in range(count):
     cells += [trials.references[2 * i], trials.references[2 * i + 1], images[i]]
@@ -232,7 +232,7 @@ def between_subjects(
   first = np.repeat(np.arange(rows) * 2, columns)
   images, _ = draw(pipe, [trials.prompts[i] for i in first], [trials.nouns[i] for i in first],
                    trials.references[first], SEED + first, steps=steps,
-                   toward=(trials.references[first + 1][:, None], np.tile(weights, rows)))
+                   interpolate_to=(trials.references[first + 1][:, None], np.tile(weights, rows)))
   cells = []
   for i in range(rows):
     row = images[i * columns : (i + 1) * columns]

@@ -20,7 +20,6 @@ from jaxtyping import UInt8
 from cc_jax.bases.base import Base
 from cc_jax.customcontrast.model import CustomContrast
 from cc_jax.diffusion.schedule import NoiseSchedule
-from cc_jax.evaluate import reference_display
 from cc_jax.lab import judge as judging
 from cc_jax.lab import leakage
 from cc_jax.lab.scoring import draw_trials, prompt_agreement, subject_fidelity, text_control
@@ -35,6 +34,7 @@ from cc_jax.lab.trials import (
 from cc_jax.metrics import features
 from cc_jax.metrics.statistics import mean_of_known
 from cc_jax.parallel.mesh import batch_sharding, make_mesh, pad_batch
+from cc_jax.sampling.images import reference_display
 from cc_jax.sampling.sample import bundle
 from cc_jax.sampling.sampler import ImageSampler
 from data_pipeline.subjects3d import factors as world
@@ -97,7 +97,7 @@ class Scorer:
     rows = dict(fidelity=subject_fidelity(reading, trials),
                 control=text_control(reading, trials))
     means = {name: mean(row) for name, row in rows.items()}
-    parts = judging.agreement(reading, trials.factors, trials.seen)
+    parts = judging.agreement(reading, trials.factors, trials.visible)
     parts |= prompt_agreement(reading, trials)
     found = dict(scores=means | {name: mean(part) for name, part in parts.items()})
     count = min(self.score.subjects, len(images))
@@ -198,7 +198,7 @@ def make_views(
 
   `same`: view k shows all subjects alike (pose, place, size, light), for pictures in which a colour
   stands for a view; else every picture is drawn by itself. `share`, `size`, `place`: see
-  `evaluate.show`.
+  `make_trials`.
   """
   subjects, rng = choose_subjects(split, count)
   rng = np.random.Generator(np.random.Philox(key=[_SEED, int(rng.integers(2**31))]))

@@ -1,4 +1,4 @@
-"""Pictures in and out: references as users have them, labelled grids as people look at them."""
+"""Pictures in and out: references and starting images, PNG files, labelled grids."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from etils import epath
 from jaxtyping import UInt8
 from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 
@@ -21,7 +22,7 @@ from data_pipeline.images import has_alpha, open_image, to_rgb_or_rgba
 from data_pipeline.triples import segment_reference, split_alpha
 
 METADATA = "cc_jax"  # the PNG text entry with a picture's settings, as JSON
-FONT_SIZE = 12
+FONT_SIZE, _LINE_HEIGHT = 12, 15
 _GAP = 6
 _PAPER, _INK = "white", "black"
 
@@ -96,15 +97,14 @@ def grid(
   sides = [_wrap(text, max(width, 90)) for text in row_headings or [""] * rows]
   top = _wrap(title, columns * (width + _GAP))
 
-  line = _line_height()
   left = _GAP + max((_width(text) + _GAP for side in sides for text in side), default=0)
-  above_heads = _GAP + line * len(top)
-  y = above_heads + line * max(map(len, heads)) + (_GAP // 2 if any(heads) else 0)
+  above_heads = _GAP + _LINE_HEIGHT * len(top)
+  y = above_heads + _LINE_HEIGHT * max(map(len, heads)) + (_GAP // 2 if any(heads) else 0)
   row_tops = []
   for row in range(rows):
     row_tops.append(y)
     under = max(map(len, captions[row * columns : (row + 1) * columns]))
-    y += height + line * under + _GAP
+    y += height + _LINE_HEIGHT * under + _GAP
 
   sheet = Image.new("RGB", (left + columns * (width + _GAP), y), _PAPER)
   draw = ImageDraw.Draw(sheet)
@@ -112,7 +112,7 @@ def grid(
   for column, head in enumerate(heads):
     _write(draw, head, left + column * (width + _GAP), above_heads)
   for row, side in enumerate(sides):
-    _write(draw, side, _GAP, row_tops[row] + (height - line * len(side)) // 2)
+    _write(draw, side, _GAP, row_tops[row] + (height - _LINE_HEIGHT * len(side)) // 2)
   for index, (picture, caption) in enumerate(zip(pictures, captions, strict=True)):
     row, column = divmod(index, columns)
     x, y = left + column * (width + _GAP), row_tops[row]
@@ -126,7 +126,9 @@ def grid(
 
 
 def save(image: Image.Image, path: Any, settings: Mapping[str, Any] | None = None) -> None:
-  """Writes a PNG. It carries its settings: `json.loads(Image.open(path).text['cc_jax'])`.
+  """Writes a PNG to a file or a bucket's URL, and makes its folder if need be.
+
+  The PNG carries `settings`: `json.loads(Image.open(path).text['cc_jax'])`.
 
   Raises:
     UserError: it cannot be written.
@@ -134,8 +136,11 @@ def save(image: Image.Image, path: Any, settings: Mapping[str, Any] | None = Non
   text = PngImagePlugin.PngInfo()
   if settings is not None:
     text.add_text(METADATA, json.dumps(settings))
+  file = epath.Path(path)
   try:
-    image.save(path, format="PNG", pnginfo=text)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("wb") as out:
+      image.save(out, format="PNG", pnginfo=text)
   except OSError as error:
     raise UserError(f"cannot write the picture {path}: {error}; choose another path") from error
 
@@ -166,6 +171,16 @@ def read_reference(
     return segment_reference(pixels, mask, share=share, size=size, place=place)
   except DataError as error:
     raise UserError(f"{name}: {error}") from error
+
+
+def reference_display(settings: Mapping[str, Any], size: int | None = None) -> dict[str, Any]:
+  """How a training shows its references: arguments of `read_reference`.
+
+  `settings`: config.data, or the notes of an adapter file, which name no size of their own.
+  """
+  return dict(share=float(settings.get("reference_share", 0.8)),
+              size=size or settings["image_size"],
+              place=settings.get("reference_place", "centred"))
 
 
 def read_start(
@@ -213,10 +228,6 @@ def _width(text: str) -> int:
   return math.ceil(_font().getlength(text))
 
 
-def _line_height() -> int:
-  return FONT_SIZE + 3
-
-
 def _wrap(text: str, width: int) -> list[str]:
   """Lines no wider than `width` pixels, where a single word permits it."""
   lines = []
@@ -234,4 +245,4 @@ def _wrap(text: str, width: int) -> list[str]:
 
 def _write(draw: ImageDraw.ImageDraw, lines: Sequence[str], x: int, y: int) -> None:
   for index, text in enumerate(lines):
-    draw.text((x, y + index * _line_height()), text, fill=_INK, font=_font())
+    draw.text((x, y + index * _LINE_HEIGHT), text, fill=_INK, font=_font())

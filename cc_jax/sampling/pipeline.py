@@ -1,4 +1,4 @@
-"""A base, an adapter, and everything between them and a user's words and pictures."""
+"""The user's pipeline: a base and an adapter, from words and pictures to pictures."""
 
 from __future__ import annotations
 
@@ -14,18 +14,19 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 from tqdm import tqdm
 
-from cc_jax.bases.base import load_base
+from cc_jax.bases.base import Base, load_base
+from cc_jax.bases.files import ASSETS
 from cc_jax.customcontrast.adapter_file import Adapter, apply_adapter, load_adapter
 from cc_jax.customcontrast.build import build_customcontrast, eval_shape_only, merge_params
 from cc_jax.diffusion.schedule import NoiseSchedule
 from cc_jax.errors import UserError
-from cc_jax.sampling.images import read_reference, read_start
+from cc_jax.sampling.images import read_reference, read_start, reference_display
 from cc_jax.sampling.prompts import encode_prompts
 from cc_jax.sampling.sample import bundle
 from cc_jax.sampling.sampler import ImageSampler, check_guidance
 
 BASE = "subjects3d-base"
-ADAPTER = Path(__file__).parent / "assets" / "subjects3d-adapter.safetensors"
+ADAPTER = ASSETS / "subjects3d-adapter.safetensors"
 
 
 def load(
@@ -44,8 +45,8 @@ def load(
     base: a folder in the diffusers layout, a single .safetensors checkpoint, a hub id, or
       'subjects3d-base', the one that ships. None: the base that the adapter names.
     lora: files and the scales with which they are merged into the base.
-    mesh: several devices to draw on; the pictures of a call are spread over them.
-    dtype: what networks are kept and computed in.
+    mesh: several devices to draw on; the pictures of a call are sharded over them.
+    dtype: of the parameters and of the computation.
 
   Raises:
     UserError: a missing, truncated or foreign file, or an adapter of another base.
@@ -54,13 +55,9 @@ def load(
   if checkpoint is not None or base is None or str(base) == BASE:
     file = _adapter_file(checkpoint)
     adapter = load_adapter(file)  # before the base, which takes longer
-  loaded = load_base(
-    base or adapter.base_name,
-    dtype=dtype,
-    param_dtype=dtype,
-    image_encoder=(adapter.encoder.image_encoder or None) if adapter else None,
-    lora=lora,
-  )
+  image_encoder = (adapter.encoder.image_encoder or None) if adapter else None
+  loaded = load_base(base or adapter.base_name, dtype=dtype, param_dtype=dtype,
+                     image_encoder=image_encoder, lora=lora)
   if adapter is not None:
     adapter = load_adapter(file, base_hash=loaded.plain_hash)
   return Pipeline(loaded, adapter, source=str(file or ""), mesh=mesh, dtype=dtype)
@@ -77,29 +74,27 @@ def _adapter_file(checkpoint: str | os.PathLike | None) -> Path:
     if not path.is_file():
       raise UserError(
         f"{path} is missing: the training in {checkpoint} has not finished; run its command again "
-        "to go on with it"
-      )
+        "to go on with it")
   if not path.is_file():
     raise UserError(
       f"checkpoint {path} is missing; give an adapter's .safetensors file or a training's workdir, "
-      "or leave --checkpoint out for the adapter that ships"
-    )
+      "or leave --checkpoint out for the adapter that ships")
   return path
 
 
 class Pipeline:
-  """A base, perhaps an adapter, and everything between them and a user's words and pictures."""
+  """Draws with a base and perhaps an adapter; `load` makes one."""
 
   def __init__(
     self,
-    base: Any,
+    base: Base,
     adapter: Adapter | None = None,
     *,
     source: str = "",
     mesh: jax.sharding.Mesh | None = None,
     dtype: Any = jnp.float32,
   ):
-    """`base` is a `hub.Base`; `source` names the adapter's file; for `mesh` see `load`."""
+    """`source` names the adapter's file; for `mesh` and `dtype` see `load`."""
     self.base, self.adapter, self.source = base, adapter, source
     self.schedule = NoiseSchedule.from_config(base.scheduler_config)
     self.s_words = 0
@@ -109,10 +104,10 @@ class Pipeline:
       if base.image_encoder is None:
         raise UserError(
           f"the base {base.name} has no image_encoder/ to read references with, and the adapter "
-          "names none; add one to the folder"
-        )
+          "names none; add one to the folder")
       # Nothing is initialised, since every value of the adapter comes from its file.
-      parts = build_customcontrast(base, adapter.encoder, adapter.injection, dtype=dtype, transform=eval_shape_only)
+      parts = build_customcontrast(
+        base, adapter.encoder, adapter.injection, dtype=dtype, transform=eval_shape_only)
       model = merge_params(*parts)
       apply_adapter(model, adapter.tensors, source=source or "the adapter")
       self.s_words = adapter.encoder.s_words
@@ -157,28 +152,27 @@ class Pipeline:
       class_noun: what the subject is, in one or several words. Several subjects in one picture
         have a list of nouns, in the order of the prompt, and a list of references for each.
       references: one picture or several of one subject (paths, PIL images, uint8 [h, w, 3 or 4]),
-        used together, their order without meaning. A mask, or an alpha channel, cuts the subject
-        out. None: the base draws alone.
+        used together in any order. A mask, or an alpha channel, cuts the subject out. None: the
+        base draws alone.
       masks: one per reference (path, PIL image, array; None where there is none).
-      scale: how much of the subject: 0 draws with the base, 1 is what training saw; or [L] numbers
+      scale: how much of the subject: 0 draws with the base, 1 is as in training; or [L] numbers
         per cross-attention layer, or [steps, L].
       guidance: classifier-free, 1 = none; of prompt and image together, or of the prompt alone when
         `image_guidance` is given.
       steps, sampler, eta: the sampler is the base's own if None; `eta` is the share of fresh noise
         in DDIM's steps.
-      seed: of the first picture, those of the next ones follow; or one for each picture.
-      negative_prompt: what to be led away from.
+      seed: of the first picture, the next ones count up from it; or one for each picture.
       num_images: default 1, or as many as there are seeds.
       height, width: of the pictures in pixels, multiples of the VAE's factor (8 for Stable
         Diffusion); default the base's own.
       image: what to start from in place of noise alone (a path, PIL image or array): img2img. Its
         largest centred part of the pictures' shape is taken. The VAE's mean is used, not a sample.
-      strength: with `image`: the share of the steps that is made, in (0, 1]; 1 keeps next to
+      strength: with `image`: the share of the steps that is run, in (0, 1]; 1 keeps next to
         nothing of the image.
       clip_skip: how many layers of the text encoders to leave out at the end (0 = none; what other
         programs call 2 is 1 here, as in diffusers), for prompt and negative prompt alike.
-      original_size, crop, target_size: (height, width), (top, left) and (height, width) in pixels
-        that SDXL is told; default the pictures' size, not cropped. Other bases read nothing of it.
+      original_size, crop, target_size: SDXL's size conditions: (height, width), (top, left) and
+        (height, width) in pixels; default the pictures' size, not cropped. Other bases ignore them.
       s_plus: False leaves the pseudo-words out of the prompt.
       return_maps: also return the location maps m by layer, [steps, n, h, w] in (0, 1).
       progress: show a bar over the steps.
@@ -187,73 +181,57 @@ class Pipeline:
       UserError, DataError: one line that says what is wrong and what to do.
     """
     nouns = [class_noun] if isinstance(class_noun, str) else list(class_noun or ())
-    references, masks = _subjects(references, masks, nouns)
-    seeds = self._seeds(seed, num_images)
-    for number in range(len(references)):
-      self._check(prompt, nouns[number : number + 1], references[number], masks[number])
+    references, masks = _lists_by_subject(references, masks, nouns)
+    seeds = _check_seeds(seed, num_images)
+    for index in range(len(references)):
+      self._check(prompt, nouns[index : index + 1], references[index], masks[index])
     check_guidance(guidance, image_guidance)
-    width, height = self._size(width, height)
+    width, height = self._check_size(width, height)
     latent_size = (height // self.sampler.factor, width // self.sampler.factor)
-    pictures = [self._references(*pair) for pair in zip(references, masks)]
-    pictures = None if pictures[0] is None else [np.stack([p] * len(seeds)) for p in pictures]
-    sampling = dict(steps=steps, sampler=sampler or "default", eta=eta, strength=None)
+    subjects = [np.stack([self.read_references(*pair)] * len(seeds))
+                for pair in zip(references, masks) if pair[0]]
+    trajectory = dict(steps=steps, sampler=sampler or "default", eta=eta)
     start = None
     if image is not None:
       start = np.stack([read_start(image, width=width, height=height)] * len(seeds))
-      sampling["strength"] = strength
-    calls = len(self.sampler.table(**sampling).step)  # Heun's, for one, are two per step
+      trajectory["strength"] = strength
+    calls = len(self.sampler.table(**trajectory).step)  # Heun's, for one, are two per step
     tokenizers = self.base.tokenizers
-    encoded = encode_prompts(
-      tokenizers,
-      [prompt] * len(seeds),
-      [nouns] * len(seeds) if any(nouns) else None,
-      s_words=self.s_words if pictures is not None and s_plus else 0,
-    )
+    prompts = encode_prompts(
+      tokenizers, [prompt] * len(seeds), [nouns] * len(seeds) if any(nouns) else None,
+      s_words=self.s_words if subjects and s_plus else 0)
+    negative = encode_prompts(tokenizers, [negative_prompt])
     self._bar = tqdm(total=calls, desc="drawing", unit="step", disable=not progress)
     with self._bar:
       images, maps = self.sampler(
-        encoded,
-        encode_prompts(tokenizers, [negative_prompt]),
-        noise=self.sampler.noise(seeds, latent_size),
-        references=None if pictures is None else pictures[0],
-        also=() if pictures is None else pictures[1:],
-        scale=scale,
-        s_plus=s_plus,
-        guidance=guidance,
-        image_guidance=image_guidance,
-        image=start,
-        clip_skip=clip_skip,
+        prompts, negative, noise=self.sampler.noise(seeds, latent_size), image=start,
+        references=subjects[0] if subjects else None, extra_subjects=subjects[1:],
+        scale=scale, s_plus=s_plus, guidance=guidance, image_guidance=image_guidance,
         time_ids=(*(original_size or (height, width)), *crop, *(target_size or (height, width))),
-        maps=return_maps,
-        **sampling,
-        tick=self._tick if progress else None,
-      )
+        clip_skip=clip_skip, maps=return_maps, tick=self._tick if progress else None, **trajectory)
       jax.effects_barrier()  # the last ticks
     images = [Image.fromarray(image) for image in images]
-    return (images, self._by_layer(maps, latent_size)) if return_maps else images
+    return (images, self._maps_by_layer(maps, latent_size)) if return_maps else images
 
-  def _seeds(self, seed, num_images: int | None) -> list[int]:
-    count = 1 if num_images is None else num_images
-    if count < 1:
-      raise UserError(f"num_images is {num_images}; draw at least one")
-    if np.ndim(seed) == 0:
-      seeds = [int(seed) + k for k in range(count)]
-    else:
-      seeds = [int(one) for one in seed]
-      if num_images not in (None, len(seeds)):
-        raise UserError(f"{len(seeds)} seeds for {num_images} pictures; leave num_images out")
-    if not seeds or not all(0 <= one < 2**31 for one in seeds):
-      raise UserError(f"seed {seed} is out of range; use 0 to {2**31 - count}")
-    return seeds
+  @property
+  def shown(self) -> dict[str, Any]:
+    """How the adapter's training showed references: arguments of `read_reference`."""
+    # As large as in training; the model itself resizes them for the image encoder.
+    return reference_display(self.adapter.notes, min(self.size))
 
-  def _size(self, width: int | None, height: int | None) -> tuple[int, int]:
+  def read_references(self, references: Any, masks: Any = None) -> UInt8[np.ndarray, "r s s 3"]:
+    """One subject's references (paths, PIL images or arrays), as training showed them."""
+    references, masks = _as_list(references), _as_list(masks)
+    masks = masks or [None] * len(references)
+    return np.stack([read_reference(*pair, **self.shown) for pair in zip(references, masks)])
+
+  def _check_size(self, width: int | None, height: int | None) -> tuple[int, int]:
     factor = self.sampler.factor
     size = (width or self.size[0], height or self.size[1])
     for name, side in zip(("width", "height"), size):
       if side < factor or side % factor:
         raise UserError(
-          f"{name} {side} is no multiple of {factor}; use {max(1, round(side / factor)) * factor}"
-        )
+          f"{name} {side} is no multiple of {factor}; use {max(1, round(side / factor)) * factor}")
     return size
 
   def _check(self, prompt, nouns, references, masks) -> None:
@@ -261,37 +239,18 @@ class Pipeline:
       raise UserError("there is no prompt; say what to draw with --prompt")
     if references and self.adapter is None:
       raise UserError(
-        f"the base {self.base.name} has no adapter to read references with; give --checkpoint"
-      )
+        f"the base {self.base.name} has no adapter to read references with; give --checkpoint")
     if references and not any(nouns):
       raise UserError(
-        "a reference needs --class_noun, the word in the prompt that says what the subject is"
-      )
+        "a reference needs --class_noun, the word in the prompt that says what the subject is")
     if masks and len(masks) != len(references):
       raise UserError(f"{len(masks)} masks for {len(references)} references; give one for each")
 
-  def _references(self, references, masks) -> UInt8[np.ndarray, "r s s 3"] | None:
-    references, masks = _listed(references), _listed(masks)
-    if not references:
-      return None
-    masks = masks or [None] * len(references)
-    return np.stack([
-      read_reference(reference, mask, **self.shown) for reference, mask in zip(references, masks)
-    ])
-
-  @property
-  def shown(self) -> dict[str, Any]:
-    """How the adapter's training showed references: arguments of `read_reference`."""
-    notes = self.adapter.notes
-    # As large as in training; the model itself goes on to the image encoder's size.
-    return dict(share=float(notes.get("reference_share", 0.8)), size=min(self.size),
-                place=notes.get("reference_place", "centred"))
-
-  def _by_layer(self, maps, latent_size) -> dict[str, np.ndarray]:
+  def _maps_by_layer(self, maps, latent_size) -> dict[str, np.ndarray]:
     if len(maps) != len(self.layer_paths):
       raise UserError("this adapter has no location maps (config.injection.location=False)")
     return {
-      path: m.reshape(*m.shape[:2], *_sides(latent_size, m.shape[2]))
+      path: m.reshape(*m.shape[:2], *_layer_size(latent_size, m.shape[2]))
       for path, m in zip(self.layer_paths, maps)
     }
 
@@ -299,29 +258,40 @@ class Pipeline:
     self._bar.update()
 
 
-def _listed(pictures: Any) -> list[Any]:
+def _as_list(pictures: Any) -> list[Any]:
   """One picture or several or None, as a list."""
   single = isinstance(pictures, str | os.PathLike | Image.Image | np.ndarray)
   return [pictures] if single else list(pictures or ())
 
 
-def _subjects(references: Any, masks: Any, nouns: Sequence[str]) -> tuple[list, list]:
-  """The references of each subject and their masks; one subject need not be listed as such."""
+def _lists_by_subject(references: Any, masks: Any, nouns: Sequence[str]) -> tuple[list, list]:
+  """A list of references and one of masks for each subject; one subject may come without lists."""
   if len(nouns) < 2:
-    return [_listed(references)], [_listed(masks)]
-  references = [_listed(one) for one in references or ()]
-  masks = [_listed(one) for one in masks or [None] * len(nouns)]
+    return [_as_list(references)], [_as_list(masks)]
+  references = [_as_list(subject) for subject in references or ()]
+  masks = [_as_list(subject) for subject in masks or [None] * len(nouns)]
   if references and not len(nouns) == len(references) == len(masks):
     raise UserError(
       f"{len(references)} lists of references and {len(masks)} of masks for {len(nouns)} class "
-      "nouns; give one of each for every subject"
-    )
-  if any(not one for one in references):
+      "nouns; give one of each for every subject")
+  if not all(references):
     raise UserError("a subject has no reference; give every class noun at least one")
   return references or [[]], masks if references else [[]]
 
 
-def _sides(latent_size: tuple[int, int], pixels: int) -> tuple[int, int]:
+def _check_seeds(seed: int | Sequence[int], num_images: int | None) -> list[int]:
+  count = 1 if num_images is None else num_images
+  if count < 1:
+    raise UserError(f"num_images is {num_images}; draw at least one")
+  seeds = list(map(int, seed)) if np.ndim(seed) else [int(seed) + k for k in range(count)]
+  if num_images not in (None, len(seeds)):
+    raise UserError(f"{len(seeds)} seeds for {num_images} pictures; leave num_images out")
+  if not seeds or not all(0 <= one < 2**31 for one in seeds):
+    raise UserError(f"seed {seed} is out of range; use 0 to {2**31 - count}")
+  return seeds
+
+
+def _layer_size(latent_size: tuple[int, int], pixels: int) -> tuple[int, int]:
   """Height and width of the layer that has so many pixels: halved, rounded up, until they agree."""
   height, width = latent_size
   while height * width > pixels:

@@ -1,4 +1,4 @@
-"""The host part of generation: any number of pictures, drawn in batches of one compiled shape."""
+"""The host part of generation: any number of images, drawn in batches of one compiled shape."""
 
 from __future__ import annotations
 
@@ -21,39 +21,35 @@ from cc_jax.sampling.prompts import Prompts
 from cc_jax.sampling.sample import SamplerInputs, SamplingConfig, guidance_branches, sample_images
 
 CALLS = 25  # numbers of UNet calls are rounded up to multiples of this
+_PER_IMAGE = ("prompts", "references", "use_image", "noise", "image", "extra_subjects",
+              "interpolate_to")  # fields of SamplerInputs
 
 
 class ImageSampler:
-  """Draws any number of pictures with one model, in batches of one size.
+  """Draws any number of images with one model, in batches of one size.
 
-  What is compiled once serves all prompts, seeds, scales, guidances above 1 and, up to the next
-  multiple of CALLS, all numbers of steps and all samplers that agree in adding noise or not. It is
-  compiled anew for another size, batch, number of references, or set of guidance's branches.
+  One compiled program serves all prompts, seeds, scales, guidances above 1 and, up to the next
+  multiple of CALLS, all numbers of steps and all samplers that agree in adding noise or not.
+  Another size, batch, number of references, or set of guidance's branches compiles anew.
   """
 
-  def __init__(
-    self,
-    model: nnx.Module,
-    schedule: NoiseSchedule,
-    *,
-    merge: Callable[[Any], nnx.Module] | None = None,
-    mesh: jax.sharding.Mesh | None = None,
-  ):
-    """Takes the model apart; later changes of it are not seen.
+  def __init__(self, model: nnx.Module, schedule: NoiseSchedule, *,
+               merge: Callable[[Any], nnx.Module] | None = None,
+               mesh: jax.sharding.Mesh | None = None):
+    """Splits the model into its definition and parameters; later changes of it have no effect.
 
     Args:
       model: a `CustomContrast`, or `bundle(base)`.
       schedule: the base's.
-      merge: for callers with parameters in a form of their own (training): parameters -> model.
+      merge: for callers whose parameters have another form (training): parameters -> model.
         `model` may then be abstract, and every call must give `params`.
-      mesh: pictures are spread over its axis `data`; parameters lie whole on every device.
+      mesh: images are sharded over its axis `data`; parameters are replicated on every device.
     """
-    definition, self.params = nnx.split(model)
+    definition, params = nnx.split(model)
+    if mesh is not None and merge is None:
+      params = replicate(params, mesh)
+    self.params = params if merge is None else None
     self.merge = merge or (lambda params: nnx.merge(definition, params))
-    if merge is not None:
-      self.params = None
-    elif mesh is not None:
-      self.params = replicate(self.params, mesh)
     self.schedule, self.mesh = schedule, mesh
     self.is_subject_model = isinstance(model, CustomContrast)
     self.layers = len(model.group_of_layer) if self.is_subject_model else 1
@@ -61,16 +57,15 @@ class ImageSampler:
     self.latent_size = (side, side) if isinstance(side, int) else tuple(side)
     self.latent_channels = model.vae.config.latent_channels
     self.factor = model.vae.config.factor  # pixels per latent
-    # Bound here, so that what one ImageSampler has compiled is never looked up for another.
-    self._draw = jax.jit(
-      lambda params, request, plan, tick: sample_images(self.merge, params, request, plan, tick),
-      static_argnames=("plan", "tick"),
+    # A function of this object, so that no other ImageSampler's compiled program is looked up.
+    self._sample = jax.jit(
+      lambda params, inputs, config, tick: sample_images(self.merge, params, inputs, config, tick),
+      static_argnames=("config", "tick"),
     )
 
-  def noise(
-    self, seeds: Sequence[int], size: tuple[int, int] | None = None
-  ) -> Float[np.ndarray, "b h w c"]:
-    """Unit normal noise: a picture's depends on its own seed alone, and on the latents' size."""
+  def noise(self, seeds: Sequence[int],
+            size: tuple[int, int] | None = None) -> Float[np.ndarray, "b h w c"]:
+    """Unit normal noise: an image's depends on its own seed alone, and on the latents' size."""
     shape = (*(size or self.latent_size), self.latent_channels)
     return np.stack([np.asarray(jax.random.normal(jax.random.key(seed), shape)) for seed in seeds])
 
@@ -88,8 +83,8 @@ class ImageSampler:
     *,
     noise: Float[np.ndarray, "n h w c"],
     references: UInt8[np.ndarray, "n r h w 3"] | None = None,
-    also: Sequence[UInt8[np.ndarray, "n r h w 3"]] = (),
-    toward: tuple[UInt8[np.ndarray, "n r h w 3"], Float[np.ndarray, " n"]] | None = None,
+    extra_subjects: Sequence[UInt8[np.ndarray, "n r h w 3"]] = (),
+    interpolate_to: tuple[UInt8[np.ndarray, "n r h w 3"], Float[np.ndarray, " n"]] | None = None,
     use_image: Bool[np.ndarray, " n"] | None = None,
     scale: float | Sequence | np.ndarray = 1.0,
     s_plus: bool = True,
@@ -108,41 +103,42 @@ class ImageSampler:
     progress: bool = False,
     tick: Callable[[], None] | None = None,
   ) -> tuple[UInt8[np.ndarray, "n h w 3"], tuple[Float[np.ndarray, "steps n s 1"], ...]]:
-    """Pictures, and location maps per layer if `maps` (else an empty tuple).
+    """Images, and location maps per layer if `maps` (else an empty tuple).
 
     Args:
       prompts: N prompts.
-      negative: what to be led away from, one for all; usually the empty prompt.
-      noise: see `noise`; equal noise makes pictures comparable. Its size is the pictures'.
+      negative: the negative prompt, one for all; usually the empty prompt.
+      noise: see `noise`; equal noise makes images comparable. Its size is the images'.
       references: R references of each subject, as training shows them; None draws with the base.
-      also: the references of the further subjects that the prompts name (`Prompts.more`).
-      toward: references of another subject, and how far each picture goes to it: 0 to 1.
-      use_image: per picture; False draws that one with the base.
+      extra_subjects: references of the further subjects in `prompts.extra_subjects`.
+      interpolate_to: references of another subject, and the weight of the interpolation to it, per
+        image: 0 is the first subject, 1 the other.
+      use_image: per image; False draws that one with the base.
       scale: of the visual path: a number, [L] per layer, or [steps, L] (either may be 1). 0
         everywhere, like no reference, draws with the base: without S+.
       s_plus: False leaves S+ out of every prompt.
       guidance: classifier-free; 1 = none (one branch less).
       image_guidance: the image's own guidance; None = `guidance` is for both.
       eta: the share of fresh noise in DDIM's steps.
-      image, strength: pictures to start from in place of noise alone, of the size to draw, and the
-        share of the steps that is made, (0, 1]; both or neither.
+      image, strength: images to start from (img2img), of the size to draw, and the share of the
+        steps that is run, (0, 1]; both or neither.
       clip_skip: layers of the text encoders left out at the end.
       time_ids: SDXL's (original height, width, crop top, left, target height, width) in pixels;
-        None = drawn at the size that is asked for, not cropped. Other bases read nothing of it.
-      batch_size: pictures at once; the last batch is filled up with copies. Default N. On a mesh,
-        rounded up to a multiple of its size.
+        None = the drawn size, not cropped. Other bases ignore it.
+      batch_size: default N; the last batch is padded with copies. On a mesh, rounded up to a
+        multiple of its size.
       params: in place of the model's own.
       progress: show a bar over the batches.
-      tick: see `draw`.
+      tick: see `sample_images`.
 
     Raises:
       UserError: steps, sampler, guidance or scale make no sense.
     """
-    count = len(noise)
+    num_images = len(noise)
     table = self.table(steps, sampler, eta=eta, strength=strength)
-    # Row 0 belongs to the first step that is made.
-    made = 1 + int(table.step[-1])
-    scale = self._scale(scale, steps)[-made:]
+    # Row 0 of the scale belongs to the first step that is run.
+    steps_run = 1 + int(table.step[-1])
+    scale = self._check_scale(scale, steps)[-steps_run:]
     check_guidance(guidance, image_guidance)
     if time_ids is None:
       height, width = (side * self.factor for side in noise.shape[1:3])
@@ -150,57 +146,59 @@ class ImageSampler:
     if not self.is_subject_model or not scale.any():
       references = None
     if references is None:
-      also, toward = (), None
-      use_image = np.zeros(count, bool)
+      extra_subjects, interpolate_to = (), None
+      use_image = np.zeros(num_images, bool)
       scale = np.zeros_like(scale)
     elif use_image is None:
-      use_image = np.ones(count, bool)
-    asked = guidance_branches(guidance, None if references is None else image_guidance)
+      use_image = np.ones(num_images, bool)
     if maps and not self.is_subject_model:
       raise UserError("a plain base has no location maps; give an adapter")
-    plan = SamplingConfig(asked, adds_noise(table), s_plus, maps, clip_skip)
+    branches = guidance_branches(guidance, None if references is None else image_guidance)
+    config = SamplingConfig(branches, adds_noise(table), s_plus, maps, clip_skip)
 
     table = padded(table, -(-len(table.step) // CALLS) * CALLS)
-    scale = np.pad(scale, ((0, len(table.step) - made), (0, 0)))
-    if not also:
-      prompts = prompts._replace(more=())
-    rows = (
-      (prompts, references, np.asarray(use_image, bool), np.asarray(noise, np.float32), image),
-      (tuple(also), toward),
+    inputs = SamplerInputs(
+      prompts=prompts if extra_subjects else prompts._replace(extra_subjects=()),
+      negative=tuple(ids[:1] for ids in negative.ids),
+      references=references,
+      use_image=np.asarray(use_image, bool),
+      noise=np.asarray(noise, np.float32),
+      image=image,
+      scale=np.pad(scale, ((0, len(table.step) - steps_run), (0, 0))),
+      guidance=np.float32(guidance),
+      image_guidance=np.float32(0.0 if image_guidance is None else image_guidance),
+      table=table,
+      time_ids=np.asarray(time_ids, np.float32),
+      extra_subjects=tuple(extra_subjects),
+      interpolate_to=interpolate_to,
     )
-    size = batch_size or count
+    params = self.params if params is None else params
+    size = batch_size or num_images
     if self.mesh is not None:
       size = -(-size // self.mesh.size) * self.mesh.size
-    images, recorded = [], []
-    for start in tqdm(
-      range(0, count, size), desc="drawing", unit="batch", disable=not progress
-    ):
-      here = min(size, count - start)
-      cut = lambda x: pad_batch(x[start : start + here], size)  # noqa: B023, E731
-      rows_here = jax.tree.map(cut, rows)
-      if self.mesh is not None:
-        rows_here = jax.device_put(rows_here, batch_sharding(self.mesh))
-      batch, subjects = rows_here
-      request = SamplerInputs(
-        batch[0],
-        tuple(i[:1] for i in negative.ids),
-        *batch[1:],
-        scale,
-        np.float32(guidance),
-        np.float32(0.0 if image_guidance is None else image_guidance),
-        table,
-        np.asarray(time_ids, np.float32),
-        *subjects,
-      )
-      drawing = self._draw(self.params if params is None else params, request, plan=plan, tick=tick)
-      pixels = np.asarray(drawing.images)[:here]
+    starts = range(0, num_images, size)
+    images, batches_of_maps = [], []
+    for start in tqdm(starts, desc="drawing", unit="batch", disable=not progress):
+      count = min(size, num_images - start)
+      batch = self._batch(inputs, slice(start, start + count), size)
+      output = self._sample(params, batch, config=config, tick=tick)
+      pixels = np.asarray(output.images)[:count]
       if not np.isfinite(pixels).all():
         raise UserError("the picture is not finite; draw in float32 (--dtype=float32)")
       images.append(to_uint8(pixels))
-      recorded.append([np.asarray(m)[:made, :here] for m in drawing.maps])
-    return np.concatenate(images), tuple(np.concatenate(m, axis=1) for m in zip(*recorded))
+      batches_of_maps.append([np.asarray(m)[:steps_run, :count] for m in output.maps])
+    location_maps = (np.concatenate(layer, axis=1) for layer in zip(*batches_of_maps))
+    return np.concatenate(images), tuple(location_maps)
 
-  def _scale(self, scale, steps: int) -> Float[np.ndarray, "steps l"]:
+  def _batch(self, inputs: SamplerInputs, rows: slice, size: int) -> SamplerInputs:
+    """Some images' inputs, padded to `size` and sharded over the mesh."""
+    per_image = {name: getattr(inputs, name) for name in _PER_IMAGE}
+    batch = jax.tree.map(lambda x: pad_batch(x[rows], size), per_image)
+    if self.mesh is not None:
+      batch = jax.device_put(batch, batch_sharding(self.mesh))
+    return inputs._replace(**batch)
+
+  def _check_scale(self, scale, steps: int) -> Float[np.ndarray, "steps l"]:
     try:
       scale = np.asarray(scale, np.float32)
       if steps >= 1:
@@ -212,8 +210,7 @@ class ImageSampler:
       ) from None
     if not (np.isfinite(scale) & (scale >= 0)).all():
       raise UserError(
-        f"scale {scale.min():g} makes no sense; use 0 (the base) to about 2, usually 1"
-      )
+        f"scale {scale.min():g} makes no sense; use 0 (the base) to about 2, usually 1")
     return scale
 
 
