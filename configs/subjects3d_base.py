@@ -1,24 +1,24 @@
-"""The mini base: VAE, CLIP pair and UNet of subjects3d, trained from nothing.
+"""The mini base: VAE, CLIP pair and UNet of subjects3d, trained from scratch.
 
   python -m cc_jax.pretrain --config=configs/subjects3d_base.py --workdir=runs/base
 
 On 4 cores without accelerator: the pictures 1 minute, VAE 12 (25.0 dB), CLIP pair 35, UNet at about
-110 samples/s 3 hours for these steps. The shipped base came about in pieces, each from the one
-before by `init_from`: 5,800 steps of the UNet by an earlier recipe (mask_weight 2); 21,000 more, up
-to step 12,000 of them with calm_share 0.5; at last, for patterns, 6,000 with world.plain_share 0.2,
-calm_share 0.6 and learning_rate 8e-4. It draws class 96, main colour 99 and scene 100 % of 200
-prompts as asked (`python -m cc_jax.evaluate --what=base`). To train it on:
+110 samples/s 3 hours for these steps. To train the shipped base further:
 `--config.init_from=subjects3d-base` and other `--config.unet.train.steps`.
 
-CLIP: 700 steps of both towers with white_share 0.5, 1,800 of the image encoder alone (freeze_text),
-both by captions only (factor_weight and position_scale 0): a linear probe named 43 % of the classes
-(docs/lab.md, "What the image encoder must know"). Then, with the factors, on pictures of their own
-(world.recombine, plain_share 0.2, calm_share 0.3), 800 steps and, with pretrain.code_positions put
-upon them once (a random start has it from the beginning), 4,200 of batch 128 (31 minutes on 4
-cores); at last 800 of the projection alone (freeze_features, contrast_weight 0, white_share 0.9,
-batch 256, learning_rate 3e-3; 8 minutes on one core). At the end of the 4,200 it told class 94,
-colours 98 and 98 and pattern 82 % of what it was shown (clip.jsonl). What can be read from it of
-subjects never seen, and how well S follows real similarity: docs/lab/tables.md.
+The shipped base was trained in parts, each from the one before by `init_from`. UNet: 5,800 steps by
+an earlier recipe (mask_weight 2); 21,000 more, up to step 12,000 of them with calm_share 0.5; at
+last, for patterns, 6,000 with world.plain_share 0.2, calm_share 0.6 and learning_rate 8e-4. It
+draws class 96, main colour 99 and scene 100 % of 200 prompts as asked (`python -m cc_jax.evaluate
+--what=base`). CLIP: 700 steps of both encoders with white_share 0.5, 1,800 of the image encoder
+alone (freeze_text), both by captions only (factor_weight and position_scale 0): a linear probe
+named 43 % of the classes (docs/lab.md, "What the image encoder must know"). Then with the factors,
+on other pictures (world.recombine, plain_share 0.2, calm_share 0.3), 800 steps and, after
+pretrain.clip.code_positions was applied once (a random start has it from the beginning), 4,200 of
+batch 128 (31 minutes on 4 cores): class 94, colours 98 and 98, pattern 82 % right (clip.jsonl). At
+last 800 of the projection alone (freeze_features, contrast_weight 0, white_share 0.9, batch 256,
+learning_rate 3e-3; 8 minutes on one core). How well subjects never seen are read, and how well S
+follows real similarity: docs/lab/tables.md.
 """
 
 import ml_collections
@@ -29,13 +29,13 @@ def get_config() -> ml_collections.ConfigDict:
   c = ml_collections.ConfigDict()
   c.seed = 0
   c.stages = ("tokenizer", "vae", "clip", "unet")  # or ("judge",): configs/subjects3d_judge.py
-  c.init_from = ""  # a base folder whose weights the training goes on from; '' = random
+  c.init_from = ""  # a base folder whose weights the training starts from; '' = random
 
   c.world = ml_collections.ConfigDict()  # what is rendered before the training starts
   c.world.images = 60_000
   c.world.calm_share = 0.5  # share with narrow irrelevant factors: the easy lessons
   c.world.plain_share = 0.5  # share that loses its pattern: shapes are seen better
-  c.world.recombine = False  # whether patterns and proportions are dealt anew among subjects
+  c.world.recombine = False  # whether patterns and proportions are permuted among subjects
   c.world.split = "train"
   c.world.captions = 4  # phrasings per image
   c.world.processes = 0  # 0 = one per core
@@ -53,7 +53,7 @@ def get_config() -> ml_collections.ConfigDict:
       mid_block_add_attention=False, scaling_factor=1.0, act_fn="silu"))
   c.vae.train = _train(steps=1400, batch=32, learning_rate=2e-3)
   c.vae.kl = 1e-5
-  c.vae.freeze_encoder = False  # with init_from: train the decoder alone; the latents stay
+  c.vae.freeze_encoder = False  # with init_from: train the decoder alone; latents do not change
 
   c.clip = ml_collections.ConfigDict()
   c.clip.text = ml_collections.ConfigDict(dict(
@@ -64,11 +64,10 @@ def get_config() -> ml_collections.ConfigDict:
       hidden_act="gelu", projection_dim=128, image_size=64, patch_size=8))
   c.clip.white_share = 0.75  # pictures cut out on white: what the adapter will show the encoder
   c.clip.freeze_text = False  # with init_from: train the image encoder alone
-  c.clip.freeze_features = False  # and of that one the projection alone, which MACL's S comes from
+  c.clip.freeze_features = False  # and of it the projection alone, which MACL's S comes from
   c.clip.contrast_weight = 1.0
   c.clip.position_scale = 0.8  # of the code in a random start's positions; 0 = CLIP's own start
-  # Of telling the factors (pretrain.FactorHeads) and how alike two subjects are (likeness); 0 =
-  # captions alone.
+  # Of the factors (clip.FactorHeads) and of subjects' similarity; 0 = captions alone.
   c.clip.factor_weight = 0.3
   c.clip.mirror_share = 0.5  # share of the pictures that are shown left for right
   c.clip.train = _train(steps=2500, batch=192, learning_rate=1.5e-3)

@@ -2,10 +2,11 @@
 
   python -m cc_jax.pretrain --config=configs/subjects3d_judge.py --workdir=runs/judge
 
-On 2 of 4 cores without accelerator, other jobs on the rest: the pictures 5 minutes, the training
-50. The shipped judge went on (`init_from`) from one that had 6,000 steps on 110,000 pictures of the
-3,520 subjects as they are. On 2,000 fresh renders of test subjects: class 99.2 %, scene 100, main
-colour 97.9, visible pattern 92.9, azimuth within one of 8 bins 96.2 on classes with a front.
+On 2 of 4 cores without accelerator, with other jobs on the rest: the pictures 5 minutes, the
+training 50. The shipped judge was trained further (`init_from`) from one with 6,000 steps on
+110,000 pictures of the 3,520 subjects as they are. On 2,000 new renders of test subjects: class
+99.2 %, scene 100, main colour 97.9, visible pattern 92.9, azimuth within one of 8 bins 96.2 on
+classes with a front.
 """
 
 import ml_collections
@@ -21,14 +22,14 @@ def get_config() -> ml_collections.ConfigDict:
   c.world.images = 250_000
   c.world.calm_share = 0.1
   c.world.plain_share = 0.0
-  c.world.recombine = True  # 3,520 subjects' patterns and proportions, dealt anew
+  c.world.recombine = True  # patterns and proportions permuted among the 3,520 subjects
   c.world.split = "train"
   c.world.processes = 0  # 0 = one per core
 
   c.judge = ml_collections.ConfigDict()
   c.judge.width = 32
-  c.judge.init_from = ""  # a judge's file whose weights the training goes on from; '' = random
-  c.judge.fresh = 2000  # fresh pictures of test subjects on which it is measured
+  c.judge.init_from = ""  # a judge's file whose weights the training starts from; '' = random
+  c.judge.fresh = 2000  # new pictures of test subjects on which it is measured
   c.judge.train = ml_collections.ConfigDict(dict(
       steps=7000, batch=64, learning_rate=1.5e-3, ema=0.995, warmup=200, beta2=0.99,
       weight_decay=0.05, clip_norm=1.0, save_every=1000))

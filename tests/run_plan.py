@@ -12,9 +12,9 @@ import tiny  # noqa: E402
 
 from cc_jax.parallel.distributed import set_cpu_devices  # noqa: E402
 from cc_jax.plan import chips  # noqa: E402
-from cc_jax.plan.__main__ import compile_plan  # noqa: E402
 from cc_jax.plan.collectives import by_kind  # noqa: E402
-from cc_jax.plan.estimate import all_bytes  # noqa: E402
+from cc_jax.plan.estimate import all_bytes, make_plan  # noqa: E402
+from cc_jax.plan.lower import make_program  # noqa: E402
 from cc_jax.plan.measure import measure_program  # noqa: E402
 from cc_jax.plan.report import describe_measured  # noqa: E402
 from cc_jax.plan.topology import Slice  # noqa: E402
@@ -38,7 +38,8 @@ def main(base: str, out: str) -> None:
   for count in (4, 8):
     config = tiny.tiny_config(base)
     slice_ = Slice(devices[:count], chip, (count,))
-    plan, program = compile_plan(config, slice_, "train", 1)
+    program = make_program(config, slice_, "train", 1)
+    plan = make_plan(program, slice_)
     kinds = by_kind(plan.program.collectives)
     results[f"data {count}"] = {kind: size for kind, (_, size) in kinds.items()}
   results["trained bytes"] = all_bytes(program.parts["adapter"])
@@ -50,7 +51,8 @@ def main(base: str, out: str) -> None:
   results["measured"] = {**measured, "text": describe_measured(plan, measured)}
 
   config = tiny.tiny_config(base, sample__steps=4)
-  plan, _ = compile_plan(config, Slice(devices, chip, (DEVICES,)), "generate", 1)
+  slice_ = Slice(devices, chip, (DEVICES,))
+  plan = make_plan(make_program(config, slice_, "generate", 1), slice_)
   numbers = plan.numbers()
   results["generate"] = {key: numbers[key] for key in ("images", "fits", "flops")}
   by_trip_count: dict[float, float] = {}

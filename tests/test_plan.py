@@ -21,7 +21,7 @@ from cc_jax.plan import __main__ as plan
 from cc_jax.plan import chips, hlo
 from cc_jax.plan.batch_search import largest_batch
 from cc_jax.plan.collectives import KINDS, Collective, by_kind, group_size
-from cc_jax.plan.estimate import Overflow, all_bytes, make_estimate, read_overflow
+from cc_jax.plan.estimate import Overflow, all_bytes, make_estimate, make_plan, read_overflow
 from cc_jax.plan.lower import make_program
 from cc_jax.plan.report import describe_plan, describe_refusal, state_table
 from cc_jax.plan.topology import Slice, find_slice, parse_topology
@@ -297,7 +297,8 @@ def mini(quick_compile):
   config.train.batch_size = 8
   config.mesh.data = 1
   slice_ = Slice(jax.devices()[:1], chips.find("v5e"), (1,))
-  return plan.compile_plan(config, slice_, "train", 0)
+  program = make_program(config, slice_, "train", 0)
+  return make_plan(program, slice_), program
 
 
 def test_flops_of_the_mini_step_by_hand(mini):
@@ -388,15 +389,18 @@ def test_what_does_not_fit_ends_with_1_and_the_largest_batch(monkeypatch, capsys
   settings |= dict(batch_per_chip=8, json=True)
   gib = 2**30
 
-  def compile_plan(config, slice_, what, batch):
-    needed, program = (3 + 2 * batch) * gib, SimpleNamespace(images=16 * batch)
+  def make_plan(program, slice_):
+    needed = (3 + 2 * program.images // 16) * gib
     if needed > slice_.chip.memory:
-      return Overflow(needed, 15.75 * gib), program
-    return SimpleNamespace(memory=SimpleNamespace(total=needed), chip=slice_.chip), program
+      return Overflow(needed, 15.75 * gib)
+    return SimpleNamespace(memory=SimpleNamespace(total=needed), chip=slice_.chip)
 
   monkeypatch.setattr(plan.flags, "FLAGS", SimpleNamespace(**settings))
   monkeypatch.setattr(plan, "find_slice", lambda *a: slice_)
-  monkeypatch.setattr(plan, "compile_plan", compile_plan)
+  monkeypatch.setattr(
+    plan, "make_program", lambda config, slice_, what, batch: SimpleNamespace(images=16 * batch)
+  )
+  monkeypatch.setattr(plan, "make_plan", make_plan)
   with pytest.raises(SystemExit) as end:
     plan.main([])
   refusal = json.loads(capsys.readouterr().out)

@@ -13,16 +13,12 @@ and prints measurements beside the estimate. If the program does not fit, the la
 does is looked for, and the exit code is 1.
 """
 
-from __future__ import annotations
-
-import contextlib
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
@@ -31,12 +27,10 @@ from cc_jax.errors import UserError
 from cc_jax.parallel.distributed import set_cpu_devices
 from cc_jax.plan.batch_search import largest_batch
 from cc_jax.plan.estimate import CompiledPlan, Overflow, make_plan
-from cc_jax.plan.lower import AbstractProgram, make_program
+from cc_jax.plan.lower import make_program
 from cc_jax.plan.measure import measure_program
 from cc_jax.plan.report import describe_measured, describe_plan, describe_refusal, state_table
-from cc_jax.plan.topology import Slice, find_slice
-
-WHATS = ("train", "generate", "state")
+from cc_jax.plan.topology import find_slice
 
 
 def main(argv: Sequence[str]) -> None:
@@ -51,13 +45,15 @@ def main(argv: Sequence[str]) -> None:
   elif jax.config.jax_platforms is None:
     jax.config.update("jax_platforms", "cpu")  # libtpu compiles here; there is no TPU to look for
   slice_ = find_slice(args.topology, config.train.dtype)
+  program = make_program(config, slice_, what, args.batch_per_chip)
   if what == "state":
-    print(state_table(make_program(config, slice_, what, args.batch_per_chip)))
+    print(state_table(program))
     return
 
-  plan, program = compile_plan(config, slice_, what, args.batch_per_chip)
+  plan = make_plan(program, slice_)
   if not isinstance(plan, CompiledPlan) or not plan.fits:
-    refusal = refuse(config, slice_, what, plan, program)
+    compile_for = lambda n: make_plan(make_program(config, slice_, what, n), slice_)  # noqa: E731
+    refusal = refuse(plan, program.images // len(slice_.devices), compile_for)
     print(json.dumps(refusal, indent=2) if args.json else describe_refusal(refusal, slice_))
     sys.exit(1)
   numbers, text = plan.numbers(), describe_plan(plan, what)
@@ -67,29 +63,15 @@ def main(argv: Sequence[str]) -> None:
   print(json.dumps(numbers, indent=2) if args.json else text)
 
 
-def compile_plan(
-  config: ml_collections.ConfigDict, slice_: Slice, what: str, batch_per_chip: int
-) -> tuple[CompiledPlan | Overflow, AbstractProgram]:
-  """Plans one batch size; 0 images a chip means the config's own global batch."""
-  with contextlib.redirect_stdout(sys.stderr):  # what is printed while the program is traced
-    program = make_program(config, slice_, what, batch_per_chip)
-    return make_plan(program, slice_), program
-
-
 def refuse(
-  config: ml_collections.ConfigDict,
-  slice_: Slice,
-  what: str,
-  plan: CompiledPlan | Overflow,
-  program: AbstractProgram,
+  plan: CompiledPlan | Overflow, images: int, compile_for: Callable[[int], CompiledPlan | Overflow]
 ) -> dict[str, Any]:
-  """For --json: what the plan needs, and the largest batch that fits instead."""
+  """What the plan for `images` a chip needs, and the largest number that fits; for --json."""
   needed, limit = _need(plan)
-  images = program.images // len(slice_.devices)
 
   def need(batch: int) -> float:
     print(f"compiling for {batch} images a chip ...", file=sys.stderr)
-    return _need(compile_plan(config, slice_, what, batch)[0])[0]
+    return _need(compile_for(batch))[0]
 
   search = largest_batch(images, needed, limit, need)
   return {
@@ -111,7 +93,8 @@ def _need(plan: CompiledPlan | Overflow) -> tuple[float, float]:
 def define_flags() -> None:
   config_flags.DEFINE_config_file("config", "configs/subjects3d.py")
   flags.DEFINE_string("topology", "local", "A slice, such as v5e:4x4 or v5p:2x2x4, or local.")
-  flags.DEFINE_enum("what", "train", WHATS, "The program; state compiles nothing.")
+  whats = ("train", "generate", "state")
+  flags.DEFINE_enum("what", "train", whats, "The program; state compiles nothing.")
   flags.DEFINE_integer("batch_per_chip", 0, "Images a chip; 0 = the config's own global batch.")
   flags.DEFINE_bool("json", False, "Print JSON, in bytes and seconds.")
 

@@ -1,7 +1,5 @@
 """The largest batch that fits on a chip."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from typing import NamedTuple

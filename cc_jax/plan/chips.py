@@ -1,7 +1,5 @@
 """Accelerators: the one table of published numbers."""
 
-from __future__ import annotations
-
 import dataclasses
 
 _CLOUD = "https://docs.cloud.google.com/tpu/docs/"

@@ -1,7 +1,5 @@
 """Collectives of a compiled program: which, how many bytes, among how many devices."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import re

@@ -1,7 +1,5 @@
 """What a compiled program needs of a chip: its memory, and a model of its time."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import re

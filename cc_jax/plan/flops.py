@@ -4,8 +4,6 @@
 inputs do not count, as in XLA's own analysis.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 from collections.abc import Sequence

@@ -6,8 +6,6 @@ because it occurs in the program again. A partitioned program describes one devi
 numbers.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import math

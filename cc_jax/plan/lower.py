@@ -4,8 +4,6 @@ They are those of `cc_jax.train` and `cc_jax.generate`: the same functions, give
 arrays.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -24,6 +22,7 @@ from cc_jax.sampling.sample import SamplerInputs, SamplingConfig, guidance_branc
 from cc_jax.training.context import StepContext
 from cc_jax.training.setup import build_abstract, make_step_context
 from cc_jax.training.step import init_state, make_train_step
+from data_pipeline.example import SIGNATURE
 
 
 class AbstractProgram(NamedTuple):
@@ -56,9 +55,16 @@ def train_program(config: ml_collections.ConfigDict, mesh: Mesh | AbstractMesh) 
   context, trainable, frozen, _ = _build(config)
   state = jax.eval_shape(lambda t: init_state(t, config), trainable)
   state, frozen = abstract_params((state, frozen), mesh)
+  batch_size, side = config.train.batch_size, config.data.image_size
+  shapes = dict.fromkeys(("positive", "reference", "target"), (side, side, 3))
+  shapes |= dict(
+    target_mask=(side, side), input_ids=(len(context.empty_prompt),), noun_span=(2,)
+  )
   batch = {
-    name: jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(mesh))
-    for name, (shape, dtype) in _batch_shapes(config, len(context.empty_prompt)).items()
+    name: jax.ShapeDtypeStruct(
+      (batch_size, *shapes.get(name, ())), dtype, sharding=batch_sharding(mesh)
+    )
+    for name, dtype in SIGNATURE.items()
   }
   parts = {
     "frozen base": frozen,
@@ -70,7 +76,7 @@ def train_program(config: ml_collections.ConfigDict, mesh: Mesh | AbstractMesh) 
   seed = jax.ShapeDtypeStruct((), np.uint32, sharding=replicated_sharding(mesh))
   step = make_train_step(context, mesh, state, frozen)
   arguments = (state, frozen, batch, seed)
-  return AbstractProgram(step, arguments, parts, config.train.batch_size, mesh.size)
+  return AbstractProgram(step, arguments, parts, batch_size, mesh.size)
 
 
 def generate_program(config: ml_collections.ConfigDict, mesh: Mesh) -> AbstractProgram:
@@ -124,18 +130,3 @@ def _build(config: ml_collections.ConfigDict) -> tuple[StepContext, Any, Any, Ba
 def _layers(trainable: Mapping[str, Any]) -> list[str]:
   """The cross-attention layers, of which each has one gate."""
   return [path for path in trainable if path.rsplit(".", 1)[-1] == "gate"]
-
-
-def _batch_shapes(config: ml_collections.ConfigDict, tokens: int) -> dict[str, tuple]:
-  """name -> (shape, dtype) of the loader's arrays."""
-  size, side = config.train.batch_size, config.data.image_size
-  images = dict.fromkeys(("positive", "reference", "target"), ((size, side, side, 3), np.uint8))
-  return images | {
-    "target_mask": ((size, side, side), np.uint8),
-    "input_ids": ((size, tokens), np.int32),
-    "slot": ((size,), np.int32),
-    "noun_span": ((size, 2), np.int32),
-    "subject_id": ((size,), np.int32),
-    "family_id": ((size,), np.int32),
-    "class_id": ((size,), np.int32),
-  }

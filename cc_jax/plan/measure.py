@@ -1,7 +1,5 @@
 """Measurements on this machine: the time of a program, and what an unknown device reaches."""
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Callable, Sequence

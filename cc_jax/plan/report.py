@@ -1,7 +1,5 @@
 """Plans as text."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from typing import Any

@@ -1,7 +1,5 @@
 """The devices that a program is planned for: a TPU slice that is not there, or the local ones."""
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Sequence
