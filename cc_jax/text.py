@@ -1,7 +1,5 @@
 """Plain text for people: aligned tables."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 

@@ -10,15 +10,14 @@ sys.path.insert(0, str(Path(__file__).parent))
 import jax  # noqa: E402
 import tiny  # noqa: E402
 
-from cc_jax.parallel.distributed import set_cpu_devices
-from cc_jax.plan import __main__ as plan
-from cc_jax.plan import (
-  chips,  # noqa: E402
-  hlo,
-)
-from cc_jax.plan import estimate as cost
-from cc_jax.plan.report import describe_truth
-from cc_jax.plan.topology import Slice
+from cc_jax.parallel.distributed import set_cpu_devices  # noqa: E402
+from cc_jax.plan import chips  # noqa: E402
+from cc_jax.plan.collectives import by_kind  # noqa: E402
+from cc_jax.plan.estimate import all_bytes, make_plan  # noqa: E402
+from cc_jax.plan.lower import make_program  # noqa: E402
+from cc_jax.plan.measure import measure_program  # noqa: E402
+from cc_jax.plan.report import describe_measured  # noqa: E402
+from cc_jax.plan.topology import Slice  # noqa: E402
 
 DEVICES = 8
 # config, slice, images a chip, overrides: the plans of docs/scale.md.
@@ -38,26 +37,28 @@ def main(base: str, out: str) -> None:
 
   for count in (4, 8):
     config = tiny.tiny_config(base)
-    place = Slice(devices[:count], chip, (count,))
-    found, work = plan.plan_for(config, place, "train", 1)
-    kinds = hlo.by_kind(found.program.collectives)
+    slice_ = Slice(devices[:count], chip, (count,))
+    program = make_program(config, slice_, "train", 1)
+    plan = make_plan(program, slice_)
+    kinds = by_kind(plan.program.collectives)
     results[f"data {count}"] = {kind: size for kind, (_, size) in kinds.items()}
-  results["trained bytes"] = cost.all_bytes(work.parts["adapter"])
+  results["trained bytes"] = all_bytes(program.parts["adapter"])
   # CSCL: both CLS tokens; MACL: two sets of L layers' tokens; S; the subject's number. Floats.
   layers, width, embed = 4, config.encoder.width, tiny.VISION["projection_dim"]
   results["keys of a sample"] = 4 * (2 * width + 2 * layers * width + embed + 1)
 
-  truth = plan.run_here(found, work, steps=1)
-  results["measured"] = {**truth, "told": describe_truth(found, truth)}
+  measured = measure_program(plan.compiled, program.arguments, repeats=1)
+  results["measured"] = {**measured, "text": describe_measured(plan, measured)}
 
   config = tiny.tiny_config(base, sample__steps=4)
-  found, _ = plan.plan_for(config, Slice(devices, chip, (DEVICES,)), "generate", 1)
-  numbers = found.numbers()
+  slice_ = Slice(devices, chip, (DEVICES,))
+  plan = make_plan(make_program(config, slice_, "generate", 1), slice_)
+  numbers = plan.numbers()
   results["generate"] = {key: numbers[key] for key in ("images", "fits", "flops")}
-  turns: dict[float, float] = {}
-  for step in found.program.steps:
-    turns[step.times] = turns.get(step.times, 0) + step.flops
-  results["generate"]["flops of a turn"] = turns
+  by_trip_count: dict[float, float] = {}
+  for step in plan.program.steps:
+    by_trip_count[step.runs] = by_trip_count.get(step.runs, 0) + step.flops
+  results["generate"]["flops by trip count"] = by_trip_count
 
   Path(out).write_text(json.dumps(results))
 

@@ -19,8 +19,10 @@ import run_plan
 from cc_jax.errors import UserError
 from cc_jax.plan import __main__ as plan
 from cc_jax.plan import chips, hlo
-from cc_jax.plan import estimate as cost
 from cc_jax.plan.batch_search import largest_batch
+from cc_jax.plan.collectives import KINDS, Collective, by_kind, group_size
+from cc_jax.plan.estimate import Overflow, all_bytes, make_estimate, make_plan, read_overflow
+from cc_jax.plan.lower import make_program
 from cc_jax.plan.report import describe_plan, describe_refusal, state_table
 from cc_jax.plan.topology import Slice, find_slice, parse_topology
 from cc_jax.training.loop import measure_utilisation
@@ -37,10 +39,10 @@ def test_products_convolutions_loops_and_remat_by_hand():
   with stride; products of a batch."""
 
   def loss(w, kernel, x):
-    def turn(c, _):
+    def body(c, _):
       return jnp.tanh(c @ w), None
 
-    c, _ = jax.lax.scan(jax.checkpoint(turn), x, None, length=5)  # [6, 32]
+    c, _ = jax.lax.scan(jax.checkpoint(body), x, None, length=5)  # [6, 32]
     image = c.reshape(3, 8, 8, 1) * jnp.ones(2)
     y = jax.lax.conv_general_dilated(
       image, kernel, (2, 2), ((1, 1), (1, 1)), dimension_numbers=("NHWC", "HWIO", "NHWC")
@@ -51,15 +53,15 @@ def test_products_convolutions_loops_and_remat_by_hand():
   shapes = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((32, 32), (3, 3, 2, 7), (6, 32))]
   compiled = jax.jit(jax.value_and_grad(loss, (0, 1))).lower(*shapes).compile()
   program = hlo.Program(compiled.as_text())
-  turn = 2 * 6 * 32 * 32
+  iteration = 2 * 6 * 32 * 32
   # One of three rows of the kernel misses the first of four outputs; both gradients go as far.
   convolution = 2 * 3 * (4 + 4 + 3) ** 2 * 2 * 7
   batched = 2 * 3 * 16 * 16 * 7
-  # A turn: forward, again, and to both operands. The image is ones times c: no less work.
-  assert program.flops == 5 * 4 * turn + 3 * convolution + 3 * batched
-  assert program.endless == set() and program.collectives == []
+  # An iteration: forward, again, and to both operands. The image is ones times c: no less work.
+  assert program.flops == 5 * 4 * iteration + 3 * convolution + 3 * batched
+  assert program.loops_counted_once == set() and program.collectives == []
   # XLA's own count, with all the additions besides, has each loop's body once.
-  assert compiled.cost_analysis()["flops"] < program.flops - 2 * 4 * turn
+  assert compiled.cost_analysis()["flops"] < program.flops - 2 * 4 * iteration
 
 
 TPU = """\
@@ -151,8 +153,8 @@ def test_a_tpus_program():
   """In libtpu's words: a loop without its count, tiles, on-chip memory, fused collectives."""
   program = hlo.Program(TPU)
   steps = {step.name: step for step in program.steps}
-  # From 1 to 4: three turns. A product that is written as a convolution.
-  assert steps["fusion.1"].times == 3 and steps["fusion.1"].cycles == 3000
+  # From 1 to 4: a trip count of 3. A product that is written as a convolution.
+  assert steps["fusion.1"].runs == 3 and steps["fusion.1"].cycles == 3000
   assert program.flops == 3 * 2 * 20 * 130 * 130 + 2 * 16 * 128 * 128
   # 130 x 130 bf16 in tiles of 8 x 128; input and output are in VMEM.
   assert steps["fusion.1"].bytes == 136 * 256 * 2
@@ -161,7 +163,7 @@ def test_a_tpus_program():
   assert steps["near"].bytes == 24 * 256 * 2
   assert steps["fetch-start"].bytes == 64 * 128 * 4  # read; written into VMEM
   assert "weights" not in steps and "gather-done" not in steps
-  assert hlo.by_kind(program.collectives) == {
+  assert by_kind(program.collectives) == {
     "all-gather": (2, 2 * 64 * 128 * 4),  # the one in the background once
     "reduce-scatter": (1, 16 * 128 * 4),
     "collective-permute": (1, 16 * 128 * 4),
@@ -169,25 +171,26 @@ def test_a_tpus_program():
   assert {c.kind: c.group for c in program.collectives if c.kind != "collective-permute"} == {
     "all-gather": 4, "reduce-scatter": 4
   }  # fmt: skip
-  assert program.opaque == {"tpu_custom_call": 1} and program.endless == set()
+  assert program.not_counted == {"tpu_custom_call": 1} and program.loops_counted_once == set()
 
-  estimate = cost.make_estimate(program, chips.find("v5e"))
+  estimate = make_estimate(program, chips.find("v5e"))
   traffic = (2 * 16 + 128) * 128 * 4 / (0.9 * 819e9)  # of async.2: longer than its FLOPs
   assert estimate.products == pytest.approx(3 * 3000 / 1.5e9 + traffic)
   sent = 2 * 64 * 128 * 4 * 3 / 4 + 16 * 128 * 4 * 3 + 16 * 128 * 4
   assert estimate.collectives == pytest.approx(sent / 200e9)
   assert estimate.memory > 24 * 256 * (3 * 4 + 2) / (0.9 * 819e9)
-  low, high = estimate.between(2)
+  low, high = estimate.bounds(2)
   assert low < estimate.seconds < high - estimate.collectives
 
   # libtpu's word for no estimate: the FLOPs at the chip's peak in its place.
   assert TPU.count('"3000"') == 1
   guessed = hlo.Program(TPU.replace('"3000"', f'"{2**63 - 1}"'))
-  guessed = cost.make_estimate(guessed, chips.find("v5e"))
+  guessed = make_estimate(guessed, chips.find("v5e"))
   assert 0 < guessed.products < estimate.products
 
   unknown = hlo.Program(TPU.replace("direction=LT", "direction=NE"))
-  assert program.flops - unknown.flops == 2 * 2 * 20 * 130 * 130 and unknown.endless == {"while.1"}
+  assert program.flops - unknown.flops == 2 * 2 * 20 * 130 * 130
+  assert unknown.loops_counted_once == {"while.1"}
 
 
 def test_training_measures_its_utilisation_by_the_program():
@@ -199,7 +202,7 @@ def test_training_measures_its_utilisation_by_the_program():
 
 
 def test_what_ring_algorithms_send():
-  one = {k: hlo.Collective(k, 100, 4, 1, "x").sent_bytes() for k in hlo.COLLECTIVES}
+  one = {k: Collective(k, 100, 4, 1).sent_bytes() for k in KINDS}
   assert one["all-reduce"] == 150 and one["all-gather"] == one["all-to-all"] == 75
   assert one["reduce-scatter"] == 300 and one["collective-permute"] == 100
   groups = {
@@ -208,7 +211,7 @@ def test_what_ring_algorithms_send():
     "replica_groups=mesh['a'=4,'b'=4], device_ids=([16]) {'a','b'}": 16,
     "replica_groups={}, x": 16,
   }
-  assert {text: hlo._group(text, 16) for text in groups} == groups
+  assert {text: group_size(text, 16) for text in groups} == groups
 
 
 def test_what_is_no_program():
@@ -293,25 +296,26 @@ def mini(quick_compile):
   config = subjects3d.get_config()
   config.train.batch_size = 8
   config.mesh.data = 1
-  place = Slice(jax.devices()[:1], chips.find("v5e"), (1,))
-  return plan.plan_for(config, place, "train", 0)
+  slice_ = Slice(jax.devices()[:1], chips.find("v5e"), (1,))
+  program = make_program(config, slice_, "train", 0)
+  return make_plan(program, slice_), program
 
 
 def test_flops_of_the_mini_step_by_hand(mini):
-  found, _ = mini
-  assert found.program.flops == pytest.approx(by_hand(8), rel=0.05)
-  assert not found.program.endless and not found.program.opaque
+  program = mini[0].program
+  assert program.flops == pytest.approx(by_hand(8), rel=0.05)
+  assert not program.loops_counted_once and not program.not_counted
 
 
 def test_the_plan_in_numbers_and_words(mini):
-  found, work = mini
-  numbers = json.loads(json.dumps(found.numbers()))
+  result, program = mini
+  numbers = json.loads(json.dumps(result.numbers()))
   memory = numbers["memory"]
-  taken = found.compiled.memory_analysis().argument_size_in_bytes
-  assert taken == found.program.argument_bytes and memory["padding"] == 0  # a CPU has no tiles
-  decoder = cost.all_bytes({k: v for k, v in work.parts["frozen base"].items() if "decoder" in k})
+  taken = result.compiled.memory_analysis().argument_size_in_bytes
+  assert taken == result.program.argument_bytes and memory["padding"] == 0  # a CPU has no tiles
+  decoder = all_bytes({k: v for k, v in program.parts["frozen base"].items() if "decoder" in k})
   assert taken + decoder <= sum(memory["parts"].values()) < taken + 1.2 * decoder
-  trained = cost.all_bytes(work.parts["adapter"])
+  trained = all_bytes(program.parts["adapter"])
   assert memory["parts"]["Adam"] == 2 * trained + 4 and memory["parts"]["average"] == trained
   assert memory["temporaries"] > trained  # the gradients alone
   assert memory["total"] > memory["temporaries"] + sum(memory["parts"].values())
@@ -320,10 +324,10 @@ def test_the_plan_in_numbers_and_words(mini):
   assert hours * 3600 * numbers["images_per_second_per_chip"] == pytest.approx(1e6)
   assert 0 < numbers["flops_utilisation"] < 1
 
-  text = describe_plan(found, "train")
-  for word in ("frozen base", "Adam", "no collectives", "chip-hours", "docs.cloud.google.com"):
+  text = describe_plan(result, "train")
+  for word in ("frozen base", "EMA", "no collectives", "chip-hours", "docs.cloud.google.com"):
     assert word in text
-  table = state_table(work)
+  table = state_table(program)
   assert "gradients" in table and f"{trained / 1e9:.4g}" in table
 
 
@@ -358,15 +362,15 @@ def test_the_compilers_refusal():
     "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. "
     "Used 20.30G of 15.75G hbm. Exceeded hbm capacity by 4.55G."
   )
-  refusal = cost._overflow(text, chips.find("v5e"))
+  refusal = read_overflow(text, chips.find("v5e"))
   assert refusal == (20.30 * 2**30, 15.75 * 2**30)
   text = (
     "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries "
     "(139.06G) exceeds available HBM (95.74G)."
   )
-  assert cost._overflow(text, chips.find("v5p")) == (139.06 * 2**30, 95.74 * 2**30)
-  assert math.isnan(cost._overflow("RESOURCE_EXHAUSTED: no", chips.find("v5e")).needed)
-  assert cost._overflow("INTERNAL: a bug", chips.find("v5e")) is None
+  assert read_overflow(text, chips.find("v5p")) == (139.06 * 2**30, 95.74 * 2**30)
+  assert math.isnan(read_overflow("RESOURCE_EXHAUSTED: no", chips.find("v5e")).needed)
+  assert read_overflow("INTERNAL: a bug", chips.find("v5e")) is None
   said = describe_refusal(
     {
       "images_per_chip": 8,
@@ -380,25 +384,28 @@ def test_the_compilers_refusal():
 
 
 def test_what_does_not_fit_ends_with_1_and_the_largest_batch(monkeypatch, capsys):
-  place = Slice((None,) * 16, chips.find("v5e"), (4, 4))
+  slice_ = Slice((None,) * 16, chips.find("v5e"), (4, 4))
   settings = dict(config=subjects3d.get_config(), what="train", topology="v5e:4x4")
   settings |= dict(batch_per_chip=8, json=True)
   gib = 2**30
 
-  def plan_for(config, place, what, batch):
-    needed, work = (3 + 2 * batch) * gib, SimpleNamespace(images=16 * batch)
-    if needed > place.chip.memory:
-      return cost.Overflow(needed, 15.75 * gib), work
-    return SimpleNamespace(memory=SimpleNamespace(total=needed), chip=place.chip), work
+  def make_plan(program, slice_):
+    needed = (3 + 2 * program.images // 16) * gib
+    if needed > slice_.chip.memory:
+      return Overflow(needed, 15.75 * gib)
+    return SimpleNamespace(memory=SimpleNamespace(total=needed), chip=slice_.chip)
 
   monkeypatch.setattr(plan.flags, "FLAGS", SimpleNamespace(**settings))
-  monkeypatch.setattr(plan, "find_slice", lambda *a: place)
-  monkeypatch.setattr(plan, "plan_for", plan_for)
+  monkeypatch.setattr(plan, "find_slice", lambda *a: slice_)
+  monkeypatch.setattr(
+    plan, "make_program", lambda config, slice_, what, batch: SimpleNamespace(images=16 * batch)
+  )
+  monkeypatch.setattr(plan, "make_plan", make_plan)
   with pytest.raises(SystemExit) as end:
     plan.main([])
-  told = json.loads(capsys.readouterr().out)
-  assert end.value.code == 1 and not told["fits"] and told["largest_images_per_chip"] == 6
-  assert told["tried"].keys() == {"8", "4", "6"} and told["memory"]["total"] == 19 * gib
+  refusal = json.loads(capsys.readouterr().out)
+  assert end.value.code == 1 and not refusal["fits"] and refusal["largest_images_per_chip"] == 6
+  assert refusal["tried"].keys() == {"8", "4", "6"} and refusal["memory"]["total"] == 19 * gib
   plan.flags.FLAGS.batch_per_chip = -1
   with pytest.raises(UserError, match="must be at least 1"):
     plan.main([])
@@ -439,11 +446,13 @@ def test_only_the_contrastive_keys_grow_with_the_chips(found):
 def test_generation_and_a_run_on_this_machine(found):
   generate = found["generate"]
   assert generate["images"] == 8 and generate["fits"]
-  turns = {float(times): flops for times, flops in generate["flops of a turn"].items()}
-  assert generate["flops"] == sum(times * flops for times, flops in turns.items())
-  assert max(turns, key=turns.get) == 4  # most of the work stands in the sampler's loop of 4 steps
-  truth = found["measured"]
-  assert truth["seconds"] > 0 and f"{truth['seconds']:.4g} s; the estimate" in truth["told"]
+  by_trip_count = {float(runs): flops for runs, flops in generate["flops by trip count"].items()}
+  assert generate["flops"] == sum(runs * flops for runs, flops in by_trip_count.items())
+  # Most of the work is in the sampler's loop of 4 steps.
+  assert max(by_trip_count, key=by_trip_count.get) == 4
+  measured = found["measured"]
+  assert measured["seconds"] > 0
+  assert f"{measured['seconds']:.4g} s; the estimate" in measured["text"]
 
 
 def test_the_command():
@@ -458,11 +467,10 @@ def test_the_command():
 
 def test_the_mini_step_lowers_for_a_slice():
   pytest.importorskip("libtpu")
-  place = find_slice("v5e:4x4", "float32")
-  config = subjects3d.get_config()
-  work, count = plan.work_for(config, place, "train", 2)
-  assert count == 16 and work.images == 32
-  text = work.function.lower(*work.arguments).as_text()
+  slice_ = find_slice("v5e:4x4", "float32")
+  program = make_program(subjects3d.get_config(), slice_, "train", 2)
+  assert program.chips == 16 and program.images == 32
+  text = program.function.lower(*program.arguments).as_text()
   assert "num_partitions = 16" in text
 
 

@@ -10,14 +10,17 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from cc_jax.bases.base import load_module
+from cc_jax.bases.tokenizer import load_tokenizer
 from cc_jax.errors import UserError
+from cc_jax.models.clip_pixels import CLIP_PROCESSOR, clip_pixels
 from cc_jax.models.clip_vision import CLIPVisionConfig, CLIPVisionModel
 from cc_jax.models.vae import AutoencoderKL, AutoencoderKLConfig
 from cc_jax.parallel.mesh import make_mesh
-from cc_jax.pretrain import __main__ as pretrain
-from cc_jax.pretrain import loop as fitting
-from cc_jax.pretrain.batches import cut_outs, mirror_images, to_unit, train_tokenizer
+from cc_jax.pretrain import vae as vae_stage
+from cc_jax.pretrain.batches import cut_outs, to_unit, train_tokenizer
 from cc_jax.pretrain.clip import code_positions, make_clip, similarity_correlation, train_clip
+from cc_jax.pretrain.loop import fit
 from cc_jax.pretrain.unet import dilate
 from cc_jax.pretrain.vae import make_vae, train_vae, whiten
 from configs import subjects3d_base
@@ -51,7 +54,7 @@ def batch_fn(rng, step):
 
 def run(folder, mesh, config, batches=batch_fn):
   start, frozen = {"w": jnp.zeros(3)}, {"bias": jnp.array(0.5)}
-  return fitting.fit("line", loss_fn, start, frozen, batches, config, folder, 0, mesh)
+  return fit("line", loss_fn, start, frozen, batches, config, folder, 0, mesh)
 
 
 class Killed(Exception):
@@ -80,8 +83,8 @@ def test_fit_learns_and_goes_on_bit_for_bit_where_it_was_killed(tmp_path, mesh):
 def test_fit_refuses_a_save_of_other_shapes_and_stops_on_nan(tmp_path, mesh):
   run(tmp_path, mesh, settings(3))
   with pytest.raises(UserError, match=r"another model: params/w should be \(2,\)"):
-    fitting.fit("line", loss_fn, {"w": jnp.zeros(2)}, {"bias": jnp.array(0.5)}, batch_fn,
-                settings(6), tmp_path, 0, mesh)
+    fit("line", loss_fn, {"w": jnp.zeros(2)}, {"bias": jnp.array(0.5)}, batch_fn, settings(6),
+        tmp_path, 0, mesh)
   (tmp_path / "line.state.safetensors").unlink()
 
   def broken(rng, step):
@@ -139,7 +142,7 @@ def test_on_white_shows_the_subject_alone_at_any_size_and_place():
 def test_mirrored_pictures_show_the_mirrored_pose():
   images = np.arange(2 * 3 * 4 * 3, dtype=np.uint8).reshape(2, 3, 4, 3)
   factors = dict(azimuth=np.array([0.5, 0.5]), x=np.array([0.1, 0.1]), y=np.array([0.2, 0.2]))
-  flipped, found = mirror_images(images, factors, np.array([False, True]))
+  flipped, found = prerender.mirror_images(images, factors, np.array([False, True]))
   np.testing.assert_array_equal(flipped[0], images[0])
   np.testing.assert_array_equal(flipped[1, :, 0], images[1, :, 3])
   np.testing.assert_allclose(found["azimuth"], [0.5, -0.5])
@@ -154,9 +157,8 @@ def test_coded_positions_are_content_free_on_white_and_tell_rows_and_columns():
     rngs=nnx.Rngs(0))
   embeddings = vision.vision_model.embeddings
   before = np.array(embeddings.position_embedding.embedding[...])
-  code_positions(vision, pretrain.hub.CLIP_PROCESSOR, 2.0)
-  white = pretrain.hub.clip_pixels(jnp.ones((1, 24, 24, 3)),
-                                   dict(pretrain.hub.CLIP_PROCESSOR, size=24))
+  code_positions(vision, CLIP_PROCESSOR, 2.0)
+  white = clip_pixels(jnp.ones((1, 24, 24, 3)), dict(CLIP_PROCESSOR, size=24))
   code = (np.asarray(embeddings(white))[0] - before)[1:] / 2
   np.testing.assert_allclose(code.mean(0), 0, atol=1e-5)
   grid = code.reshape(3, 3, 4, 4)  # [y, x, (sin y, cos y, sin x, cos x), rate]
@@ -198,9 +200,9 @@ def test_the_image_encoder_learns_factors_while_the_text_encoder_stays(tmp_path)
                              coverage=np.full((len(shade), 4), 0.1))
   train_tokenizer(config, tmp_path, pictures, None)
   train_clip(config, tmp_path, pictures, make_mesh(config.mesh, 16))
-  tokenizer = pretrain.hub.load_tokenizer(tmp_path / "base" / "tokenizer")
+  tokenizer = load_tokenizer(tmp_path / "base" / "tokenizer")
   start = make_clip(config, tokenizer)
-  text = pretrain.hub.load_module(tmp_path / "base" / "text_encoder", type(start.text))
+  text = load_module(tmp_path / "base" / "text_encoder", type(start.text))
   for old, new in zip(jax.tree.leaves(nnx.state(start.text)), jax.tree.leaves(nnx.state(text))):
     np.testing.assert_array_equal(old, new)
   logs = [json.loads(line) for line in (tmp_path / "clip.jsonl").read_text().splitlines()]
@@ -220,14 +222,14 @@ def test_a_frozen_encoder_keeps_its_latents_while_the_decoder_learns(tmp_path, m
                           up_block_types=("UpDecoderBlock2D",) * 2)
   config.vae.train.update(steps=2, batch=2, warmup=0)
   before = make_vae(config)
-  monkeypatch.setattr(pretrain.hub, "load_base", lambda _: SimpleNamespace(vae=before))
+  monkeypatch.setattr(vae_stage, "load_base", lambda _: SimpleNamespace(vae=before))
   images = np.random.default_rng(0).integers(0, 256, (4, 16, 16, 3), dtype=np.uint8)
   pictures = SimpleNamespace(images=images)
   x = to_unit(jnp.asarray(images))
   latents = before.encode(x)[0]
   decoded = before.decode(latents)  # now: the training gives up the arrays
   train_vae(config, tmp_path, pictures, mesh)
-  after = pretrain.hub.load_module(tmp_path / "base" / "vae", AutoencoderKL)
+  after = load_module(tmp_path / "base" / "vae", AutoencoderKL)
   np.testing.assert_allclose(after.encode(x)[0], latents, rtol=1e-5, atol=1e-6)
   assert np.abs(after.decode(latents) - decoded).max() > 1e-3
 

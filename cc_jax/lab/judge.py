@@ -93,22 +93,31 @@ class FactorJudge(nnx.Module):
     return {name: head(h) for name, head in self.heads.items()}
 
 
-def visible(factors: world.Factors, coverage: np.ndarray) -> dict[str, np.ndarray]:
+def is_sketch(factors: world.Factors) -> np.ndarray:
+  """Which pictures have no colours, bool [n]."""
+  return factors.style == world.STYLES.index("sketch")
+
+
+def visible(
+    factors: world.Factors, coverage: np.ndarray, *, cut_out: bool = False
+) -> dict[str, np.ndarray]:
   """Which factors can be seen at all in each picture: {factor: bool [n]}; the rest is masked.
 
   `coverage` float [n,4] as the renderer returns it. A sketch has no colours; a second colour or a
-  pattern needs some pixels; the symmetric classes have no front.
+  pattern needs some pixels; the symmetric classes have no front. `cut_out`: if the subjects are cut
+  out on white.
   """
   always = np.ones(len(factors.class_id), bool)
-  coloured = factors.style != world.STYLES.index("sketch")
+  coloured = ~is_sketch(factors)
   plain = factors.pattern == world.PATTERNS.index("plain")
   patterned = plain | (coverage[:, 3] >= 0.015)
   front = np.isin(factors.class_id, [world.CLASSES.index(c) for c in world.CLASSES_WITH_FRONT])
-  return dict(
+  seen = dict(
       class_id=always, color1=coloured & (coverage[:, 1] >= 0.01),
       color2=coloured & (coverage[:, 2] >= 0.01), pattern=coloured & patterned,
       pattern_color=coloured & ~plain & patterned, scene=always, hat=coloured, style=always,
       azimuth=front, size=always, x=always, y=always)
+  return seen | (dict.fromkeys(world.CUTOUT_HIDES, ~always) if cut_out else {})
 
 
 def factor_loss(outputs: Mapping[str, Array], targets: Mapping[str, Array],

@@ -1,6 +1,4 @@
-"""What accelerators have: the one table of published numbers."""
-
-from __future__ import annotations
+"""Accelerators: the one table of published numbers."""
 
 import dataclasses
 
@@ -22,10 +20,6 @@ class Chip:
   interconnect: float
   clock: float | None  # Hz; libtpu's cycle estimates count these
   source: str
-
-  @property
-  def links(self) -> str:
-    return f"{self.interconnect / 1e9:,.0f} GB/s each way"
 
 
 # Clocks: the TPUs' peak over 131,072 operations a cycle and matrix unit set (v5e 1 x, v5p 2 x,

@@ -1,6 +1,4 @@
-"""What a compiled program takes of a chip: its memory, and a model of its time."""
-
-from __future__ import annotations
+"""What a compiled program needs of a chip: its memory, and a model of its time."""
 
 import dataclasses
 import math
@@ -11,23 +9,24 @@ import jax
 
 from cc_jax.plan import hlo
 from cc_jax.plan.chips import Chip
+from cc_jax.plan.collectives import by_kind
 from cc_jax.plan.lower import AbstractProgram
 from cc_jax.plan.topology import Slice
 
-# A share of the published memory bandwidth that programs reach; from the recipe of `Estimate`.
-REACHED = 0.9
-# How far the estimate may be off: it met the one published step time that we know of within 3 %,
+# Part of the published memory bandwidth that programs reach; part of the method of `Estimate`.
+BANDWIDTH_RATIO = 0.9
+# How far the estimate may be off: it was 3 % off the one published step time that we know of,
 # partly by luck.
-TRUST = 0.25
+TOLERANCE = 0.25
 
 
 class Memory(NamedTuple):
-  """Bytes on one chip. XLA's numbers: with padding, and all that is alive at the worst moment."""
+  """Bytes on one chip by XLA's analysis: with padding, at the moment that needs most."""
 
-  parts: dict[str, int]  # what lies there between two steps, used or not
+  parts: dict[str, int]  # the arguments, which stay between two steps, used or not
   padding: int  # of the arguments
-  temporaries: int  # activations, gradients, and whatever else comes and goes
-  outputs: int  # that do not take an argument's place
+  temporaries: int  # activations, gradients and other intermediate results
+  outputs: int  # that do not reuse an argument's memory
   code: int
 
   @property
@@ -36,7 +35,7 @@ class Memory(NamedTuple):
 
 
 class Overflow(NamedTuple):
-  """The compiler's refusal, bytes on one chip."""
+  """The compiler's refusal of a program that is too large; bytes on one chip."""
 
   needed: float
   limit: float
@@ -60,18 +59,18 @@ class Estimate:
   def seconds(self) -> float:
     return self.products + self.memory + self.collectives
 
-  def between(self, dimensions: int) -> tuple[float, float]:
-    """The range: ± TRUST; a collective along one dimension of the torus uses that one's links."""
+  def bounds(self, dimensions: int) -> tuple[float, float]:
+    """± TOLERANCE; above, each collective uses the links of one of the torus' dimensions alone."""
     high = self.products + self.memory + self.collectives * max(dimensions, 1)
-    return self.seconds * (1 - TRUST), high * (1 + TRUST)
+    return self.seconds * (1 - TOLERANCE), high * (1 + TOLERANCE)
 
 
 @dataclasses.dataclass(frozen=True)
 class CompiledPlan:
-  """What the compiled program says of itself."""
+  """A compiled program with what it needs of every chip."""
 
   chip: Chip
-  count: int  # chips
+  chips: int
   dimensions: int  # of the slice's torus
   images: int
   memory: Memory
@@ -86,12 +85,10 @@ class CompiledPlan:
   def numbers(self) -> dict[str, Any]:
     """Everything for --json; SI units, bytes and FLOPs per chip and run."""
     seconds, program = self.estimate.seconds, self.program
-    low, high = self.estimate.between(self.dimensions)
-    per_chip = self.images / self.count
-    kinds = hlo.by_kind(program.collectives)
+    per_chip = self.images / self.chips
     return {
       "chip": self.chip.name,
-      "chips": self.count,
+      "chips": self.chips,
       "images": self.images,
       "fits": self.fits,
       "memory": {
@@ -101,45 +98,52 @@ class CompiledPlan:
       },
       "flops": program.flops,
       "bytes_moved": program.bytes,
-      "collectives": {k: {"runs": n, "output_bytes": b} for k, (n, b) in kinds.items()},
+      "collectives": {
+        kind: {"runs": runs, "output_bytes": size}
+        for kind, (runs, size) in by_kind(program.collectives).items()
+      },
       "seconds": seconds,
-      "seconds_range": [low, high],
+      "seconds_range": list(self.estimate.bounds(self.dimensions)),
       "seconds_parts": dataclasses.asdict(self.estimate),
       "flops_utilisation": program.flops / seconds / self.chip.flops,
       "images_per_second": self.images / seconds,
       "images_per_second_per_chip": per_chip / seconds,
       "chip_hours_per_million_images": 1e6 * seconds / per_chip / 3600,
-      "not_counted": program.opaque,
-      "loops_counted_once": sorted(program.endless),
+      "not_counted": program.not_counted,
+      "loops_counted_once": sorted(program.loops_counted_once),
       "source": self.chip.source,
     }
 
 
-def make_plan(work: AbstractProgram, place: Slice, count: int) -> CompiledPlan | Overflow:
-  """Compiles for `count` of the chips, and reads the program.
+def make_plan(program: AbstractProgram, slice_: Slice) -> CompiledPlan | Overflow:
+  """Compiles the program for the slice and reads what it needs.
 
   Returns `Overflow` if the compiler finds that it does not fit.
   """
   try:
-    compiled = work.function.lower(*work.arguments).compile()
+    compiled = program.function.lower(*program.arguments).compile()
   except jax.errors.JaxRuntimeError as error:
-    overflow = _overflow(str(error), place.chip)
+    overflow = read_overflow(str(error), slice_.chip)
     if overflow is None:
       raise
     return overflow
-  program = hlo.Program(compiled.as_text())
+  hlo_program = hlo.Program(compiled.as_text())
   stats = compiled.memory_analysis()
-  parts = {name: chip_bytes(tree) for name, tree in work.parts.items()}
-  memory = Memory(
-    parts,
-    max(0, stats.argument_size_in_bytes - program.argument_bytes),
-    stats.temp_size_in_bytes,
-    max(0, stats.output_size_in_bytes - stats.alias_size_in_bytes),
-    stats.generated_code_size_in_bytes,
-  )
-  estimate = make_estimate(program, place.chip)
   return CompiledPlan(
-    place.chip, count, len(place.sides), work.images, memory, program, estimate, compiled
+    chip=slice_.chip,
+    chips=program.chips,
+    dimensions=len(slice_.sides),
+    images=program.images,
+    memory=Memory(
+      {name: chip_bytes(tree) for name, tree in program.parts.items()},
+      max(0, stats.argument_size_in_bytes - hlo_program.argument_bytes),
+      stats.temp_size_in_bytes,
+      max(0, stats.output_size_in_bytes - stats.alias_size_in_bytes),
+      stats.generated_code_size_in_bytes,
+    ),
+    program=hlo_program,
+    estimate=make_estimate(hlo_program, slice_.chip),
+    compiled=compiled,
   )
 
 
@@ -147,19 +151,19 @@ def make_estimate(program: hlo.Program, chip: Chip) -> Estimate:
   """See Estimate for the method."""
   products = memory = collectives = 0.0
   for step in program.steps:
-    traffic = step.bytes / (REACHED * chip.bandwidth)
+    traffic = step.bytes / (BANDWIDTH_RATIO * chip.bandwidth)
     if step.collective:
-      collectives += step.times * step.collective.sent_bytes() / chip.interconnect
+      collectives += step.runs * step.collective.sent_bytes() / chip.interconnect
     if step.flops:
-      own = step.cycles / chip.clock if step.cycles and chip.clock else step.flops / chip.flops
-      products += step.times * max(own, traffic)
+      compute = step.cycles / chip.clock if step.cycles and chip.clock else step.flops / chip.flops
+      products += step.runs * max(compute, traffic)
     elif not step.collective:
-      memory += step.times * traffic
+      memory += step.runs * traffic
   return Estimate(products, memory, collectives)
 
 
 def chip_bytes(tree: Any) -> int:
-  """Bytes of a placed pytree on each chip."""
+  """Bytes of a sharded pytree on each chip."""
   return sum(
     math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
     for leaf in jax.tree.leaves(tree)
@@ -167,23 +171,23 @@ def chip_bytes(tree: Any) -> int:
 
 
 def all_bytes(tree: Any) -> int:
-  """Bytes of a pytree, once."""
+  """Bytes of a pytree on all chips together, copies counted once."""
   return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
-def _overflow(message: str, chip: Chip) -> Overflow | None:
-  """Reads XLA's 'Used 20.30G of 15.75G hbm'; None where the error is another one.
+def read_overflow(message: str, chip: Chip) -> Overflow | None:
+  """Reads XLA's 'Used 20.30G of 15.75G hbm'; None for any other error.
 
-  Of a program that is too large by itself it says only what the temporaries need.
+  For some programs it reports only what the temporaries need.
   """
   if "RESOURCE_EXHAUSTED" not in message:
     return None
-  found = re.search(r"Used ([\d.]+)([KMGT]?)B? of ([\d.]+)([KMGT]?)B? hbm", message) or re.search(
+  match = re.search(r"Used ([\d.]+)([KMGT]?)B? of ([\d.]+)([KMGT]?)B? hbm", message) or re.search(
     r"temporaries \(([\d.]+)([KMGT]?)\) exceeds available HBM \(([\d.]+)([KMGT]?)\)", message)
-  if not found:
+  if not match:
     return Overflow(math.nan, chip.memory)
-  needed, unit, limit, limit_unit = found.groups()
+  needed, unit, limit, limit_unit = match.groups()
   return Overflow(float(needed) * _UNITS[unit], float(limit) * _UNITS[limit_unit])

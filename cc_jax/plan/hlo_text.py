@@ -1,4 +1,4 @@
-"""The text of a compiled program (`compiled.as_text()`), taken apart: shapes and instructions."""
+"""Parses the text of a compiled program (`compiled.as_text()`) into shapes and instructions."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from collections.abc import Iterable
 
 from cc_jax.errors import UserError
 
-# Instructions that stand for a place in memory, or hand on what others have made.
+# Instructions that take no time: they name memory, or pass on the results of others.
 _FREE = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "domain",
          "partition-id", "replica-id", "optimization-barrier", "add-dependency")  # fmt: skip
-# Custom calls that are no work.
+# Custom calls that take no time.
 _BOOKKEEPING = re.compile(r"AllocateBuffer|Sharding|SPMD\w+|annotate_device_placement|MoveTo\w+|"
                           r"AssumeGatherIndicesInBound|ConcatBitcast|AsyncCollective(Start|Done)|"
                           r"GatherScatterIndicesBitpacked")  # fmt: skip
@@ -23,7 +23,7 @@ _NO_ESTIMATE = 2**63 - 1
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-  """One array. `layout` is what stands in its braces: minor-to-major order, tiles, memory."""
+  """One array; `layout` is the text in its braces: minor-to-major order, tiles, memory."""
 
   dtype: str
   dims: tuple[int, ...]
@@ -40,7 +40,7 @@ class Shape:
 
   @property
   def padded_bytes(self) -> int:
-    """In memory: TPUs fill the minor dimensions up to whole tiles, e.g. 8 x 128."""
+    """In memory: TPUs pad the minor dimensions to multiples of a tile, e.g. 8 x 128."""
     dims = [self.dims[int(i)] for i in reversed(_ORDER.findall(self.layout.split(":")[0]))]
     tile = _TILE.search(self.layout)
     if tile and dims:
@@ -52,12 +52,12 @@ class Shape:
 
   @property
   def in_main_memory(self) -> bool:
-    """Not in a TPU's on-chip memories: S(1) is its vector memory, S(6) its scalar memory."""
+    """False in a TPU's on-chip memories: S(1) is its vector memory, S(6) its scalar memory."""
     return not re.search(r"S\(\d+\)", self.layout)
 
 
 def padded_bytes(shapes: Iterable[Shape]) -> int:
-  """Of all of them."""
+  """Bytes in memory of several arrays, padding included."""
   return sum(shape.padded_bytes for shape in shapes)
 
 
@@ -76,13 +76,13 @@ class Instruction:
   opcode: str
   shapes: tuple[Shape, ...]  # more than one for a tuple
   operands: tuple[str, ...]
-  arguments: str  # between the parentheses
-  attributes: str  # behind them
+  arguments: str  # the text between the parentheses
+  attributes: str  # and after them
   root: bool
 
   def attribute(self, pattern: str) -> str | None:
-    found = re.search(pattern, self.attributes)
-    return found[1] if found else None
+    match = re.search(pattern, self.attributes)
+    return match[1] if match else None
 
   @functools.cached_property
   def called(self) -> tuple[str, ...]:
@@ -96,7 +96,7 @@ class Instruction:
 
   @property
   def results(self) -> tuple[Shape, ...]:
-    """What comes out; a `-start` hands on what goes in as well, before or (a copy) behind it."""
+    """The results alone: a `-start` lists its operands too, before or (a copy) after them."""
     count = len(self.operands)
     if not self.opcode.endswith("-start") or len(self.shapes) <= count:
       return self.shapes
@@ -104,7 +104,7 @@ class Instruction:
 
   @property
   def target(self) -> str | None:
-    """Whom a custom call calls, unless that is no work."""
+    """What a custom call calls, unless that takes no time."""
     name = self.opcode == "custom-call" and self.attribute(r'custom_call_target="([^"]+)"')
     return name if name and not _BOOKKEEPING.fullmatch(name) else None
 
@@ -120,8 +120,8 @@ class Instruction:
   @functools.cached_property
   def cycles(self) -> int | None:
     """libtpu's estimate of the time at the chip's clock; None elsewhere, and where it has none."""
-    found = self.attribute(r'"estimated_cycles":"(\d+)"')
-    return int(found) if found and int(found) != _NO_ESTIMATE else None
+    cycles = self.attribute(r'"estimated_cycles":"(\d+)"')
+    return int(cycles) if cycles and int(cycles) != _NO_ESTIMATE else None
 
 
 class Computation(dict):
@@ -135,16 +135,16 @@ class Computation(dict):
   def parameters(self) -> dict[int, Instruction]:
     return {int(i.arguments): i for i in self.values() if i.opcode == "parameter"}
 
-  def behind(self, name: str, other: Computation | None = None) -> Instruction:
-    """What `name` is a copy or a change of type of; looked up in `other` too."""
-    found = self[name] if name in self else other[name]
-    while found.opcode in ("copy", "bitcast", "convert") and len(found.operands) == 1:
-      found = self[found.operands[0]]
-    return found
+  def resolve(self, name: str, other: Computation | None = None) -> Instruction:
+    """What `name` is a copy or a conversion of; names are looked up here, then in `other`."""
+    i = self[name] if name in self else other[name]
+    while i.opcode in ("copy", "bitcast", "convert") and len(i.operands) == 1:
+      i = self[i.operands[0]]
+    return i
 
 
 def parse(text: str) -> tuple[dict[str, Computation], str | None]:
-  """(name -> computation, the name of the one that the program begins with or None)."""
+  """(name -> computation, the name of the entry computation or None)."""
   computations: dict[str, Computation] = {}
   entry, current = None, None
   for line in text.splitlines():
@@ -161,7 +161,7 @@ def parse(text: str) -> tuple[dict[str, Computation], str | None]:
 
 
 def _instruction(name: str, root: bool, rest: str) -> Instruction:
-  """`SHAPE opcode(arguments), attributes`; a tuple's shape has parentheses of its own."""
+  """`SHAPE opcode(arguments), attributes`; the shape of a tuple has parentheses, too."""
   end = _closing(rest, 0) + 1 if rest.startswith("(") else rest.index(" ")
   shape, rest = rest[:end], rest[end:].lstrip()
   opening = rest.index("(")
@@ -182,19 +182,19 @@ def _instruction(name: str, root: bool, rest: str) -> Instruction:
 
 
 def _closing(text: str, opening: int) -> int:
-  """The place of the parenthesis that closes the one at `opening`."""
+  """The index of the parenthesis that closes the one at `opening`."""
   depth = 0
-  for found in re.finditer(r"[()]", text[opening:]):
-    depth += 1 if found[0] == "(" else -1
+  for match in re.finditer(r"[()]", text[opening:]):
+    depth += 1 if match[0] == "(" else -1
     if not depth:
-      return opening + found.start()
+      return opening + match.start()
   raise UserError(f"this is no compiled program: unbalanced parentheses in {text[:80]!r}")
 
 
 def _bits(dtype: str) -> int:
   if dtype in _BITS:
     return _BITS[dtype]
-  found = re.match(r"(?:bf|f|s|u|c)(\d+)", dtype)
-  if not found:
-    raise UserError(f"this program has arrays of a type that hlo.py does not know: {dtype}")
-  return int(found[1])
+  match = re.match(r"(?:bf|f|s|u|c)(\d+)", dtype)
+  if not match:
+    raise UserError(f"this program has arrays of a type that hlo_text.py does not know: {dtype}")
+  return int(match[1])

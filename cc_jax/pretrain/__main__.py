@@ -1,9 +1,9 @@
-"""Trains the mini base (VAE, CLIP pair, UNet) and the judge on rendered pictures, from nothing.
+"""Trains the mini base (VAE, CLIP pair, UNet) or the judge on rendered pictures, from scratch.
 
   python -m cc_jax.pretrain --config=configs/subjects3d_base.py --workdir=runs/base
 
-Stages run in the order of `config.stages`; a stage whose result lies in the workdir is skipped, an
-interrupted one goes on where its last save was. The result is `workdir/base`, a folder in the
+Stages run in the order of `config.stages`; a stage that is complete in the workdir is skipped, an
+interrupted one continues from its last save. The result is `workdir/base`, a folder in the
 diffusers layout, and the same in float16, `workdir/subjects3d-base`. A user of CustomContrast needs
 none of this: the base ships with the package.
 """
@@ -25,6 +25,9 @@ from cc_jax.pretrain.judge import train_judge
 from cc_jax.pretrain.unet import train_unet
 from cc_jax.pretrain.vae import train_vae
 from data_pipeline.subjects3d.prerender import prerender
+
+STAGES: dict[str, Callable] = dict(
+    tokenizer=train_tokenizer, vae=train_vae, clip=train_clip, unet=train_unet, judge=train_judge)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -56,14 +59,9 @@ def run(config: ml_collections.ConfigDict, workdir: Path) -> None:
 
 
 def _common_batch(config: ml_collections.ConfigDict) -> int:
-  """What divides every stage's batch: the mesh is made once for all of them."""
+  """What divides every stage's batch: all stages share one mesh."""
   return math.gcd(*(section.train.batch for section in config.values()
                     if isinstance(section, ml_collections.ConfigDict) and "train" in section))
-
-
-STAGES: dict[str, Callable] = dict(
-    tokenizer=train_tokenizer, vae=train_vae, clip=train_clip, unet=train_unet,
-    judge=train_judge)
 
 
 if __name__ == "__main__":

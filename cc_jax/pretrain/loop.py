@@ -1,8 +1,8 @@
-"""The plain loop that pretraining's stages share: one loss, one batch function, Adam, EMA, resume.
+"""The loop that pretraining's stages share: one loss, one batch function, AdamW, EMA, resume.
 
-The adapter's training is `cc_jax.train`; this is for networks trained once, from scratch, on one
-machine. Batches are a pure function of (seed, step) and so is the loss's key: a stage that is
-killed goes on from its last save as if nothing had happened.
+For networks that are trained once, from scratch, on one machine; `cc_jax.train` trains adapters.
+Batches and the loss's keys are pure functions of (seed, step): a stage that is killed continues
+from its last save and gives the same result.
 """
 
 import functools
@@ -23,14 +23,14 @@ from tqdm import tqdm
 from cc_jax.bases.weights import replacing
 from cc_jax.errors import UserError
 from cc_jax.models.params import flatten, path_name
-from cc_jax.parallel.mesh import batch_sharding, pad_batch, replicated_sharding
-from cc_jax.training import optimizer
+from cc_jax.parallel.mesh import batch_sharding, replicated_sharding
+from cc_jax.training.optimizer import update_ema
 
 Tree = Any
 
 
 class FitState(NamedTuple):
-  """What a stage's save holds."""
+  """What is saved of a stage."""
 
   params: Tree
   opt_state: Tree
@@ -61,7 +61,8 @@ def fit(
   Raises:
     UserError: the loss is not finite, or the save belongs to other shapes.
   """
-  replicated, rows = replicated_sharding(mesh), batch_sharding(mesh)
+  # Not training.optimizer's recipe: the rate depends on Adam's count, falls to 1 % and not to 0,
+  # and the decay goes by the number of axes.
   tx = optax.chain(
       optax.clip_by_global_norm(config.clip_norm),
       optax.adamw(
@@ -75,7 +76,7 @@ def fit(
   file = workdir / f"{name}.state.safetensors"
   if file.exists():
     state = _load(file, state)
-  state, frozen = jax.device_put((state, frozen), replicated)
+  state, frozen = jax.device_put((state, frozen), replicated_sharding(mesh))
 
   @functools.partial(jax.jit, donate_argnums=0)
   def update(state: FitState, frozen, batch):
@@ -84,23 +85,22 @@ def fit(
         state.params, frozen, batch, key)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    ema = optimizer.update_ema(state.ema, params, config.ema, state.step)
+    ema = update_ema(state.ema, params, config.ema, state.step)
     return FitState(params, opt_state, ema, state.step + 1), dict(metrics, loss=loss)
 
-  def make(step: int):
+  def load_batch(step: int):
     rng = np.random.Generator(np.random.Philox(key=[seed, step]))
-    return jax.device_put(batch_fn(rng, step), rows)
+    return jax.device_put(batch_fn(rng, step), batch_sharding(mesh))
 
   first = int(state.step)
-  log = (workdir / f"{name}.jsonl").open("a")
-  with ThreadPoolExecutor(1) as pool, tqdm(
+  with (workdir / f"{name}.jsonl").open("a") as log, ThreadPoolExecutor(1) as pool, tqdm(
       total=config.steps, initial=first, desc=name, unit="step", mininterval=2) as bar:
-    upcoming = pool.submit(make, first)
+    upcoming = pool.submit(load_batch, first)
     recent: list[dict] = []
     since = time.time()
     for step in range(first, config.steps):
       batch = upcoming.result()
-      upcoming = pool.submit(make, step + 1)  # made while the device works
+      upcoming = pool.submit(load_batch, step + 1)  # while the device works
       state, metrics = update(state, frozen, batch)
       recent.append(metrics)
       bar.update()
@@ -119,31 +119,12 @@ def fit(
         log.write(json.dumps(dict(step=step + 1, **means)) + "\n")
         log.flush()
         recent, since = [], time.time()
-  log.close()
   return jax.tree.map(jnp.asarray, jax.device_get(state.ema))
-
-
-def batched(
-    function: Callable, params: Tree, mesh: jax.sharding.Mesh, *, size: int, label: str
-) -> Callable:
-  """`apply(array [n, ...])`: jitted `function(params, rows)` in equal chunks over the mesh."""
-  params = jax.device_put(params, replicated_sharding(mesh))
-
-  def apply(array: np.ndarray) -> np.ndarray:
-    results = []
-    for start in tqdm(range(0, len(array), size), desc=label, unit="batch", mininterval=2):
-      chunk = np.asarray(array[start : start + size])
-      rows = jax.device_put(pad_batch(chunk, size), batch_sharding(mesh))
-      result = function(params, rows)
-      results.append(np.asarray(result)[: len(chunk)])
-    return np.concatenate(results)
-
-  return apply
 
 
 def _save(file: Path, state: FitState) -> None:
   flat = {name: np.asarray(leaf) for name, leaf in flatten(state).items()}
-  with replacing(file) as temporary:  # a kill leaves the earlier save whole
+  with replacing(file) as temporary:  # a kill leaves the earlier save intact
     save_file(flat, temporary)
 
 
@@ -152,9 +133,9 @@ def _load(file: Path, like: FitState) -> FitState:
 
   def pick(path, leaf):
     name = path_name(path)
-    if name not in flat or flat[name].shape != leaf.shape:
-      found = flat[name].shape if name in flat else "nothing"
-      raise UserError(f"{file} is of another model: {name} should be {leaf.shape}, found {found}; "
+    shape = flat[name].shape if name in flat else "nothing"
+    if shape != leaf.shape:
+      raise UserError(f"{file} is of another model: {name} should be {leaf.shape}, found {shape}; "
                       "use another --workdir")
     return jnp.asarray(flat[name])
 

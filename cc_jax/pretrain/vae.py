@@ -10,16 +10,14 @@ from flax import nnx
 from cc_jax.bases.base import load_base
 from cc_jax.bases.save import save_module
 from cc_jax.models.vae import AutoencoderKL, AutoencoderKLConfig
-from cc_jax.pretrain import loop as fitting
-from cc_jax.pretrain.batches import flip_images, to_plain_dict, to_unit
-from data_pipeline.subjects3d.prerender import Pictures
-
-# ---- the networks
+from cc_jax.pretrain.batches import to_unit
+from cc_jax.pretrain.loop import fit
+from data_pipeline.subjects3d.prerender import Pictures, flip_images
 
 
 def make_vae(config) -> AutoencoderKL:
   """A random AutoencoderKL of `config.vae.model`."""
-  model = AutoencoderKLConfig.from_dict(to_plain_dict(config.vae.model))
+  model = AutoencoderKLConfig.from_dict(config.vae.model.to_dict())
   return AutoencoderKL(model, rngs=nnx.Rngs(config.seed))
 
 
@@ -29,9 +27,9 @@ def train_vae(config, workdir: Path, pictures: Pictures, mesh) -> None:
   vae = make_vae(config)
   if config.init_from:
     vae = load_base(config.init_from).vae
-  # A changed encoder would make every latent that the UNet has learned from another one.
-  fixed = ("encoder", "quant_conv") if c.freeze_encoder else ()
-  graph, frozen, params = nnx.split(vae, lambda path, _: path[0] in fixed, ...)
+  # With another encoder the UNet would get other latents than those that it was trained on.
+  freeze = ("encoder", "quant_conv") if c.freeze_encoder else ()
+  graph, frozen, params = nnx.split(vae, lambda path, _: path[0] in freeze, ...)
 
   def loss_fn(params, frozen, batch, key):
     vae = nnx.merge(graph, frozen, params)
@@ -50,10 +48,9 @@ def train_vae(config, workdir: Path, pictures: Pictures, mesh) -> None:
     images = pictures.images[np.sort(rng.integers(0, len(pictures.images), c.train.batch))]
     return dict(images=flip_images(images, rng.random(len(images)) < 0.5))
 
-  params = fitting.fit(
-      "vae", loss_fn, params, frozen, batch_fn, c.train, workdir, config.seed, mesh)
+  params = fit("vae", loss_fn, params, frozen, batch_fn, c.train, workdir, config.seed, mesh)
   vae = nnx.merge(graph, frozen, params)
-  if not fixed:
+  if not freeze:
     whiten(vae, pictures.images[:: max(1, len(pictures.images) // 2000)])
   save_module(vae, workdir / "base" / "vae")
 
@@ -61,10 +58,10 @@ def train_vae(config, workdir: Path, pictures: Pictures, mesh) -> None:
 def whiten(vae: AutoencoderKL, images: np.ndarray) -> None:
   """Gives the latents zero mean, unit covariance by a linear map folded into the quant convs.
 
-  With the latents' mean m and covariance C over `images`, z' = C^(-1/2) (z - m) is what the encoder
-  returns from now on, and the decoder starts with its inverse: pictures stay as they were. The
-  posterior's log variance becomes its average, a constant per channel, since a rotation of a
-  diagonal Gaussian is not diagonal.
+  With the latents' mean m and covariance C over `images`, the encoder then returns
+  z' = C^(-1/2) (z - m), and the decoder begins with the inverse, so that its images do not change.
+  The posterior's log variance becomes its average, a constant per channel, since a rotated diagonal
+  Gaussian is not diagonal.
   """
   graph, params = nnx.split(vae)
   encode = jax.jit(lambda params, x: nnx.merge(graph, params).encode(to_unit(x)))

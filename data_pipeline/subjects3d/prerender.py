@@ -110,3 +110,16 @@ def recombined(rng: np.random.Generator, factors: factors_lib.Factors) -> factor
     pattern_color=np.where(keep, factors.pattern_color, color),
     **{name: getattr(factors, name)[rng.permutation(rows)] for name in ("wide", "tall", "ratio")},
   )
+
+
+def flip_images(images: np.ndarray, flip: np.ndarray) -> np.ndarray:
+  """Images [n,h,w,3], those of `flip` bool [n] mirrored left to right."""
+  return np.where(flip[:, None, None, None], images[:, :, ::-1], images)
+
+
+def mirror_images(
+  images: np.ndarray, factors: dict[str, np.ndarray], flip: np.ndarray
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+  """(`flip_images`, the factors of the result): a mirrored picture shows the mirrored pose."""
+  mirrored = {name: np.where(flip, -factors[name], factors[name]) for name in factors_lib.MIRRORED}
+  return flip_images(images, flip), factors | mirrored
