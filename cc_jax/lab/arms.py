@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import ml_collections
 
 from cc_jax.errors import UserError
+from cc_jax.lab.fingerprint import first_names
 from cc_jax.lab.results import read_result, result_file
 from configs import lab as table
 
@@ -86,8 +86,7 @@ def tuning_score(result: dict[str, Any]) -> float:
 
 def changes_of(arm: table.Arm) -> dict[str, Any]:
   """What an arm changes, as its result file says it."""
-  changes = dict(arm.changes) | ({"first": arm.first} if arm.first else {})
-  return json.loads(json.dumps(changes))  # which has lists for tuples
+  return first_names(arm.changes | ({"first": arm.first} if arm.first else {}))
 
 
 def first_phase(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from cc_jax.errors import UserError
+from cc_jax.lab.results import read_results
 from cc_jax.metrics.statistics import Interval, at_equal, hierarchical_bootstrap
 
 Result = dict[str, Any]
@@ -29,8 +29,7 @@ PROBED = (*INTRINSIC, *IRRELEVANT)
 
 def load_results(results: Path, split: str) -> Arms:
   """The results of a split, by arm, the best value of a tuned arm alone."""
-  found = [json.loads(file.read_text()) for file in sorted(Path(results).glob("*.json"))]
-  found = [result for result in found if result["split"] == split]
+  found = [result for result in read_results(results) if result["split"] == split]
   if not any(result["arm"] != BASE for result in found):
     raise UserError(f"{results} has no results of the {split} subjects; run --suite=ablation first")
   marks = {result["fingerprint"] for result in found}

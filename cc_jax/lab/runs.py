@@ -16,7 +16,8 @@ from etils import epath
 from cc_jax.bases.base import Base, load_base
 from cc_jax.errors import UserError
 from cc_jax.lab.arms import arm_config, changes_of, first_phase, list_runs
-from cc_jax.lab.results import fingerprint, is_done, read_result, result_file, write_result
+from cc_jax.lab.fingerprint import fingerprint, is_done
+from cc_jax.lab.results import read_result, result_file, write_result
 from cc_jax.lab.scorer import Scorer, of_base
 from cc_jax.training.loop import Callbacks, train
 from configs import lab as table
