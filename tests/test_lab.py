@@ -471,9 +471,9 @@ def test_what_copies_is_told_from_what_does_not(tmp_path, monkeypatch):
   identity = np.random.default_rng(1).standard_normal((60, 8))[subjects]
   pose = np.stack([np.cos(factors.azimuth), np.sin(factors.azimuth), factors.size], -1)
 
-  def draw(self, what, model, scale=1.0):
-    shown = what.references
-    if isinstance(what, Interventions):
+  def draw(self, trials, model, scale=1.0):
+    shown = trials.references
+    if isinstance(trials, Interventions):
       return shown if model == "copier" else dict.fromkeys(shown, shown["start"])
     return shown if model == "copier" else np.roll(shown, 1, axis=0)
 
