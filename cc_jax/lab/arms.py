@@ -9,6 +9,7 @@ from typing import Any
 import ml_collections
 
 from cc_jax.errors import UserError
+from cc_jax.lab.comparison import tuning_score
 from cc_jax.lab.fingerprint import first_names
 from cc_jax.lab.results import read_result, result_file
 from configs.lab import ARMS, Arm
@@ -77,11 +78,6 @@ def list_runs(config: ml_collections.ConfigDict, names: Sequence[str], results: 
     if split != "validation":
       yield name, first, best
     yield from ((name, seed, best) for seed in others)
-
-
-def tuning_score(result: dict[str, Any]) -> float:
-  """The score by which a tuned value is chosen."""
-  return result["scores"]["fidelity"] + result["scores"]["control"]
 
 
 def changes_of(arm: Arm) -> dict[str, Any]:

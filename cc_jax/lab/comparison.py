@@ -54,13 +54,9 @@ def _best_value(rows: list[Result]) -> list[Result]:
   if len({row["tuned"] for row in rows}) == 1:
     return rows
   first = min(row["seed"] for row in rows)
-  score = {row["tuned"]: row["scores"]["fidelity"] + row["scores"]["control"]
-           for row in rows if row["seed"] == first}
-  best = max(score, key=score.get)
+  scores = {row["tuned"]: tuning_score(row) for row in rows if row["seed"] == first}
+  best = max(scores, key=scores.get)
   return [row for row in rows if row["tuned"] == best]
-
-
-# ---- which arms and layers there are
 
 
 def trained_arms(arms: Arms) -> Arms:
@@ -89,7 +85,9 @@ def s_plus_layers(row: Result) -> list[Mapping[str, Any]]:
   return [value for name, value in row["features"].items() if name.startswith("layer")]
 
 
-# ---- numbers
+def tuning_score(result: Result) -> float:
+  """The score by which a tuned value is chosen."""
+  return result["scores"]["fidelity"] + result["scores"]["control"]
 
 
 def over_seeds(rows: Sequence[Result], get: Callable[..., float | None], *args: Any) -> np.ndarray:
@@ -128,14 +126,6 @@ def chance(arms: Arms, factor: str) -> float:
   """The score of a probe that knows nothing."""
   row = next(iter(trained_arms(arms).values()))[0]
   return next(iter(row["features"].values()))["probes"][factor]["chance"]
-
-
-def ridge_by(row: Result) -> str:
-  """How the probes of a result chose their ridge; results that do not say it are old ones."""
-  return row.get("ridge_by", "GCV")
-
-
-# ---- subject by subject
 
 
 def subject_scores(row: Result, key: str) -> np.ndarray:
@@ -194,11 +184,10 @@ def curve(rows: Sequence[Result], move: str) -> tuple[np.ndarray, np.ndarray]:
   identity, leakage = [], []
   for step in steps:
     points = [point for row in rows for point in row["curve"] if point["step"] == step]
-    values = [point["leakage"].get(move) for point in points]
-    values = [value for value in values if value is not None]
-    if values:
+    leaks = [leak for point in points if (leak := point["leakage"].get(move)) is not None]
+    if leaks:
       identity.append(np.mean([point["fidelity"] for point in points]))
-      leakage.append(np.mean(values))
+      leakage.append(np.mean(leaks))
   return np.asarray(identity), np.asarray(leakage)
 
 

@@ -8,23 +8,11 @@ from collections.abc import Sequence
 import numpy as np
 
 from cc_jax.lab import comparison
-from cc_jax.lab.comparison import (
-  BASE,
-  METHOD,
-  MOVES,
-  PROBED,
-  SELF,
-  Arms,
-  Result,
-  over_seeds,
-  paired_difference,
-  scores_by_round,
-  subject_leakage,
-  subject_scores,
-)
+from cc_jax.lab.comparison import BASE, METHOD, MOVES, PROBED, SELF, Arms, Result, over_seeds
 from cc_jax.lab.trials import reference_factors
 from cc_jax.metrics.statistics import Interval, mean_of_known
 
+difference = comparison.paired_difference
 FACTORS = ("class_id", "color1", "color2", "pattern", "pattern_color", "scene", "style", "hat")
 SCORES = ("fidelity", "control")
 
@@ -108,9 +96,9 @@ def _differences(pairs: Sequence[tuple[str, Sequence[Result], Sequence[Result]]]
   lines = []
   for name, rows, others in pairs:
     seeds = {row["seed"] for row in rows} & {row["seed"] for row in others}
-    differences = [paired_difference(rows, others, subject_scores, key) for key in SCORES]
-    differences += [paired_difference(rows, others, subject_leakage, move) for move in MOVES]
-    lines.append([name, str(len(seeds)), *map(_interval, differences)])
+    of_scores = [difference(rows, others, comparison.subject_scores, key) for key in SCORES]
+    of_leaks = [difference(rows, others, comparison.subject_leakage, move) for move in MOVES]
+    lines.append([name, str(len(seeds)), *map(_interval, of_scores + of_leaks)])
   return markdown([title, "seeds", *SCORES, *(f"leak {move}" for move in MOVES)], lines)
 
 
@@ -121,13 +109,13 @@ def _rounds(arms: Arms) -> list[str]:
     return []
 
   def mean_of_rounds(row: Result, key: str, rounds: slice) -> np.ndarray:
-    return mean_of_known(scores_by_round(row, key)[rounds])
+    return mean_of_known(comparison.scores_by_round(row, key)[rounds])
 
   parts = {"all": slice(None), "the first": slice(1), "the others": slice(1, None)}
   lines = []
   for name, other in comparison.known_pairs(arms):
     for label, part in parts.items():
-      differences = (paired_difference(arms[name], arms[other], mean_of_rounds, key, part)
+      differences = (difference(arms[name], arms[other], mean_of_rounds, key, part)
                      for key in SCORES)
       lines.append([f"{name} less {other}", label, *map(_interval, differences)])
   return ["## The same, of some of the rounds",
@@ -137,7 +125,7 @@ def _rounds(arms: Arms) -> list[str]:
 
 def _by_size(arms: Arms, split: str) -> str:
   """Does an arm keep or obey less where the reference is small, or large?"""
-  rounds, count = scores_by_round(next(iter(arms.values()))[0], "fidelity").shape
+  rounds, count = comparison.scores_by_round(next(iter(arms.values()))[0], "fidelity").shape
   size = np.stack([reference_factors(split, count, n)[0].size for n in range(rounds)])
   third = np.empty(size.size, int)
   for number, places in enumerate(np.array_split(np.argsort(size, axis=None, kind="stable"), 3)):
@@ -146,7 +134,7 @@ def _by_size(arms: Arms, split: str) -> str:
 
   def mean_of_third(row: Result, key: str, number: int) -> np.ndarray:
     """Each subject's mean over those of its references that belong to this third."""
-    return mean_of_known(np.where(third == number, scores_by_round(row, key), np.nan))
+    return mean_of_known(np.where(third == number, comparison.scores_by_round(row, key), np.nan))
 
   columns = [(key, number) for key in SCORES for number in range(3)]
   lines = []
@@ -157,11 +145,11 @@ def _by_size(arms: Arms, split: str) -> str:
       known = known[~np.isnan(known)]
       cell = f"{known.mean():.3f}" if len(known) else "–"
       if METHOD in arms and name not in (METHOD, BASE):
-        interval = paired_difference(arms[METHOD], rows, mean_of_third, *column)
+        interval = difference(arms[METHOD], rows, mean_of_third, *column)
         cell += "" if np.isnan(interval.mean) else f" {_limits(interval)}"
       lines[-1].append(cell)
   for name, other in comparison.known_pairs(arms):
-    differences = (paired_difference(arms[name], arms[other], mean_of_third, *column)
+    differences = (difference(arms[name], arms[other], mean_of_third, *column)
                    for column in columns)
     lines.append([f"{name} less {other}", *map(_interval, differences)])
   labels = ("small", "middle", "large")
@@ -196,7 +184,7 @@ def _side_arms(arms: Arms) -> str:
     for key in SCORES:
       cell = f"{np.nanmean(over_seeds(rows, comparison.score, key)):.3f}"
       if METHOD in arms and name != METHOD:
-        interval = paired_difference(arms[METHOD], rows, subject_scores, key)
+        interval = difference(arms[METHOD], rows, comparison.subject_scores, key)
         bold = "**" if interval.excludes_zero else ""
         cell += f" {bold}{_limits(interval)}{bold}"
       cells.append(cell)
@@ -244,14 +232,18 @@ def _probes(arms: Arms) -> str:
   lines = [["chance", "–", *(_number(comparison.chance(arms, factor)) for factor in PROBED)]]
   trained = comparison.trained_arms(arms)
   rows = [row for rows in trained.values() for row in rows]
-  for ridge, row in {comparison.ridge_by(row): row for row in rows[::-1]}.items():
+  for ridge, row in {_ridge_by(row): row for row in rows[::-1]}.items():
     scores = (comparison.layer_probe(row, "image encoder", factor) for factor in PROBED)
     lines.append(["image encoder", ridge, *map(_number, scores)])  # equal in all arms
   for name, rows in trained.items():
-    ridges = ", ".join(sorted(set(map(comparison.ridge_by, rows))))
+    ridges = ", ".join(sorted(set(map(_ridge_by, rows))))
     probes = (over_seeds(rows, comparison.probe, factor) for factor in PROBED)
     lines.append([name, ridges, *map(_spread, probes)])
   return markdown(["arm", "ridge by", *PROBED], lines)
+
+
+def _ridge_by(row: Result) -> str:
+  return row.get("ridge_by", "GCV")  # the first results do not say it
 
 
 def _probes_by_layer(arms: Arms) -> str:
