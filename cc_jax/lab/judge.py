@@ -241,23 +241,23 @@ def real_similarity(subjects: world.Subjects | world.Factors) -> np.ndarray:
   same pattern; nearness of the pattern colours (1 if both are plain, 0 if one is); nearness of the
   proportions (1 - mean absolute difference over the range).
   """
-  rgb = np.array(list(world.COLOR_RGB.values()), float)
-  distance = np.linalg.norm(rgb[:, None] - rgb[None], axis=-1)
-  near = 1 - distance / distance.max()
+  rgb = np.asarray(list(world.COLOR_RGB.values()), float)
+  apart = np.linalg.norm(rgb[:, None] - rgb[None], axis=-1)
+  near = 1 - apart / apart.max()
 
-  def equal(column):
-    return (column[:, None] == column[None]).astype(float)
+  def pairs(column, of=None):
+    column = np.asarray(column)
+    if of is None:
+      return (column[:, None] == column[None]).astype(float)
+    return of[column[:, None], column[None]]
 
-  def near_colors(column):
-    return near[column[:, None], column[None]]
-
-  plain = subjects.pattern == world.PATTERNS.index("plain")
+  plain = np.asarray(subjects.pattern) == world.PATTERNS.index("plain")
   both, neither = plain[:, None] & plain[None], ~plain[:, None] & ~plain[None]
-  pattern_color = np.where(neither, near_colors(subjects.pattern_color), both)
+  pattern_color = np.where(neither, pairs(subjects.pattern_color, near), both)
   shape = np.stack([subjects.wide, subjects.tall, subjects.ratio], -1).astype(float)
   proportions = 1 - np.abs(shape[:, None] - shape[None]).mean(-1) / 2
-  parts = (equal(subjects.class_id), near_colors(subjects.color1), near_colors(subjects.color2),
-           equal(subjects.pattern), pattern_color, proportions)
+  parts = (pairs(subjects.class_id), pairs(subjects.color1, near), pairs(subjects.color2, near),
+           pairs(subjects.pattern), pattern_color, proportions)
   return np.mean(parts, axis=0)
 
 

@@ -164,11 +164,9 @@ def location(
   images, maps = draw(pipe, [trials.prompts[subject]], [trials.nouns[subject]],
                       trials.references[subject][None], [SEED], steps=steps, maps=True,
                       scale=scale)
-  m = maps[layer - 1][step - 1, 0]
-  side = round(m.shape[0] ** 0.5)
   heads = ["reference", f"map, layer {layer}, step {step}", trials.prompts[subject]]
-  return grid([trials.references[subject], _grey(m.reshape(side, side), images.shape[2]),
-               images[0]], columns=3, column_headings=heads, scale=3)
+  m = _grey(maps[layer - 1][step - 1, 0], images.shape[2])
+  return grid([trials.references[subject], m, images[0]], columns=3, column_headings=heads, scale=3)
 
 
 def location_maps(
@@ -185,11 +183,10 @@ def location_maps(
   images, maps = draw(pipe, trials.prompts[:count], trials.nouns[:count], trials.references[:count],
                       range(SEED, SEED + count), steps=steps, maps=True)
   layer = layer or 1 + int(np.argmax([m.shape[2] for m in maps]))
-  side = round(maps[layer - 1].shape[2] ** 0.5)
   which = np.unique(np.linspace(0, steps - 1, columns).round().astype(int))
   cells = []
   for i in range(count):
-    shades = [_grey(maps[layer - 1][k, i].reshape(side, side), images.shape[2]) for k in which]
+    shades = [_grey(maps[layer - 1][k, i], images.shape[2]) for k in which]
     cells += [trials.references[i], *shades, images[i]]
   heads = ["reference", *(f"step {k + 1}" for k in which), "picture"]
   return grid(cells, columns=len(heads), column_headings=heads, scale=1.5,
@@ -203,12 +200,11 @@ def two_subjects(
   count = min(count, len(trials.nouns) // 2)
   if not count:
     return None
-  first, second = (range(k, 2 * count, 2) for k in (0, 1))
-  nouns = [(trials.nouns[a], trials.nouns[b]) for a, b in zip(first, second)]
+  first, second = slice(0, 2 * count, 2), slice(1, 2 * count, 2)
+  nouns = list(zip(trials.nouns[first], trials.nouns[second]))
   prompts = [f"a {a} and a {b} on the beach" for a, b in nouns]
-  images, _ = draw(pipe, prompts, nouns, trials.references[list(first)],
-                   range(SEED, SEED + count), steps=steps,
-                   also=[trials.references[list(second), None]])
+  images, _ = draw(pipe, prompts, nouns, trials.references[first], range(SEED, SEED + count),
+                   steps=steps, also=[trials.references[second, None]])
   cells, captions = [], []
   for i in range(count):
     cells += [trials.references[2 * i], trials.references[2 * i + 1], images[i]]
@@ -285,8 +281,10 @@ def trials_of(pipe: Pipeline, count: int, *, split: str = "validation") -> Trial
 
 
 def _grey(m: np.ndarray, side: int) -> Image.Image:
-  shade = Image.fromarray((255 * np.clip(m, 0, 1)).astype(np.uint8))
-  return shade.resize((side, side), Image.Resampling.NEAREST)
+  """A map of p places as a picture of `side` pixels."""
+  rows = round(len(m) ** 0.5)
+  shades = Image.fromarray((255 * np.clip(m.reshape(rows, rows), 0, 1)).astype(np.uint8))
+  return shades.resize((side, side), Image.Resampling.NEAREST)
 
 
 def _name(checkpoint: str | os.PathLike) -> str:

@@ -36,38 +36,37 @@ def read_results(results: Path) -> list[dict[str, Any]]:
   Raises:
     UserError: values that are neither in a result file nor in the packed file.
   """
-  packed, found = _read_packed(results), []
-  for file in sorted(results.glob("*.json")):
-    result = read_result(file)
+  packed, files = _read_packed(results), sorted(results.glob("*.json"))
+  complete = [read_result(file) for file in files]
+  for file, result in zip(files, complete):
     if "subjects" not in result:
       if _packed_name(file) not in packed:
         raise UserError(f"{results.resolve().parent / _PACKED} does not have the values of {file}")
       result |= packed[_packed_name(file)]
-    found.append(result)
-  return found
+  return complete
 
 
 def pack(results: Path) -> None:
   """Moves the values of single subjects out of a folder's files into the packed file beside it.
 
-  In the files the leakage becomes its means. After a kill the same call ends the work: until the
-  packed file is written, nothing is taken from the others.
+  Leakage in the files becomes its means. After a kill the same call completes the work: the packed
+  file is written first.
   """
-  files = {file: read_result(file) for file in sorted(results.glob("*.json"))}
+  folder, packed = results.resolve().parent, _read_packed(results)
+  files = {file: read_result(file) for file in results.glob("*.json")}
   files = {file: result for file, result in files.items() if "subjects" in result}
-  rows = _read_packed(results) | {
-    _packed_name(file): {key: result[key] for key in _PER_SUBJECT if key in result}
-    for file, result in files.items()}
-  folder = results.resolve().parent
-  rows = {name: row for name, row in sorted(rows.items()) if (folder / f"{name}.json").exists()}
-  text = "{\n" + ",\n".join(f"{json.dumps(k)}: {json.dumps(v)}" for k, v in rows.items()) + "\n}\n"
+  for file, result in files.items():
+    packed[_packed_name(file)] = {key: result[key] for key in _PER_SUBJECT if key in result}
+  packed = {name: row for name, row in packed.items() if (folder / f"{name}.json").exists()}
+  text = json.dumps(packed, sort_keys=True).replace("}, ", "},\n")
   _replace(folder / _PACKED, gzip.compress(text.encode(), mtime=0))
   for file, result in files.items():
-    leakage = {move: [v for v in values if v is not None]
-               for move, values in result["leakage"].items()}
-    small = {key: value for key, value in result.items() if key not in ("subjects", "rounds")}
-    write_result(file, small | dict(
-      leakage={move: round(sum(v) / len(v), 4) if v else None for move, v in leakage.items()}))
+    del result["subjects"]
+    result.pop("rounds", None)
+    for move, values in result["leakage"].items():
+      known = [value for value in values if value is not None]
+      result["leakage"][move] = round(sum(known) / len(known), 4) if known else None
+    write_result(file, result)
 
 
 def _read_packed(results: Path) -> dict[str, dict[str, Any]]:

@@ -65,15 +65,6 @@ class Scorer:
     return _trials(score.split, score.subjects, styled=score.styled, hatted=score.hatted,
                    rounds=score.rounds, **self.shown)
 
-  @property
-  def interventions(self) -> Interventions:
-    return _interventions(self.score.split, self.score.interventions, **self.shown)
-
-  @property
-  def views(self) -> tuple[UInt8[np.ndarray, "n h w 3"], world.Factors]:
-    score = self.score
-    return make_views(score.split, score.probe_subjects, score.probe_views, **self.shown)
-
   def draw(self, trials: Trials | Interventions, model: nnx.Module, scale: float = 1.0):
     """Pictures, as `draw_trials` returns them."""
     definition, params = nnx.split(model)
@@ -109,7 +100,8 @@ class Scorer:
 
   def leaks(self, model: nnx.Module, *, count: int | None = None, moves=None) -> dict:
     """Leakage of each subject, {factor: [n]}; of the first `count` subjects and some moves only."""
-    everything, first = self.interventions, slice(count)
+    first = slice(count)
+    everything = _interventions(self.score.split, self.score.interventions, **self.shown)
     names = ["start", *(leakage.MOVES if moves is None else moves)]
     trials = Interventions(
       {name: everything.references[name][first] for name in names}, everything.prompts[first],
@@ -153,16 +145,16 @@ class Scorer:
     Distances, recall@1 from another view and the Spearman correlation with real similarity are of
     tokens averaged per picture; linear probes read all tokens of a layer.
     """
-    references, factors = self.views
-    pooled, flat = embed(model, references, self.score.timestep, batch=self.score.batch,
-                         mesh=self.mesh)
+    score = self.score
+    references, factors = make_views(
+      score.split, score.probe_subjects, score.probe_views, **self.shown)
+    pooled, flat = embed(model, references, score.timestep, batch=score.batch, mesh=self.mesh)
     subject = factors.subject_id
     fold = features.folds(subject)
-    first = np.unique(subject, return_index=True)[1]
-    real = judge_lib.real_similarity(factors.take(first))
+    real = judge_lib.real_similarity(factors.take(np.unique(subject, return_index=True)[1]))
     front = judge_lib.has_front(factors)
-    labels = {name: getattr(factors, name) for name in LABELS}
-    numbers = {name: getattr(factors, name) for name in NUMBERS}
+    labels, numbers = ({name: getattr(factors, name) for name in names}
+                       for names in (LABELS, NUMBERS))
     azimuth = {"azimuth": judge_lib.azimuth_bin(factors.azimuth[front])}
     scores = {}
     for name in pooled:

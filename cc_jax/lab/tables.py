@@ -1,4 +1,7 @@
-"""Tables of the laboratory in markdown, from its result files alone."""
+"""Tables of the laboratory in markdown, from its result files; no network is loaded or run.
+
+Sizes of references are not in the files: `trials.reference_factors` draws the factors again.
+"""
 
 from __future__ import annotations
 
