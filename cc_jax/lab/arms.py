@@ -106,8 +106,6 @@ def chosen_arms(arms_or_families: Sequence[str]) -> list[str]:
 
 def fast_arms() -> list[str]:
   """One arm of every family, and of the core ones those that figures compare."""
-  chosen = {"method": "core", "self_reconstruction": "core", "ip_adapter_plus": "core"}
-  for name, arm in ARMS.items():
-    if arm.family not in chosen.values():
-      chosen[name] = arm.family
-  return list(chosen)
+  first_of_family = {arm.family: name for name, arm in reversed(ARMS.items())}
+  return ["method", "self_reconstruction", "ip_adapter_plus", *(
+    name for name in ARMS if name in first_of_family.values() and ARMS[name].family != "core")]

@@ -67,8 +67,7 @@ def leakage_bars(arms: Arms) -> Figure | None:
   if not values:
     return None
   figure = Figure(figsize=(9, 4.2))
-  title = "leakage by intervention (0 = not copied, 1 = copied)"
-  _draw_bars(figure.subplots(), values, title)
+  _draw_bars(figure.subplots(), values, "leakage by intervention (0 = not copied, 1 = copied)")
   return figure
 
 
