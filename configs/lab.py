@@ -1,8 +1,5 @@
 """The laboratory: measures on subjects3d what each part of the method contributes.
 
-    python -m cc_jax.lab --suite=ablation                 # all arms, then tables and figures
-    python -m cc_jax.lab --suite=ablation --fast          # a toy base, two steps: minutes
-    python -m cc_jax.lab --suite=ablation --arms=core,control   # families or single arms
     python -m cc_jax.lab --suite=ablation --budget=3000   # steps of every run (600)
     python -m cc_jax.lab --suite=ablation --arms=core --split=test   # finished arms, once
     python -m cc_jax.lab --config=configs/lab.py:photographs --suite=ablation --arms=core
@@ -117,13 +114,13 @@ ARMS = {
   # Uniform timesteps and the same weight everywhere, as papers of adapters train.
   "plain_diffusion": Arm(
     "weights", {"objective.timestep_shift": 1.0, "objective.subject_weight": 0.0}),
-  # Contrast outweighs the diffusion loss by far, which then finds features that are apart already.
+  # Contrast outweighs the diffusion loss by far, which then finds features that differ already.
   "contrast_first": Arm("warmup", first=(0.2, _weight(200))),
   # How the reference is shown: with its background the scene can leak, re-centred no size can.
   "whole_frame": Arm("reference", {"data.reference_place": "frame"}),
   "whole_frame_self": Arm("reference", SELF | OFF | {"data.reference_place": "frame"}),
   "centred": Arm("reference", {"data.reference_place": "centred"}),
-  # What of IP-Adapter-plus' distance are its features? The method's features in its place.
+  # How much of IP-Adapter-plus' difference is due to its features? It gets the method's here.
   "ip_adapter_features": Arm(
     "encoder", {k: v for k, v in IP_ADAPTER.items() if k != "encoder.image_layers"}),
 }

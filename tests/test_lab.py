@@ -13,15 +13,15 @@ import pytest
 import tiny
 
 import data_pipeline
-from cc_jax import evaluate
+from cc_jax.bases.base import load_base
 from cc_jax.customcontrast.injection import InjectionConfig
 from cc_jax.customcontrast.mfi_encoder import MFIEncoderConfig
 from cc_jax.errors import UserError
-from cc_jax.evaluate import reference_display
-from cc_jax.lab import __main__ as lab
+from cc_jax.lab import fingerprint as lab_fingerprint
+from cc_jax.lab import judge, runs
 from cc_jax.lab import pictures as lab_pictures
+from cc_jax.lab import results as results_module
 from cc_jax.lab import scorer as lab_scores
-from cc_jax.lab import tables as lab_report
 from cc_jax.lab.arms import (
   ALL_SEEDS,
   arm_config,
@@ -33,15 +33,19 @@ from cc_jax.lab.arms import (
 )
 from cc_jax.lab.comparison import INTRINSIC, IRRELEVANT, MOVES, load_results, mean_leakage
 from cc_jax.lab.figures import FIGURES
+from cc_jax.lab.fingerprint import fingerprint, is_done
 from cc_jax.lab.report import report
-from cc_jax.lab.results import fingerprint, is_done, read_result, result_file, write_result
+from cc_jax.lab.results import pack, read_result, read_results, result_file, write_result
 from cc_jax.lab.runs import run_suite
+from cc_jax.lab.tables import FACTORS, tables
 from cc_jax.lab.toy import toy_base
 from cc_jax.lab.trials import Interventions, Trials, reference_factors
+from cc_jax.sampling.images import reference_display
 from cc_jax.sampling.pipeline import load
 from cc_jax.training.loop import train
 from cc_jax.training.setup import check_config
 from configs import lab as table
+from configs import subjects3d
 from data_pipeline import sampling
 from data_pipeline.subjects3d import factors as world
 from data_pipeline.triples import TripleConfig
@@ -129,7 +133,7 @@ def made(arm="method", seed=0, tuned=None, *, fidelity=0.5, control=0.8, shift=0
   return dict(
     arm=arm, family=family, seed=seed, tuned=tuned, changes={}, split=split, steps=20, base="b",
     fingerprint=mark, machine="m", seconds=3600,
-    scores=dict(dict.fromkeys(lab_report.FACTORS, 0.5), fidelity=fidelity, control=control),
+    scores=dict(dict.fromkeys(FACTORS, 0.5), fidelity=fidelity, control=control),
     subjects=dict(fidelity=list(fidelity + subjects), control=list(control + subjects)),
     leakage={name: [leak, None, leak] for name in MOVES},
     features={} if arm == "base" else {"layer 1": layer, "visual": layer, "image encoder": layer},
@@ -147,7 +151,7 @@ def test_tuning_chooses_by_the_first_seed(tmp_path):
     asked.append((name, seed, tuned))
     score = 0.9 if tuned == values[1] else 0.1
     write_result(result_file(tmp_path, name, seed, "validation", tuned),
-              made(name, seed, tuned, fidelity=score))
+                 made(name, seed, tuned, fidelity=score))
   assert asked == [
     ("method", 4, None), ("method", 5, None), *(("ip_adapter_plus", 4, v) for v in values),
     ("ip_adapter_plus", 5, values[1]), ("location_off", 0, None)]
@@ -200,7 +204,7 @@ def test_results_are_small_whole_and_never_mixed(tmp_path, monkeypatch):
     place[key] = place[key] + 1
     assert fingerprint(other, "base") != mark, change
   assert fingerprint(config, "another") != mark
-  monkeypatch.setattr(lab.judging, "SHIPPED", file)  # another judge
+  monkeypatch.setattr(judge, "SHIPPED", file)  # another judge
   assert fingerprint(config, "base") != mark
   monkeypatch.undo()
   other = config.copy_and_resolve_references()
@@ -208,6 +212,99 @@ def test_results_are_small_whole_and_never_mixed(tmp_path, monkeypatch):
   assert fingerprint(other, "base") != mark
   config.run.data.data_dir, config.seeds = "elsewhere", (7,)
   assert fingerprint(config, "base") == mark
+
+
+COMMITTED = Path(__file__).parents[1] / "results" / "lab"
+
+
+def committed_config(folder, split):
+  """How the committed results of a folder were made."""
+  config = table.get_config("photographs" if folder == "photographs" else "cut_outs")
+  config.score.split = split
+  if split == "test":
+    config.score.subjects = 480
+  if folder == "rounds":
+    config.score.update(rounds=4, interventions=0, probe_subjects=0)
+  return config
+
+
+def test_committed_results_are_those_of_todays_config():
+  """Of every arm; a run of 2400 steps alone is of an earlier base."""
+  base_hash, accepted = load_base("subjects3d-base").hash, 0
+  for folder in ("cut_outs", "photographs", "rounds"):
+    for file in (COMMITTED / folder).glob("*.json"):
+      result = read_result(file)
+      suite = fingerprint(committed_config(folder, result["split"]), base_hash)
+      arm = table.ARMS.get(result["arm"])
+      assert is_done(file, suite, changes_of(arm) if arm else {}), file
+      accepted += 1
+  assert accepted == 114
+  with pytest.raises(UserError, match="another base"):
+    is_done(COMMITTED / "steps_2400" / "self_reconstruction-0.json", suite, {})
+
+
+def test_a_new_config_key_changes_no_fingerprint_until_it_is_used(monkeypatch):
+  committed = read_result(COMMITTED / "cut_outs" / "method-0.json")["fingerprint"]
+  base_hash, get_config = load_base("subjects3d-base").hash, subjects3d.get_config
+
+  def with_new_keys():
+    config = get_config()
+    config.train.invented = "as before"
+    config.room = type(config)(dict(size=(3, 4)))
+    config.sample.pictures = config.sample.subjects  # renamed
+    del config.sample.subjects
+    del config.data.reference_jitter  # removed: nobody changed it
+    return config
+
+  monkeypatch.setattr(subjects3d, "get_config", with_new_keys)
+  monkeypatch.setitem(lab_fingerprint.RENAMED, "sample.pictures", "sample.subjects")
+  config = table.get_config()
+  assert config.run.train.invented == "as before"
+  assert fingerprint(config, base_hash) == committed
+  for section, key, value in (
+    ("train", "invented", "otherwise"), ("room", "size", (3, 5)), ("sample", "pictures", 41)):
+    changed_config = config.copy_and_resolve_references()
+    changed_config.run[section][key] = value
+    assert fingerprint(changed_config, base_hash) != committed, key
+  # Result files keep the name of a key that they were written with.
+  arm = table.Arm("core", {"sample.pictures": (1, 2)}, first=(0.5, {"sample.pictures": 3}))
+  assert changes_of(arm) == {"sample.subjects": [1, 2], "first": [0.5, {"sample.subjects": 3}]}
+
+
+def test_values_of_subjects_are_packed_and_read_again(tmp_path, monkeypatch):
+  results = tmp_path / "group"
+  rows = [made(seed=seed, shift=0.1 * seed) for seed in (0, 1)] + [made("cscl", split="test")]
+  rows[1]["rounds"] = [dict(fidelity=[0.5], control=[None])]
+  for row in rows:
+    write_result(result_file(results, row["arm"], row["seed"], row["split"]), row)
+  complete = read_results(results)
+  monkeypatch.setattr(results_module, "write_result", None)  # killed after the packed file
+  with pytest.raises(TypeError):
+    pack(results)
+  monkeypatch.undo()
+  assert read_results(results) == complete
+  pack(results)
+  assert read_results(results) == complete
+  packed = (tmp_path / "subjects.json.gz").read_bytes()
+  small = read_result(results / "method-1.json")
+  assert small["leakage"]["size"] == 0.5 and not {"subjects", "rounds"} & small.keys()
+  write_result(results / "method-0.json", made(fidelity=0.9))  # made again
+  (results / "method-1.json").unlink()
+  pack(results)
+  assert len(read_results(results)) == 2
+  assert read_results(results)[1]["subjects"] == made(fidelity=0.9)["subjects"]
+  assert (tmp_path / "subjects.json.gz").read_bytes() != packed
+  (tmp_path / "subjects.json.gz").unlink()
+  with pytest.raises(UserError, match="subjects.json.gz does not have the values of"):
+    read_results(results)
+
+
+@pytest.mark.parametrize("folder, split, file", [
+  ("cut_outs", "validation", "tables.md"), ("cut_outs", "test", "tables-test.md"),
+  ("rounds", "test", "rounds/tables-test.md")])
+def test_committed_tables_are_those_of_the_committed_results(folder, split, file):
+  written = (COMMITTED.parents[1] / "docs" / "lab" / file).read_text()
+  assert tables(load_results(COMMITTED / folder, split), split, "cut_outs") == written
 
 
 def test_tables_and_figures_of_known_results(tmp_path):
@@ -278,11 +375,12 @@ def test_rounds_are_averaged_per_subject_and_told_apart(tmp_path, monkeypatch):
   scorer.score.update(subjects=2, rounds=2)
   trials = Trials(np.zeros((4, 1)), (), (), *[None] * 5)  # two subjects, twice
   monkeypatch.setattr(scorer, "draw", lambda trials, model, scale: trials.references)
-  monkeypatch.setattr(lab_scores.judging, "read", lambda judge, images: None)
-  monkeypatch.setattr(lab_scores.judging, "agreement", lambda *args: {"class_id": np.ones(4)})
-  monkeypatch.setattr(evaluate, "followed", lambda *args: {})
-  monkeypatch.setattr(evaluate, "identity", lambda *args: np.array([0.2, 0.4, 0.6, np.nan]))
-  monkeypatch.setattr(evaluate, "control", lambda *args: np.array([1, 0, 0, 0]))
+  monkeypatch.setattr(judge, "read", lambda judge, images: None)
+  monkeypatch.setattr(judge, "agreement", lambda *args: {"class_id": np.ones(4)})
+  monkeypatch.setattr(lab_scores, "prompt_agreement", lambda *args: {})
+  monkeypatch.setattr(
+    lab_scores, "subject_fidelity", lambda *args: np.array([0.2, 0.4, 0.6, np.nan]))
+  monkeypatch.setattr(lab_scores, "text_control", lambda *args: np.array([1, 0, 0, 0]))
   found = scorer.pictures(None, trials)
   assert found["subjects"] == dict(fidelity=[0.4, 0.4], control=[0.5, 0.0])
   assert found["rounds"] == [dict(fidelity=[0.2, 0.4], control=[1.0, 0.0]),
@@ -373,9 +471,9 @@ def test_what_copies_is_told_from_what_does_not(tmp_path, monkeypatch):
   identity = np.random.default_rng(1).standard_normal((60, 8))[subjects]
   pose = np.stack([np.cos(factors.azimuth), np.sin(factors.azimuth), factors.size], -1)
 
-  def draw(self, what, model, scale=1.0):
-    shown = what.references
-    if isinstance(what, Interventions):
+  def draw(self, trials, model, scale=1.0):
+    shown = trials.references
+    if isinstance(trials, Interventions):
       return shown if model == "copier" else dict.fromkeys(shown, shown["start"])
     return shown if model == "copier" else np.roll(shown, 1, axis=0)
 
@@ -453,7 +551,7 @@ def test_the_suite_goes_on_where_it_was_killed(small, loader, monkeypatch, capsy
       raise KeyboardInterrupt
     return train(run, workdir, *views)
 
-  monkeypatch.setattr(lab, "train", killed)
+  monkeypatch.setattr(runs, "train", killed)
   with pytest.raises(KeyboardInterrupt):
     run_suite(config, names, **places)
   assert [f.name for f in results.iterdir()] == ["base-0.json"]
@@ -494,7 +592,7 @@ def test_the_suite_goes_on_where_it_was_killed(small, loader, monkeypatch, capsy
   monkeypatch.setattr(lab_scores.Scorer, "at_the_end",
                       lambda self, model, sweep: steps.append(1) or dict(scores=result["scores"]))
   monkeypatch.setattr(lab_scores.Scorer, "last_point", lambda self, found, step: dict(step=step))
-  monkeypatch.setattr(lab, "run_base", lambda *args, **kwargs: None)
+  monkeypatch.setattr(runs, "run_base", lambda *args, **kwargs: None)
   config = config.copy_and_resolve_references()
   config.score.split = "test"
   run_suite(config, ["method"], **places)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from cc_jax.lab import judge as judging
+from cc_jax.lab import judge as judge_lib
 from cc_jax.lab import leakage
 from cc_jax.lab.scoring import subject_fidelity, text_control
 from cc_jax.lab.trials import Trials, make_interventions
@@ -167,10 +167,10 @@ def test_shares_leave_out_what_cannot_be_seen():
   reading = dict(class_id=np.array([1, 2]), color1=np.array([3, 3]))
   truth = dict(class_id=np.array([1, 1]), color1=np.array([3, 4]))
   seen = dict(class_id=np.ones(2, bool), color1=np.array([True, False]))
-  agreed = judging.agreement(reading, truth, seen, ("class_id", "color1"))
-  np.testing.assert_array_equal(judging.share(agreed), [1, 0])
+  agreed = judge_lib.agreement(reading, truth, seen, ("class_id", "color1"))
+  np.testing.assert_array_equal(judge_lib.share(agreed), [1, 0])
   assert np.isnan(agreed["color1"][1])
-  assert np.isnan(judging.share({"a": np.array([np.nan])}))[0]
+  assert np.isnan(judge_lib.share({"a": np.array([np.nan])}))[0]
 
 
 # ---- leakage
@@ -215,7 +215,7 @@ def test_leakage_is_the_share_that_is_copied(copied, monkeypatch):
     rows = [list(readings.values())[n] for n in images[::6, 0, 0, 0]]
     return {key: np.concatenate([row[key] for row in rows]) for key in rows[0]}
 
-  monkeypatch.setattr(judging, "read", read)
+  monkeypatch.setattr(judge_lib, "read", read)
   monkeypatch.setattr(leakage, "light_side",
                       lambda images, reading: np.full(6, images[0, 0, 0, 0] / 4 * copied
                                                       if "light_azimuth" not in reading
@@ -243,11 +243,11 @@ def test_light_is_seen_from_its_side():
 
 def test_identity_and_control_of_trials(monkeypatch):
   f = start(2)
-  seen = judging.visible(f._replace(style=np.array([0, 2])), np.full((2, 4), 0.1))
+  seen = judge_lib.visible(f._replace(style=np.array([0, 2])), np.full((2, 4), 0.1))
   trials = Trials(
     references=None, prompts=(), nouns=(), scenes=np.array([4, 5]), styles=np.array([0, 2]),
     hats=np.array([3, 0]), factors=f, visible=seen)
-  reading = {name: getattr(f, name).copy() for name in judging.INTRINSIC}
+  reading = {name: getattr(f, name).copy() for name in judge_lib.INTRINSIC}
   reading["class_id"][0] += 1
   reading |= dict(scene=np.array([4, 5]), style=np.array([1, 1]), hat=np.array([3, 7]))
   counted = 4 + int(f.pattern[0] != 0)  # a plain subject has no pattern colour
@@ -264,7 +264,7 @@ def test_leakage_of_the_references_themselves_is_one():
   The judge is not perfect, nor is a disc the subject: what a copy reaches is the measure's scale.
   """
   what = make_interventions("test", 40, place="frame")
-  judge, _ = judging.load_judge()
+  judge, _ = judge_lib.load_judge()
   copied = leakage.measure(judge, what.references, what.references, what.factors)
   still = {name: what.references["start"] for name in what.references}
   kept = leakage.measure(judge, still, what.references, what.factors)

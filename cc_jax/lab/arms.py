@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,13 +9,19 @@ from typing import Any
 import ml_collections
 
 from cc_jax.errors import UserError
+from cc_jax.lab.comparison import tuning_score
+from cc_jax.lab.fingerprint import first_names
 from cc_jax.lab.results import read_result, result_file
-from configs import lab as table
+from configs.lab import ARMS, Arm
 
 ALL_SEEDS = ("core", "control")  # families that run with every seed
 
 
-# ---- which runs there are
+def find_arm(name: str) -> Arm:
+  """An arm of configs/lab.py; UserError if it does not exist."""
+  if name not in ARMS:
+    raise UserError(f"arm {name!r} is unknown; configs/lab.py has {', '.join(ARMS)}")
+  return ARMS[name]
 
 
 def arm_config(
@@ -27,9 +32,7 @@ def arm_config(
   Raises:
     UserError: an arm or a key that does not exist.
   """
-  if name not in table.ARMS:
-    raise UserError(f"arm {name!r} is unknown; configs/lab.py has {', '.join(table.ARMS)}")
-  arm, config = table.ARMS[name], config.copy_and_resolve_references()
+  arm, config = find_arm(name), config.copy_and_resolve_references()
   changes = dict(arm.changes) | ({arm.tune[0]: tuned} if tuned is not None else {})
   for key in changes:
     section, _, field = key.partition(".")
@@ -39,14 +42,13 @@ def arm_config(
     config.run.update_from_flattened_dict({**changes, "seed": seed})
   except (TypeError, ValueError) as error:
     raise UserError(f"arm {name!r} has a value of a wrong type: {error}") from error
-  # S+ takes its words from the textual queries.
-  words = config.run.encoder.s_words
-  config.run.encoder.textual_queries = max(words, config.run.encoder.textual_queries)
+  encoder = config.run.encoder  # S+ takes its words from the textual queries
+  encoder.textual_queries = max(encoder.s_words, encoder.textual_queries)
   return config
 
 
 def list_runs(config: ml_collections.ConfigDict, names: Sequence[str], results: Path,
-         candidates: int = 0) -> Iterator[tuple[str, int, Any]]:
+              candidates: int = 0) -> Iterator[tuple[str, int, Any]]:
   """(arm, seed, tuned value) of every run, in the order of `names`.
 
   An arm to be tuned first runs every candidate (at most `candidates`, 0 = all) with the first seed;
@@ -57,9 +59,7 @@ def list_runs(config: ml_collections.ConfigDict, names: Sequence[str], results: 
     UserError: an unknown arm, or one to be tuned that has no validation results to choose by.
   """
   for name in names:
-    if name not in table.ARMS:
-      raise UserError(f"arm {name!r} is unknown; configs/lab.py has {', '.join(table.ARMS)}")
-    arm = table.ARMS[name]
+    arm = find_arm(name)
     first, *others = config.seeds if arm.family in ALL_SEEDS else config.side_seeds
     if arm.tune is None:
       yield from ((name, seed, None) for seed in (first, *others))
@@ -68,32 +68,27 @@ def list_runs(config: ml_collections.ConfigDict, names: Sequence[str], results: 
     if split == "validation":
       yield from ((name, first, value) for value in values)
     files = {value: result_file(results, name, first, "validation", value) for value in values}
-    found = {value: read_result(file) for value, file in files.items() if file.exists()}
-    missing = [str(file) for value, file in files.items() if value not in found]
+    scores = {value: tuning_score(read_result(file)) for value, file in files.items()
+              if file.exists()}
+    missing = [file for value, file in files.items() if value not in scores]
     # On the validation subjects all were just tried: one that is missing has failed, and is worst.
-    if missing and (split != "validation" or not found):
+    if missing and (split != "validation" or not scores):
       raise UserError(f"{missing[0]} is missing: run the suite on the validation subjects first")
-    best = max(found, key=lambda value: tuning_score(found[value]))  # noqa: B023
+    best = max(scores, key=scores.get)
     if split != "validation":
       yield name, first, best
     yield from ((name, seed, best) for seed in others)
 
 
-def tuning_score(result: dict[str, Any]) -> float:
-  """By what a tuned value is chosen."""
-  return result["scores"]["fidelity"] + result["scores"]["control"]
-
-
-def changes_of(arm: table.Arm) -> dict[str, Any]:
+def changes_of(arm: Arm) -> dict[str, Any]:
   """What an arm changes, as its result file says it."""
-  changes = dict(arm.changes) | ({"first": arm.first} if arm.first else {})
-  return json.loads(json.dumps(changes))  # which has lists for tuples
+  return first_names(arm.changes | ({"first": arm.first} if arm.first else {}))
 
 
 def first_phase(
   config: ml_collections.ConfigDict, share: float, changes: dict[str, Any]
 ) -> ml_collections.ConfigDict:
-  """The config of a run's first steps; the second part goes on from their checkpoint."""
+  """The config of a run's first steps; the second phase goes on from their checkpoint."""
   config = config.copy_and_resolve_references()
   config.update_from_flattened_dict(changes)
   config.train.steps = max(1, round(share * config.train.steps))
@@ -101,18 +96,16 @@ def first_phase(
   return config
 
 
-def chosen_arms(given: Sequence[str]) -> list[str]:
-  """`given` with every family's name replaced by those of its arms."""
+def chosen_arms(arms_or_families: Sequence[str]) -> list[str]:
+  """The names of arms, with every family's name replaced by those of its arms."""
   names = []
-  for one in given:
-    names += [name for name, arm in table.ARMS.items() if one in (name, arm.family)] or [one]
+  for chosen in arms_or_families:
+    names += [name for name, arm in ARMS.items() if chosen in (name, arm.family)] or [chosen]
   return list(dict.fromkeys(names))
 
 
 def fast_arms() -> list[str]:
   """One arm of every family, and of the core ones those that figures compare."""
-  chosen = {"method": "core", "self_reconstruction": "core", "ip_adapter_plus": "core"}
-  for name, arm in table.ARMS.items():
-    if arm.family not in chosen.values():
-      chosen[name] = arm.family
-  return list(chosen)
+  first_of_family = {arm.family: name for name, arm in reversed(ARMS.items())}
+  return ["method", "self_reconstruction", "ip_adapter_plus", *(
+    name for name in ARMS if name in first_of_family.values() and ARMS[name].family != "core")]

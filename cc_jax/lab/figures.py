@@ -2,34 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
 
 import numpy as np
 from matplotlib.figure import Figure
 
-from cc_jax.lab.comparison import (
-  BASE,
-  INTRINSIC,
-  IRRELEVANT,
-  MOVES,
-  Arms,
-  _layers,
-  _looked_at,
-  _s_plus,
-  _trained,
-  chance,
-  curve,
-  mean_leakage,
-  over_seeds,
-  probe,
-  sweep,
-)
+from cc_jax.lab import comparison
+from cc_jax.lab.comparison import BASE, INTRINSIC, IRRELEVANT, MOVES, Arms, over_seeds
 
 _COLORS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b", "#e377c2", "#7f7f7f",
            "#bcbd22", "#17becf", "#000000", "#98df8a", "#ff9896", "#c5b0d5")
-
-
-# ---- figures
 
 
 def tradeoff(arms: Arms) -> Figure:
@@ -40,11 +23,10 @@ def tradeoff(arms: Arms) -> Figure:
   figure = Figure(figsize=(7.5, 5.5))
   axes = figure.subplots()
   several = {name: rows for name, rows in arms.items() if len(rows) > 1}
-  for color, (name, rows) in zip(_cycle(), (_shown(arms) | several).items()):
-    x = over_seeds(rows, lambda r: r["scores"]["control"])
-    y = over_seeds(rows, lambda r: r["scores"]["fidelity"])
+  for color, (name, rows) in zip(itertools.cycle(_COLORS), (_main_arms(arms) | several).items()):
+    x, y = (over_seeds(rows, comparison.score, key) for key in ("control", "fidelity"))
     axes.scatter(x, y, color=color, s=26, label=name, marker="s" if name == BASE else "o")
-    line = {scale: point[::-1] for scale, point in sweep(rows).items()}
+    line = {scale: point[::-1] for scale, point in comparison.sweep(rows).items()}
     if line:
       axes.plot(*zip(*line.values()), color=color, alpha=0.6)
     for scale, point in line.items():
@@ -66,10 +48,10 @@ def leakage_course(arms: Arms) -> Figure | None:
     return None
   figure = Figure(figsize=(11, 4.4))
   for axes, move in zip(figure.subplots(1, 2), ("size", "place")):
-    for color, (name, rows) in zip(_cycle(), _shown(arms).items()):
-      identity, leaks = curve(rows, move)
+    for color, (name, rows) in zip(itertools.cycle(_COLORS), _main_arms(arms).items()):
+      identity, leakage = comparison.curve(rows, move)
       if len(identity):
-        axes.plot(identity, leaks, "o-", ms=4, color=color, label=name)
+        axes.plot(identity, leakage, "o-", ms=4, color=color, label=name)
     axes.axhline(0, color="black", lw=0.8)
     axes.set(xlabel="subject fidelity", ylabel=f"leakage of {move}", title=f"{move}: 1 = copied")
     axes.grid(alpha=0.3)
@@ -79,25 +61,29 @@ def leakage_course(arms: Arms) -> Figure | None:
 
 
 def leakage_bars(arms: Arms) -> Figure | None:
-  """Leakage of every factor at the end; None where it was not measured."""
-  values = {name: {move: over_seeds(rows, lambda r: mean_leakage(r, move)) for move in MOVES}  # noqa: B023
-            for name, rows in _trained(_shown(arms)).items()}
-  return _bars(values, "leakage by intervention (0 = not copied, 1 = copied)") if values else None
+  """Leakage of every factor at the end; None where only the base has results."""
+  values = {name: {move: over_seeds(rows, comparison.mean_leakage, move) for move in MOVES}
+            for name, rows in comparison.trained_arms(_main_arms(arms)).items()}
+  if not values:
+    return None
+  figure = Figure(figsize=(9, 4.2))
+  _draw_bars(figure.subplots(), values, "leakage by intervention (0 = not copied, 1 = copied)")
+  return figure
 
 
 def likeness(arms: Arms) -> Figure | None:
-  """Spearman correlation with real similarity, per layer; None where no features were looked at."""
-  if not _looked_at(arms):
+  """Spearman correlation with real similarity, per layer; None where no features were scored."""
+  if not comparison.has_features(arms):
     return None
   figure = Figure(figsize=(8, 4.4))
-  axes, names = figure.subplots(), _layers(arms)
-  for color, (name, rows) in zip(_cycle(), arms.items()):
+  axes, names = figure.subplots(), comparison.layer_names(arms)
+  for color, (name, rows) in zip(itertools.cycle(_COLORS), arms.items()):
     if name == BASE or rows[0]["family"] not in ("core", "scaling"):
       continue
-    shown = [layer for layer in names if all(layer in row["features"] for row in rows)]
-    values = [np.mean([row["features"][layer]["spearman"] for row in rows]) for layer in shown]
+    layers = [layer for layer in names if all(layer in row["features"] for row in rows)]
+    values = [np.mean([row["features"][layer]["spearman"] for row in rows]) for layer in layers]
     style = "o-" if rows[0]["family"] == "core" else "s--"
-    axes.plot(shown, values, style, ms=4, label=name, color=color)
+    axes.plot(layers, values, style, ms=4, label=name, color=color)
   axes.tick_params("x", rotation=20)
   axes.axhline(0.6, color="black", lw=0.8, ls=":")
   axes.set(ylabel="Spearman correlation", title="Learned similarity against real similarity")
@@ -108,18 +94,19 @@ def likeness(arms: Arms) -> Figure | None:
 
 def probes(arms: Arms) -> Figure | None:
   """What linear probes read in S+, with chance as a line; None as for `likeness`."""
-  if not _looked_at(arms):
+  if not comparison.has_features(arms):
     return None
   figure = Figure(figsize=(11, 7))
   groups = (("intrinsic: high is good", INTRINSIC), ("irrelevant: chance is good", IRRELEVANT))
+  arms_with_s_plus = {name: rows for name, rows in comparison.trained_arms(_main_arms(arms)).items()
+                      if any(map(comparison.s_plus_layers, rows))}
   for axes, (title, factors) in zip(figure.subplots(2, 1), groups):
-    values = {name: {factor: over_seeds(rows, lambda r: probe(r, factor))  # noqa: B023
-                     for factor in factors}
-              for name, rows in _shown(arms).items()
-              if name != BASE and any(map(_s_plus, rows))}
+    values = {name: {factor: over_seeds(rows, comparison.probe, factor) for factor in factors}
+              for name, rows in arms_with_s_plus.items()}
     _draw_bars(axes, values, title)
-    for place, factor in enumerate(factors):
-      axes.plot([place - 0.42, place + 0.42], [chance(arms, factor)] * 2, color="black", lw=1.2)
+    for x, factor in enumerate(factors):
+      level = comparison.chance(arms, factor)
+      axes.plot([x - 0.42, x + 0.42], [level] * 2, color="black", lw=1.2)
     axes.set_ylim(bottom=-0.1)  # R² below that is as worthless as 0
   figure.tight_layout()
   return figure
@@ -131,30 +118,20 @@ FIGURES: dict[str, Callable[[Arms], Figure | None]] = {
 }
 
 
-def _shown(arms: Arms) -> Arms:
+def _main_arms(arms: Arms) -> Arms:
   """Core arms, controls and the base: what a figure has room for."""
   return {name: rows for name, rows in arms.items()
           if rows[0]["family"] in ("core", "control", "base")}
-
-
-def _cycle():
-  while True:
-    yield from _COLORS
-
-
-def _bars(values: Mapping[str, Mapping[str, np.ndarray]], title: str) -> Figure:
-  figure = Figure(figsize=(9, 4.2))
-  _draw_bars(figure.subplots(), values, title)
-  return figure
 
 
 def _draw_bars(axes, values: Mapping[str, Mapping[str, np.ndarray]], title: str) -> None:
   """A group of bars per factor, one bar per arm, a dot per seed."""
   factors = list(next(iter(values.values())))
   width = 0.84 / len(values)
-  for number, (color, (name, row)) in enumerate(zip(_cycle(), values.items())):
+  colors = itertools.cycle(_COLORS)
+  for number, (color, (name, of_factor)) in enumerate(zip(colors, values.items())):
     x = np.arange(len(factors)) - 0.42 + width * (number + 0.5)
-    known = [row[factor][~np.isnan(row[factor])] for factor in factors]
+    known = [of_factor[factor][~np.isnan(of_factor[factor])] for factor in factors]
     axes.bar(x, [v.mean() if len(v) else 0 for v in known], width * 0.9, color=color, label=name,
              alpha=0.75)
     for place, seeds in zip(x, known):

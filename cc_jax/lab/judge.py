@@ -22,6 +22,7 @@ from safetensors.numpy import save_file
 
 from cc_jax.errors import UserError
 from cc_jax.models.layers import GroupNorm
+from cc_jax.models.params import path_name
 from data_pipeline.subjects3d import factors as world
 
 SHIPPED = Path(__file__).parents[1] / "assets" / "subjects3d-judge.safetensors"
@@ -31,11 +32,10 @@ CATEGORIES = dict(
     pattern=len(world.PATTERNS), pattern_color=len(world.COLORS), scene=len(world.SCENES),
     hat=1 + len(world.COLORS), style=len(world.STYLES))
 CONTINUOUS = ("size", "x", "y")
-# What makes the individual, and what a prompt may ask for.
-INTRINSIC = ("class_id", "color1", "color2", "pattern", "pattern_color")
-CONTEXT = ("scene", "style", "hat")
+INTRINSIC = ("class_id", "color1", "color2", "pattern", "pattern_color")  # of the individual
+CONTEXT = ("scene", "style", "hat")  # what a prompt may ask for
 AZIMUTH_BINS = 8  # centred on 0, 45, ... degrees
-# All that a head can tell, and how many numbers it gives.
+# Every head and how many numbers it gives.
 HEADS = dict(CATEGORIES, azimuth=AZIMUTH_BINS, **dict.fromkeys(CONTINUOUS, 1))
 _FORMAT = "cc_jax-judge-2"
 
@@ -98,10 +98,15 @@ def is_sketch(factors: world.Factors) -> np.ndarray:
   return factors.style == world.STYLES.index("sketch")
 
 
+def has_front(factors: world.Factors) -> np.ndarray:
+  """Which pictures show a class that has a front, and so an azimuth, bool [n]."""
+  return np.isin(factors.class_id, [world.CLASSES.index(c) for c in world.CLASSES_WITH_FRONT])
+
+
 def visible(
     factors: world.Factors, coverage: np.ndarray, *, cut_out: bool = False
 ) -> dict[str, np.ndarray]:
-  """Which factors can be seen at all in each picture: {factor: bool [n]}; the rest is masked.
+  """Which factors can be seen in each picture: {factor: bool [n]}.
 
   `coverage` float [n,4] as the renderer returns it. A sketch has no colours; a second colour or a
   pattern needs some pixels; the symmetric classes have no front. `cut_out`: if the subjects are cut
@@ -111,21 +116,20 @@ def visible(
   coloured = ~is_sketch(factors)
   plain = factors.pattern == world.PATTERNS.index("plain")
   patterned = plain | (coverage[:, 3] >= 0.015)
-  front = np.isin(factors.class_id, [world.CLASSES.index(c) for c in world.CLASSES_WITH_FRONT])
   seen = dict(
       class_id=always, color1=coloured & (coverage[:, 1] >= 0.01),
       color2=coloured & (coverage[:, 2] >= 0.01), pattern=coloured & patterned,
       pattern_color=coloured & ~plain & patterned, scene=always, hat=coloured, style=always,
-      azimuth=front, size=always, x=always, y=always)
+      azimuth=has_front(factors), size=always, x=always, y=always)
   return seen | (dict.fromkeys(world.CUTOUT_HIDES, ~always) if cut_out else {})
 
 
 def factor_loss(outputs: Mapping[str, Array], targets: Mapping[str, Array],
                 seen: Mapping[str, Array]) -> tuple[Array, dict[str, Array]]:
-  """Cross-entropies and squared errors, each averaged over the pictures where the factor is seen.
+  """Sum of cross-entropies and squared errors, each averaged over pictures that show the factor.
 
   Of those of `HEADS` that are in `outputs`. An azimuth between two bins is divided between them: a
-  squared error would make a picture that could be a front or a back a side. Returns the sum and the
+  squared error would make a picture that could be a front or a back a side. Also returns the
   categorical accuracies.
   """
 
@@ -134,19 +138,19 @@ def factor_loss(outputs: Mapping[str, Array], targets: Mapping[str, Array],
     return jnp.sum(values * weight) / jnp.maximum(jnp.sum(weight), 1)
 
   loss, accuracy = 0.0, {}
-  units = dict(zip(CONTINUOUS, (0.3, 0.1, 0.1)))
-  for name, told in outputs.items():
+  units = dict(size=0.3, x=0.1, y=0.1)
+  for name, output in outputs.items():
     if name in CATEGORIES:
-      log_p = jax.nn.log_softmax(told)
+      log_p = jax.nn.log_softmax(output)
       loss += mean(-jnp.take_along_axis(log_p, targets[name][:, None], 1)[:, 0], name)
       accuracy[name] = mean(jnp.argmax(log_p, 1) == targets[name], name)
     elif name == "azimuth":
       position = targets[name][:, None] * AZIMUTH_BINS / (2 * jnp.pi) - jnp.arange(AZIMUTH_BINS)
       away = jnp.abs((position + AZIMUTH_BINS / 2) % AZIMUTH_BINS - AZIMUTH_BINS / 2)
       divided = jnp.maximum(1 - away, 0)  # [b, bins], sums to 1
-      loss += mean(-jnp.sum(divided * jax.nn.log_softmax(told), 1), name)
+      loss += mean(-jnp.sum(divided * jax.nn.log_softmax(output), 1), name)
     else:
-      loss += mean(jnp.square((told[:, 0] - targets[name]) / units[name]), name) * 0.3
+      loss += mean(jnp.square((output[:, 0] - targets[name]) / units[name]), name) * 0.3
   return loss, accuracy
 
 
@@ -191,47 +195,37 @@ def load_judge(file: Path = SHIPPED) -> tuple[FactorJudge, dict[str, float]]:
 
 
 def read_both_ways(judge: FactorJudge, x: Float[Array, "b 64 64 3"]) -> dict[str, Array]:
-  """The mean of what the judge says of a picture and of its mirror image, the latter turned back.
-
-  A mirrored subject is the same subject in the mirrored pose: azimuth and x change their signs.
-  """
+  """Means of the outputs for a picture and its mirror image, whose azimuth and x change signs."""
   plain, mirrored = judge(x), judge(x[:, :, ::-1])
   mirrored["azimuth"] = mirrored["azimuth"][:, -jnp.arange(AZIMUTH_BINS) % AZIMUTH_BINS]
   mirrored["x"] = -mirrored["x"]
   return {name: (plain[name] + mirrored[name]) / 2 for name in plain}
 
 
-@functools.cache
-def _reader(graph):
-  return jax.jit(lambda state, x: read_both_ways(nnx.merge(graph, state), x))
+@functools.partial(jax.jit, static_argnums=0)
+def _read(graph, state, x):
+  return read_both_ways(nnx.merge(graph, state), x)
 
 
 def read(judge: FactorJudge, images: np.ndarray, *, batch: int = 64) -> dict[str, np.ndarray]:
   """Reads pictures uint8 [n,h,w,3]: categories int [n], azimuth radians [n], size, x, y [n].
 
-  Pictures of another size than the judge's 64 pixels are resized.
+  Pictures of another size than the judge's 64 pixels are resized (bicubic).
   """
-  images = resized(images, 64)
+  if images.shape[1:3] != (64, 64):
+    images = np.stack([Image.fromarray(image).resize((64, 64), Image.Resampling.BICUBIC)
+                       for image in images])
   graph, state = nnx.split(judge)
   rows = []
   for start in range(0, len(images), batch):
     chunk = images[start : start + batch]
     padded = np.concatenate([chunk, np.zeros((batch - len(chunk), *chunk.shape[1:]), np.uint8)])
-    out = _reader(graph)(state, jnp.asarray(padded, jnp.float32) / 127.5 - 1)
+    out = _read(graph, state, jnp.asarray(padded, jnp.float32) / 127.5 - 1)
     rows.append({name: np.asarray(value)[: len(chunk)] for name, value in out.items()})
   out = {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
   reading = {name: out[name].argmax(1) for name in CATEGORIES}
   reading["azimuth"] = likeliest_angle(out["azimuth"])
   return reading | {name: out[name][:, 0] for name in CONTINUOUS}
-
-
-def resized(images: np.ndarray, side: int) -> np.ndarray:
-  """uint8 [n,h,w,3] -> [n,side,side,3], bicubic; the same array if it has that size already."""
-  if images.shape[1:3] == (side, side):
-    return images
-  how = Image.Resampling.BICUBIC
-  resize = lambda image: np.asarray(Image.fromarray(image).resize((side, side), how))  # noqa: E731
-  return np.stack([resize(image) for image in images])
 
 
 def agreement(reading: Mapping[str, np.ndarray], truth: world.Factors | Mapping[str, np.ndarray],
@@ -243,17 +237,17 @@ def agreement(reading: Mapping[str, np.ndarray], truth: world.Factors | Mapping[
 
 
 def share(agreements: Mapping[str, np.ndarray]) -> np.ndarray:
-  """Per picture, the share of its visible factors that agree, [n]; NaN where none is visible."""
+  """Share of its visible factors that agree, of each picture, [n]; NaN where none is visible."""
   table = np.stack(list(agreements.values()))
   counted = np.sum(~np.isnan(table), axis=0)
   return np.where(counted > 0, np.nansum(table, axis=0) / np.maximum(counted, 1), np.nan)
 
 
 def likeliest_angle(logits: np.ndarray) -> np.ndarray:
-  """Logits of azimuth's bins [n,8] -> radians [n]: the mean direction in the likeliest three bins.
+  """Logits of azimuth's bins [n,8] -> radians [n].
 
-  Of the three neighbours that hold the most probability together, so that a second mode far away
-  does not move the answer.
+  The mean direction in the three neighbouring bins with the most probability: a second mode far
+  away does not move it.
   """
   p = np.exp(logits - logits.max(1, keepdims=True))
   three = p + np.roll(p, 1, 1) + np.roll(p, -1, 1)
@@ -274,10 +268,10 @@ def accuracy(reading: Mapping[str, np.ndarray], factors: world.Factors,
   Categories: share of equal readings. azimuth: share within one of 8 bins. size, x, y: correlation.
   """
   seen = visible(factors, coverage)
-  scores = {name: float(np.mean(reading[name][seen[name]] == getattr(factors, name)[seen[name]]))
+  scores = {name: float(np.mean((reading[name] == getattr(factors, name))[seen[name]]))
             for name in CATEGORIES}
-  apart = (azimuth_bin(reading["azimuth"]) - azimuth_bin(factors.azimuth)) % AZIMUTH_BINS
-  near = np.minimum(apart, AZIMUTH_BINS - apart) <= 1
+  bins = (azimuth_bin(reading["azimuth"]) - azimuth_bin(factors.azimuth)) % AZIMUTH_BINS
+  near = np.minimum(bins, AZIMUTH_BINS - bins) <= 1
   scores["azimuth"] = float(np.mean(near[seen["azimuth"]]))
   for name in CONTINUOUS:
     scores[name] = float(np.corrcoef(reading[name], getattr(factors, name))[0, 1])
@@ -285,4 +279,4 @@ def accuracy(reading: Mapping[str, np.ndarray], factors: world.Factors,
 
 
 def _name(path) -> str:
-  return jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
+  return path_name(path, ".").removesuffix(".value")

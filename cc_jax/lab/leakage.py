@@ -12,7 +12,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from cc_jax.lab import judge as judging
+from cc_jax.lab import judge as judge_lib
 from data_pipeline.subjects3d import factors as world
 
 # Per factor its columns with (start, end). Ends stay inside the canvas for the largest subjects.
@@ -38,9 +38,8 @@ def moved(factors: world.Factors, name: str) -> world.Factors:
   if name == "scene":
     return factors._replace(scene=(factors.scene + 1) % len(world.SCENES))
   ends = {column: ends[1] for column, ends in MOVES[name].items()}
-  return factors._replace(**{
-    column: np.full_like(getattr(factors, column), value) for column, value in ends.items()
-  })
+  return factors._replace(**{column: np.full_like(getattr(factors, column), value)
+                             for column, value in ends.items()})
 
 
 def asked_scene(rng: np.random.Generator, factors: world.Factors) -> np.ndarray:
@@ -51,12 +50,11 @@ def asked_scene(rng: np.random.Generator, factors: world.Factors) -> np.ndarray:
 
 def changes(name: str, before: Mapping[str, np.ndarray],
             after: Mapping[str, np.ndarray]) -> np.ndarray:
-  """How far each picture moved, [n, d], of what `read` or `Factors._asdict` say before and after.
+  """How far each picture moved, [n, d], by two readings or two `Factors._asdict()`.
 
   'scene' is not a number: see `leak_of_scene`.
   """
-  columns = list(MOVES[name])
-  change = np.stack([after[c].astype(float) - before[c].astype(float) for c in columns], -1)
+  change = np.stack([after[c].astype(float) - before[c].astype(float) for c in MOVES[name]], -1)
   return np.angle(np.exp(1j * change)) if name == "azimuth" else change
 
 
@@ -75,9 +73,9 @@ def leak_of_scene(before: np.ndarray, after: np.ndarray, scenes: np.ndarray,
 
   `before`, `after`: the scenes read in both pictures; `scenes`, `scenes_after`: the references'.
   """
-  own = (before == scenes).astype(float) + (after == scenes_after)
-  other = (after == scenes).astype(float) + (before == scenes_after)
-  return (own - other) / 2
+  kept = (before == scenes).astype(float) + (after == scenes_after)
+  swapped = (after == scenes).astype(float) + (before == scenes_after)
+  return (kept - swapped) / 2
 
 
 def light_side(images: np.ndarray, reading: Mapping[str, np.ndarray]) -> np.ndarray:
@@ -100,14 +98,6 @@ def light_side(images: np.ndarray, reading: Mapping[str, np.ndarray]) -> np.ndar
   return mean(disc & (x > 0)) - mean(disc & (x < 0))
 
 
-def _read_all(judge, pictures: Mapping[str, np.ndarray]) -> dict[str, dict[str, np.ndarray]]:
-  """What the judge reads in each set of pictures, [n] per factor, in one go."""
-  count = len(pictures)
-  rows = judging.read(judge, np.concatenate(list(pictures.values())))
-  parts = {key: np.split(values, count) for key, values in rows.items()}
-  return {name: {key: part[i] for key, part in parts.items()} for i, name in enumerate(pictures)}
-
-
 def measure(judge, pictures: Mapping[str, np.ndarray], references: Mapping[str, np.ndarray],
             factors: world.Factors) -> dict[str, np.ndarray]:
   """Leakage per factor and subject, [n]; NaN for the azimuth of a class without a front.
@@ -117,26 +107,25 @@ def measure(judge, pictures: Mapping[str, np.ndarray], references: Mapping[str, 
     references: the same, as they were shown: the light is measured in both alike.
     factors: of the references at the start.
   """
-  read = _read_all(judge, pictures)
-  known = {name: (factors if name == "start" else moved(factors, name)) for name in read}
+  rows = judge_lib.read(judge, np.concatenate(list(pictures.values())))
+  parts = {key: np.split(values, len(pictures)) for key, values in rows.items()}
+  readings = {name: {key: part[i] for key, part in parts.items()}
+              for i, name in enumerate(pictures)}
+  start_reading, before = readings.pop("start"), factors._asdict()
   leaks = {}
-  for name in pictures:
-    if name == "start":
-      continue
-    before, after = known["start"]._asdict(), known[name]._asdict()
+  for name, reading in readings.items():
+    after = moved(factors, name)._asdict()
     if name == "scene":
-      leaks[name] = leak_of_scene(read["start"]["scene"], read[name]["scene"],
-                                  before["scene"], after["scene"])
+      leaks[name] = leak_of_scene(start_reading["scene"], reading["scene"], before["scene"],
+                                  after["scene"])
     elif name == "light":
-      drawn = light_side(pictures[name], read[name]) - light_side(
-        pictures["start"], read["start"])
+      drawn = light_side(pictures[name], reading) - light_side(pictures["start"], start_reading)
       # References are measured where they are known to stand: the judge has seen no white ground.
       asked = light_side(references[name], after) - light_side(references["start"], before)
       asked = np.full_like(asked, asked.mean())  # one slope for all: single ones may be near 0
       leaks[name] = drawn / asked
     else:
-      leaks[name] = leak(changes(name, read["start"], read[name]), changes(name, before, after))
+      leaks[name] = leak(changes(name, start_reading, reading), changes(name, before, after))
   if "azimuth" in leaks:
-    front = np.isin(factors.class_id, [world.CLASSES.index(c) for c in world.CLASSES_WITH_FRONT])
-    leaks["azimuth"] = np.where(front, leaks["azimuth"], np.nan)
+    leaks["azimuth"] = np.where(judge_lib.has_front(factors), leaks["azimuth"], np.nan)
   return leaks

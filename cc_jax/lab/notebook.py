@@ -15,7 +15,7 @@ from cc_jax.sampling.images import grid, to_image
 
 
 def choose(draw: Callable[..., Any], **choices: Sequence) -> Any:
-  """Calls `draw` with what is chosen from a menu for each of `choices`, again at every change.
+  """Calls `draw` with values from a menu for each of `choices`, again at every change.
 
   Without ipywidgets (`pip install -e '.[notebooks]'`): once, with the first of each.
   """
@@ -31,8 +31,8 @@ def choose(draw: Callable[..., Any], **choices: Sequence) -> Any:
 def example_subjects(folder: str | Path, count: int = 4, frames: int = 4) -> Path:
   """Writes rendered subjects in the layout of `data_pipeline.sources.folder`; returns the folder.
 
-  They stand for photographs: PNGs whose alpha channel is the subject, and captions. A folder that
-  is there already is left as it is.
+  They stand for photographs: PNGs whose alpha channel is the subject, and captions. An existing
+  folder is left as it is.
   """
   from data_pipeline.subjects3d import captions, factors, renderer  # renders: not at import
 
@@ -45,17 +45,15 @@ def example_subjects(folder: str | Path, count: int = 4, frames: int = 4) -> Pat
   rendered = renderer.render(views)
   for subject in range(count):
     noun = factors.CLASSES[table.class_id[subject * frames]]
-    own = folder / f"{noun.replace(' ', '_')}_{subject + 1}"
-    own.mkdir(parents=True)
-    said = {}
+    subfolder = folder / f"{noun.replace(' ', '_')}_{subject + 1}"
+    subfolder.mkdir(parents=True)
+    content = dict(class_noun=noun, captions={})
     for frame in range(frames):
-      row = subject * frames + frame
-      name = f"{frame + 1}.png"
+      row, name = subject * frames + frame, f"{frame + 1}.png"
       picture = np.dstack([rendered.image[row], rendered.mask[row]])
-      Image.fromarray(picture).save(own / name)
-      said[name] = captions.caption(rng, views.take(row), mention=("scene",)).text
-    content = dict(class_noun=noun, captions=said)
-    (own / "captions.json").write_text(json.dumps(content, indent=2))
+      Image.fromarray(picture).save(subfolder / name)
+      content["captions"][name] = captions.caption(rng, views.take(row), mention=("scene",)).text
+    (subfolder / "captions.json").write_text(json.dumps(content, indent=2))
   return folder
 
 
@@ -67,25 +65,24 @@ def folder_sheet(folder: str | Path, *, subjects: int = 6, frames: int = 6) -> I
   """
   from data_pipeline.sources.folder import read_folder  # brings tensorflow
 
-  found = read_folder(Path(folder))[:subjects]
-  columns = min(frames, max(len(subject.frames) for subject in found))
+  shown = read_folder(Path(folder))[:subjects]
+  columns = min(frames, max(len(subject.frames) for subject in shown))
   cells, captions = [], []
-  for subject in found:
+  for subject in shown:
     for frame in subject.frames[:columns]:
-      picture, mask = frame.load()
-      cells.append(to_image(np.dstack([picture, mask])).resize((96, 96)))
+      cells.append(to_image(np.dstack(frame.load())).resize((96, 96)))
       captions.append(frame.caption)
     empty = columns - len(subject.frames[:columns])
     cells += [None] * empty
     captions += [""] * empty
-  return grid(cells, captions, columns=columns, row_headings=[s.noun for s in found])
+  return grid(cells, captions, columns=columns, row_headings=[s.noun for s in shown])
 
 
 def memory_bars(works: Mapping[str, Any], limit: float) -> Figure:
-  """What lies on one chip between two steps, a bar for each way to lay it out; the line is `limit`.
+  """The memory in use on one chip between two steps, a bar for each layout, a line at `limit`.
 
   Args:
-    works: label -> `cc_jax.plan.lower.Work`.
+    works: label -> `cc_jax.plan.lower.AbstractProgram`.
     limit: a chip's memory in bytes.
   """
   from cc_jax.plan.estimate import chip_bytes

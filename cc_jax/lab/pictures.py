@@ -51,12 +51,12 @@ def pictures(
     pipes = {_name(against): load(against, config.run.base)} | pipes
   steps, score = config.run.sample.steps, config.score
   trials = trials_of(pipe, min(6, score.subjects), split=score.split)
-  subjects = min(8, score.probe_subjects)
-  s_plus_map(pipes, subjects=subjects, split=score.split, timestep=score.timestep).savefig(
+  s_plus_map(pipes, subjects=min(8, score.probe_subjects), split=score.split,
+             timestep=score.timestep).savefig(
     folder / "s_plus_map.png", dpi=110, bbox_inches="tight")
   drawn = {
-    "interventions": interventions(pipes, min(2, score.interventions), split=score.split,
-                                   steps=steps),
+    "interventions": interventions(
+      pipes, min(2, score.interventions), split=score.split, steps=steps),
     "location_maps": location_maps(pipe, trials, steps=steps),
     "two_subjects": two_subjects(pipe, trials, steps=steps),
     "between_subjects": between_subjects(pipe, trials, steps=steps),
@@ -74,8 +74,8 @@ def s_plus_map(
 ) -> Figure:
   """t-SNE of S+ at four layers, a row per adapter: one shape per subject, one colour per view.
 
-  All subjects are shown in the same views, so that a colour that gathers tells of a leaked view and
-  a shape that gathers of a known subject. Layers are counted from 1; by default they are spread.
+  All subjects are shown in the same views: a cluster of one colour is a leaked view, a cluster of
+  one shape a recognised subject. Layers are counted from 1; by default they are spread.
   """
   view = np.tile(np.arange(views), subjects)
   count = len(next(iter(pipes.values())).layer_paths)
@@ -88,16 +88,16 @@ def s_plus_map(
     pooled, _ = embed(model_of(pipe), references, timestep, batch=len(references))
     groups = [key for key in pooled if key.startswith("layer")]
     for axes, layer in zip(row, layers):
-      group = groups[min(pipe_group(pipe, layer - 1), len(groups) - 1)]
+      group_of_layer = pipe.adapter.encoder.group_of_layer(len(pipe.layer_paths))
+      group = groups[min(group_of_layer[layer - 1], len(groups) - 1)]
       points = features.tsne(pooled[group])
       for s in range(subjects):
-        own = subject == s
-        axes.scatter(*points[own].T, c=view[own], cmap="hsv", vmin=0, vmax=views, s=28,
+        rows = subject == s
+        axes.scatter(*points[rows].T, c=view[rows], cmap="hsv", vmin=0, vmax=views, s=28,
                      marker=MARKERS[s % len(MARKERS)], edgecolors="black", linewidths=0.3)
       recall = features.recall_at_1(pooled[group], subject)
       axes.set_title(f"{name}\nlayer {layer}, recall@1 {recall:.2f}", fontsize=9)
-      axes.set_xticks([])
-      axes.set_yticks([])
+      axes.set(xticks=[], yticks=[])
   handles = [Line2D([], [], color="grey", marker=MARKERS[s % len(MARKERS)], ls="",
                     label=world.CLASSES[factors.class_id[subject == s][0]])
              for s in range(subjects)]
@@ -108,27 +108,26 @@ def s_plus_map(
 
 
 def interventions(
-  pipes: dict[str, Pipeline], count: int = 2, *, split: str = "validation",
-  steps: int = 20,
+  pipes: dict[str, Pipeline], count: int = 2, *, split: str = "validation", steps: int = 20
 ) -> Image.Image:
   """A reference with one irrelevant factor moved at a time, and below what each adapter draws.
 
-  Prompt and noise are a row's: what changes in it has leaked (`cc_jax.lab.leakage`). The
+  A row has one prompt and one noise: what changes in it has leaked (`cc_jax.lab.leakage`). The
   adapters' trainings must have shown references alike.
   """
-  pipe, rows = next(iter(pipes.values())), range(count)
-  what = make_interventions(split, count, **pipe.shown)
-  names = list(what.references)
-  references = np.concatenate([[what.references[name][i] for name in names] for i in rows])
-  prompts, nouns = ([given[i] for i in rows for _ in names] for given in (what.prompts, what.nouns))
-  seeds = [SEED + i for i in rows for _ in names]
-  drawn = {name: draw(one, prompts, nouns, references, seeds, steps=steps)[0]
-           for name, one in pipes.items()}
+  trials = make_interventions(split, count, **next(iter(pipes.values())).shown)
+  names = list(trials.references)
+  references = np.stack(list(trials.references.values()), axis=1)
+  references = references.reshape(-1, *references.shape[2:])
+  repeated = np.repeat(np.arange(count), len(names))
+  prompts, nouns = ([texts[i] for i in repeated] for texts in (trials.prompts, trials.nouns))
+  drawn = {name: draw(pipe, prompts, nouns, references, SEED + repeated, steps=steps)[0]
+           for name, pipe in pipes.items()}
   cells, sides = [], []
-  for i in rows:
+  for i in range(count):
     row = slice(i * len(names), (i + 1) * len(names))
     cells += [*references[row], *(cell for images in drawn.values() for cell in images[row])]
-    sides += [f"{what.nouns[i]}: reference", *(f"{name}: {what.prompts[i]}" for name in drawn)]
+    sides += [f"{trials.nouns[i]}: reference", *(f"{name}: {trials.prompts[i]}" for name in drawn)]
   heads = ["as it is", *(f"{name} moved" for name in names[1:])]
   return grid(cells, columns=len(names), column_headings=heads, row_headings=sides, scale=1.5)
 
@@ -139,12 +138,12 @@ def picture(
 ) -> Image.Image:
   """A reference, what is drawn from it, and what the base draws from the same noise.
 
-  `prompt` may leave the class noun to us: 'a {} on the beach'.
+  '{}' in `prompt` stands for the class noun: 'a {} on the beach'.
   """
   noun = trials.nouns[subject]
-  prompts, said = [prompt.format(noun)], dict(steps=steps, scale=scale)
-  image, _ = draw(pipe, prompts, [noun], trials.references[subject][None], [seed], **said)
-  plain, _ = draw(pipe, prompts, [noun], None, [seed], **said)
+  prompts, options = [prompt.format(noun)], dict(steps=steps, scale=scale)
+  image, _ = draw(pipe, prompts, [noun], trials.references[subject][None], [seed], **options)
+  plain, _ = draw(pipe, prompts, [noun], None, [seed], **options)
   return grid([trials.references[subject], image[0], plain[0]], scale=3,
               columns=3, column_headings=["reference", prompts[0], "the base alone"])
 
@@ -165,16 +164,14 @@ def location(
   images, maps = draw(pipe, [trials.prompts[subject]], [trials.nouns[subject]],
                       trials.references[subject][None], [SEED], steps=steps, maps=True,
                       scale=scale)
-  m = maps[layer - 1][step - 1, 0]
-  side = round(m.shape[0] ** 0.5)
   heads = ["reference", f"map, layer {layer}, step {step}", trials.prompts[subject]]
-  return grid([trials.references[subject], _grey(m.reshape(side, side), images.shape[2]),
-               images[0]], columns=3, column_headings=heads, scale=3)
+  m = _grey(maps[layer - 1][step - 1, 0], images.shape[2])
+  return grid([trials.references[subject], m, images[0]], columns=3, column_headings=heads, scale=3)
 
 
 def location_maps(
-  pipe: Pipeline, trials: Trials, *, count: int = 3, columns: int = 6,
-  steps: int = 20, layer: int | None = None,
+  pipe: Pipeline, trials: Trials, *, count: int = 3, columns: int = 6, steps: int = 20,
+  layer: int | None = None,
 ) -> Image.Image | None:
   """The map m of one layer over the denoising steps, the drawn picture at the end of each row.
 
@@ -186,11 +183,10 @@ def location_maps(
   images, maps = draw(pipe, trials.prompts[:count], trials.nouns[:count], trials.references[:count],
                       range(SEED, SEED + count), steps=steps, maps=True)
   layer = layer or 1 + int(np.argmax([m.shape[2] for m in maps]))
-  side = round(maps[layer - 1].shape[2] ** 0.5)
   which = np.unique(np.linspace(0, steps - 1, columns).round().astype(int))
   cells = []
   for i in range(count):
-    shades = [_grey(maps[layer - 1][k, i].reshape(side, side), images.shape[2]) for k in which]
+    shades = [_grey(maps[layer - 1][k, i], images.shape[2]) for k in which]
     cells += [trials.references[i], *shades, images[i]]
   heads = ["reference", *(f"step {k + 1}" for k in which), "picture"]
   return grid(cells, columns=len(heads), column_headings=heads, scale=1.5,
@@ -198,18 +194,17 @@ def location_maps(
 
 
 def two_subjects(
-  pipe: Pipeline, trials: Trials, *, count: int = 3, steps: int = 20,
+  pipe: Pipeline, trials: Trials, *, count: int = 3, steps: int = 20
 ) -> Image.Image | None:
   """Two references and one picture with both, each S+ behind its own noun."""
   count = min(count, len(trials.nouns) // 2)
   if not count:
     return None
-  first, second = (range(k, 2 * count, 2) for k in (0, 1))
-  nouns = [(trials.nouns[a], trials.nouns[b]) for a, b in zip(first, second)]
+  first, second = slice(0, 2 * count, 2), slice(1, 2 * count, 2)
+  nouns = list(zip(trials.nouns[first], trials.nouns[second]))
   prompts = [f"a {a} and a {b} on the beach" for a, b in nouns]
-  images, _ = draw(pipe, prompts, nouns, trials.references[list(first)],
-                   range(SEED, SEED + count), steps=steps,
-                   extra_subjects=[trials.references[list(second), None]])
+  images, _ = draw(pipe, prompts, nouns, trials.references[first], range(SEED, SEED + count),
+                   steps=steps, extra_subjects=[trials.references[second, None]])
   cells, captions = [], []
   for i in range(count):
     cells += [trials.references[2 * i], trials.references[2 * i + 1], images[i]]
@@ -218,10 +213,9 @@ def two_subjects(
 
 
 def between_subjects(
-  pipe: Pipeline, trials: Trials, *, rows: int = 3, columns: int = 5,
-  steps: int = 20,
+  pipe: Pipeline, trials: Trials, *, rows: int = 3, columns: int = 5, steps: int = 20
 ) -> Image.Image | None:
-  """From one subject to another of another class, in equal steps of everything the encoder says.
+  """From one subject to another of another class, in equal steps of all outputs of the encoder.
 
   The prompt names the first subject; all pictures of a row start from the same noise.
   """
@@ -262,21 +256,18 @@ def sheet(
   return grid(cells, columns=len(heads), column_headings=heads, scale=1.5)
 
 
-def draw(pipe: Pipeline, prompts: Sequence[str], nouns: Sequence, references, seeds,
-         **options):
+def draw(pipe: Pipeline, prompts: Sequence[str], nouns: Sequence, references, seeds, **options):
   """(pictures, location maps) of references [n, h, w, 3] that are shown as training showed them.
 
   A pipeline would cut out and re-centre them. `references` None draws with the base.
   """
-  own = references is not None
+  adapted = references is not None
+  prompts = encode_prompts(pipe.base.tokenizers, list(prompts), list(nouns) if adapted else None,
+                           s_words=pipe.s_words if adapted else 0)
   return pipe.sampler(
-    encode_prompts(pipe.base.tokenizers, list(prompts), list(nouns) if own else None,
-                   s_words=pipe.s_words if own else 0),
-    encode_prompts(pipe.base.tokenizers, [""]),
+    prompts, encode_prompts(pipe.base.tokenizers, [""]), batch_size=BATCH,
     noise=pipe.sampler.noise([int(seed) for seed in seeds]),
-    references=references[:, None] if own else None,
-    batch_size=BATCH,
-    **options)
+    references=references[:, None] if adapted else None, **options)
 
 
 def model_of(pipe: Pipeline):
@@ -284,21 +275,16 @@ def model_of(pipe: Pipeline):
   return pipe.sampler.merge(pipe.sampler.params)
 
 
-def pipe_group(pipe: Pipeline, layer: int) -> int:
-  """The group of layers that shares its S+ with `layer`, counted from 0."""
-  return pipe.adapter.encoder.group_of_layer(len(pipe.layer_paths))[layer]
-
-
-def trials_of(
-  pipe: Pipeline, count: int, *, split: str = "validation"
-) -> Trials:
+def trials_of(pipe: Pipeline, count: int, *, split: str = "validation") -> Trials:
   """Unseen subjects, shown as the adapter's training showed its references."""
   return make_trials(split, count, **pipe.shown)
 
 
 def _grey(m: np.ndarray, side: int) -> Image.Image:
-  shade = Image.fromarray((255 * np.clip(m, 0, 1)).astype(np.uint8))
-  return shade.resize((side, side), Image.Resampling.NEAREST)
+  """A map of p places as a picture of `side` pixels."""
+  rows = round(len(m) ** 0.5)
+  shades = Image.fromarray((255 * np.clip(m.reshape(rows, rows), 0, 1)).astype(np.uint8))
+  return shades.resize((side, side), Image.Resampling.NEAREST)
 
 
 def _name(checkpoint: str | os.PathLike) -> str:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 
 import numpy as np
 from jaxtyping import Float, Int
+from scipy.stats import rankdata
 
 FOLDS = 5
 _RIDGES = np.logspace(-3, 4, 8)  # per picture, for features of unit variance
@@ -23,18 +24,18 @@ def unit(features: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n d"]:
 
 def distances(features: Float[np.ndarray, "n d"], subject: Int[np.ndarray, " n"]) -> dict:
   """Mean cosine distance `within` a subject's views and `between` subjects, and their `ratio`."""
-  apart = 1 - unit(features) @ unit(features).T
+  distance = 1 - unit(features) @ unit(features).T
   same = subject[:, None] == subject[None]
   others = ~np.eye(len(subject), dtype=bool)
-  within, between = apart[same & others].mean(), apart[~same].mean()
+  within, between = distance[same & others].mean(), distance[~same].mean()
   return dict(within=within, between=between, ratio=within / max(between, 1e-12))
 
 
 def recall_at_1(features: Float[np.ndarray, "n d"], subject: Int[np.ndarray, " n"]) -> float:
   """Share of pictures whose nearest other picture (cosine) is another view of the same subject."""
-  alike = unit(features) @ unit(features).T
-  np.fill_diagonal(alike, -np.inf)
-  return float(np.mean(subject[alike.argmax(1)] == subject))
+  similarity = unit(features) @ unit(features).T
+  np.fill_diagonal(similarity, -np.inf)
+  return float(np.mean(subject[similarity.argmax(1)] == subject))
 
 
 def subject_means(
@@ -46,16 +47,10 @@ def subject_means(
 
 def spearman(a: Float[np.ndarray, " n"], b: Float[np.ndarray, " n"]) -> float:
   """Rank correlation; ties share their mean rank. 0 where one of them is constant."""
-  a, b = _ranks(a), _ranks(b)
+  a, b = rankdata(a), rankdata(b)
   a, b = a - a.mean(), b - b.mean()
   norm = np.sqrt((a @ a) * (b @ b))
   return float(a @ b / norm) if norm > 0 else 0.0
-
-
-def _ranks(values: np.ndarray) -> np.ndarray:
-  _, place, count = np.unique(values, return_inverse=True, return_counts=True)
-  last = np.cumsum(count)
-  return (last - (count - 1) / 2)[place]
 
 
 def likeness(
@@ -80,12 +75,11 @@ def folds(groups: Int[np.ndarray, " n"], count: int = FOLDS, seed: int = 0) -> n
 def ridge_predictions(
   features: Float[np.ndarray, "n d"], targets: Float[np.ndarray, "n k"], fold: Int[np.ndarray, " n"]
 ) -> Float[np.ndarray, "n k"]:
-  """Each picture's targets, predicted by a ridge regression that saw the other folds alone.
+  """Each picture's targets, predicted by a ridge regression that was fitted to the other folds.
 
-  How strong the ridge is, of `_RIDGES`, the other folds decide among themselves, per target: each
-  is predicted from the rest. So a choice, too, is never made on views of a subject that was fitted,
-  as generalised cross-validation would (it takes pictures for independent, and overfits what the
-  views of a subject have in common).
+  The strength of the ridge, of `_RIDGES`, is chosen per target by predicting each of the other
+  folds from the rest, so never on views of a subject that was fitted. Generalised cross-validation
+  takes pictures for independent, and overfits what the views of a subject have in common.
 
   Raises:
     ValueError: fewer than three folds.
@@ -95,17 +89,17 @@ def ridge_predictions(
   if len(names) < 3:
     raise ValueError(f"{len(names)} folds; one is predicted, and two or more must choose the ridge")
   predicted = np.zeros_like(targets)
-  for here in names:
-    scale = features[fold != here].std(0)
+  for test in names:
+    scale = features[fold != test].std(0)
     scale = np.where(scale > 1e-8 * max(scale.max(), 1e-12), scale, np.inf)
     gram = (features / scale) @ (features / scale).T  # all that ridges need, and n is less than d
     error = 0.0
-    for inner in names[names != here]:
-      tried = _ridges(gram, targets, (fold != here) & (fold != inner), fold == inner)
+    for inner in names[names != test]:
+      tried = _ridges(gram, targets, (fold != test) & (fold != inner), fold == inner)
       error = error + np.sum((tried - targets[fold == inner]) ** 2, axis=1)
-    outer = _ridges(gram, targets, fold != here, fold == here)
+    outer = _ridges(gram, targets, fold != test, fold == test)
     best = np.argmin(error, axis=0)  # [k]
-    predicted[fold == here] = np.take_along_axis(outer, best[None, None], axis=0)[0]
+    predicted[fold == test] = np.take_along_axis(outer, best[None, None], axis=0)[0]
   return predicted
 
 
@@ -136,36 +130,27 @@ def probes(
   Of labels (one-hot targets) the score is the share that is named rightly and chance that of the
   commonest label; of numbers it is R², and chance the 0 of a probe that knows the mean only.
   """
-  columns, parts = [], {}
-  for name, values in {**labels, **numbers}.items():
-    values = np.asarray(values)
+  targets = {}
+  for name, values in labels.items():
+    classes, number = np.unique(values, return_inverse=True)
+    targets[name] = np.eye(len(classes))[number]
+  for name, values in numbers.items():
+    targets[name] = np.asarray(values)[:, None].astype(np.float64)
+  ends = np.cumsum([target.shape[1] for target in targets.values()])
+  predicted = ridge_predictions(features, np.concatenate(list(targets.values()), axis=1), fold)
+  scores = {}
+  for (name, target), guess in zip(targets.items(), np.split(predicted, ends[:-1], axis=1)):
     if name in labels:
-      target = np.eye(len(np.unique(values)))[np.unique(values, return_inverse=True)[1]]
+      right = guess.argmax(1) == target.argmax(1)
+      scores[name] = dict(score=float(right.mean()), chance=float(target.mean(0).max()))
     else:
-      target = values[:, None].astype(np.float64)
-    start = sum(column.shape[1] for column in columns)
-    parts[name] = slice(start, start + target.shape[1])
-    columns.append(target)
-  truth = np.concatenate(columns, axis=1)
-  predicted = ridge_predictions(features, truth, fold)
-  found = {}
-  for name, part in parts.items():
-    if name in labels:
-      right = predicted[:, part].argmax(1) == truth[:, part].argmax(1)
-      found[name] = dict(score=float(right.mean()), chance=float(truth[:, part].mean(0).max()))
-    else:
-      error = np.mean((predicted[:, part] - truth[:, part]) ** 2)
-      spread = max(truth[:, part].var(), 1e-12)
-      found[name] = dict(score=float(1 - error / spread), chance=0.0)
-  return found
+      error, spread = np.mean((guess - target) ** 2), max(target.var(), 1e-12)
+      scores[name] = dict(score=float(1 - error / spread), chance=0.0)
+  return scores
 
 
 def tsne(
-  features: Float[np.ndarray, "n d"],
-  *,
-  perplexity: float = 15.0,
-  steps: int = 500,
-  seed: int = 0,
+  features: Float[np.ndarray, "n d"], *, perplexity: float = 15.0, steps: int = 500, seed: int = 0
 ) -> Float[np.ndarray, "n 2"]:
   """Exact t-SNE (van der Maaten & Hinton 2008) of unit vectors, for up to a thousand pictures.
 
@@ -184,11 +169,11 @@ def tsne(
   rate, velocity, gains = max(n / 16, 20.0), np.zeros_like(y), np.ones_like(y)
   for step in range(steps):
     early = step < steps // 5
-    apart = y[:, None] - y[None]
-    near = 1 / (1 + np.sum(apart**2, -1))
+    difference = y[:, None] - y[None]
+    near = 1 / (1 + np.sum(difference**2, -1))
     np.fill_diagonal(near, 0)
     q = np.maximum(near / near.sum(), 1e-12)
-    gradient = 4 * np.einsum("ij,ijk->ik", ((4 if early else 1) * p - q) * near, apart)
+    gradient = 4 * np.einsum("ij,ijk->ik", ((4 if early else 1) * p - q) * near, difference)
     gains = np.where(gradient * velocity < 0, gains + 0.2, np.maximum(gains * 0.8, 0.01))
     velocity = (0.5 if early else 0.8) * velocity - rate * gains * gradient
     y = y + velocity
