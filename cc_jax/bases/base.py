@@ -13,27 +13,23 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from absl import logging
 from flax import nnx
 
 from cc_jax.bases import ldm_names
-from cc_jax.bases.files import COMPONENTS, BaseFiles, find_file, locate_base, read_config
+from cc_jax.bases.files import BaseFiles, find_file, locate_base, read_config
 from cc_jax.bases.lora import Lora, Merged
 from cc_jax.bases.tokenizer import load_tokenizer
 from cc_jax.bases.torch_names import torch_shapes
-from cc_jax.bases.weights import load_weights
+from cc_jax.bases.weights import Sharding, load_weights
 from cc_jax.errors import UserError
 from cc_jax.models.abstract import abstract
 from cc_jax.models.clip_text import CLIPTextModel
-from cc_jax.models.clip_vision import CLIPVisionModel
+from cc_jax.models.image_encoder import ImageEncoder
 from cc_jax.models.keys import StatelessRngs
 from cc_jax.models.unet import UNet2DCondition
 from cc_jax.models.vae import AutoencoderKL
-
-# (dotted path as in cc_jax.customcontrast.build, shape in our layout) -> where a parameter shall lie.
-Sharding = Callable[[str, tuple[int, ...]], jax.sharding.Sharding | None]
 
 
 @dataclasses.dataclass
@@ -47,8 +43,8 @@ class Base:
   text_encoders: tuple[CLIPTextModel, ...]
   tokenizers: tuple[Any, ...]
   scheduler_config: dict[str, Any]
-  image_encoder: CLIPVisionModel | None
-  image_processor: dict[str, Any] | None  # mean, std, size (after the crop), shortest_edge
+  image_encoder: ImageEncoder | None
+  image_processor: dict[str, Any] | None  # see models/clip_pixels.py
   hash: str = ""  # of every stored tensor and LoRA; '' for a base without weights
   plain_hash: str = ""  # the same without LoRAs: what adapters were trained on
   unused: tuple[str, ...] = ()  # what the folder or file holds besides
@@ -76,11 +72,11 @@ def load_base(
     name: see `cc_jax.bases.files.resolve_base`.
     dtype: of the computation.
     param_dtype: in which the parameters are held, whatever the files store.
-    image_encoder: the folder of a CLIP vision tower (a path or a hub id), for a base without one or
+    image_encoder: the folder of CLIP's or DINO's (a path or a hub id), for a base without one or
       instead of its own.
     lora: files (paths or hub ids) and the scales with which they are merged into the base.
-    sharding: where each parameter shall lie; default the first device. Its path is the one in
-      cc_jax.customcontrast.build's frozen part, e.g. 'unet.conv_in.kernel' or 'text_encoders.0.<...>'.
+    sharding: where each parameter shall lie; default the first device. Its path is the one in the
+      frozen part of cc_jax.customcontrast.build, e.g. 'unet.conv_in.kernel', 'text_encoders.0...'.
 
   Raises:
     UserError: a folder or file is missing, unreadable, or not what its config.json says; a LoRA is
@@ -172,7 +168,7 @@ def load_module(
 
 
 def _build(found: BaseFiles, make: Callable[[type[nnx.Module], Any], nnx.Module]) -> Base:
-  modules = {part: make(COMPONENTS[part], config) for part, config in found.configs.items()}
+  modules = {part: make(found.classes[part], config) for part, config in found.configs.items()}
   suffixes = [suffix for suffix in ("", "_2") if f"text_encoder{suffix}" in modules]
   # A folder of config files only, for abstract states, has no vocabulary.
   tokenizers = [found.folder / f"tokenizer{suffix}" for suffix in suffixes]

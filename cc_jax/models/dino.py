@@ -2,7 +2,7 @@
 
 One class reads both, e.g. facebook/dino-vits16 and facebook/dinov2-small or -base. Attribute names
 are those of the published files, which transformers 5 still writes. For preprocessing see
-`cc_jax.models.clip_pixels`; DINO's is ImageNet's mean and std, size 224, shortest_edge 256.
+`cc_jax.models.clip_pixels`; DINOv2's has the size 224 and shortest_edge 256.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from jaxtyping import Array, Float
 
 from cc_jax.errors import UserError
 from cc_jax.models.clip_layers import ACTIVATIONS, checked_config, layer_norm
+from cc_jax.models.image_encoder import ImageEncoder
 
 # What the two config classes of transformers do not agree upon.
 _DEFAULTS: dict[str, dict[str, Any]] = {
@@ -92,6 +93,11 @@ class DinoOutput(NamedTuple):
   last_hidden_state: Float[Array, "b s d"]  # after the final norm
   pooled: Float[Array, "b d"]  # its CLS
   hidden_states: tuple[Float[Array, "b s d"], ...]  # before the final norm
+
+  @property
+  def embedding(self) -> Float[Array, "b d"]:
+    """What DINO compares images by."""
+    return self.pooled
 
 
 class PatchEmbeddings(nnx.Module):
@@ -248,8 +254,11 @@ class DinoEncoder(nnx.Module):
     return tuple(states)
 
 
-class Dino(nnx.Module):
+class Dino(ImageEncoder):
   """The image encoder of DINO or DINOv2, as `config.architecture` says."""
+
+  normalisation = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}  # ImageNet's
+  any_size = True
 
   def __init__(
     self, config: DinoConfig, *, dtype=jnp.float32, param_dtype=jnp.float32, rngs: nnx.Rngs
