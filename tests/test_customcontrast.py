@@ -16,13 +16,15 @@ import pytest
 from flax import nnx
 
 from cc_jax.customcontrast.adapter_file import adapter_tensors, apply_adapter
-from cc_jax.customcontrast.injection import InjectionConfig
+from cc_jax.customcontrast.injection import InjectionConfig, scale_per_layer
 from cc_jax.customcontrast.mfi_encoder import MFIEncoderConfig
-from cc_jax.customcontrast.model import Conditioning, CustomContrast, _per_layer, is_trainable
+from cc_jax.customcontrast.model import Conditioning, CustomContrast
+from cc_jax.customcontrast.param_groups import is_trainable
 from cc_jax.errors import UserError
 from cc_jax.models.abstract import abstract
 from cc_jax.models.clip_text import CLIPTextConfig, CLIPTextModel
 from cc_jax.models.clip_vision import CLIPVisionConfig, CLIPVisionModel
+from cc_jax.models.image_encoder import ImageEncoder
 from cc_jax.models.unet import UNet2DCondition, UNetConfig
 from configs import sd15, subjects3d
 
@@ -60,7 +62,7 @@ class Parts(nnx.Module):
       vae=None,
       text_encoders=tuple(self.text_encoders),
       image_encoder=self.image_encoder,
-      image_processor=dict(mean=[0.5, 0.4, 0.3], std=[0.3, 0.3, 0.2], size=8),
+      image_processor=dict(mean=(0.5, 0.4, 0.3), std=(0.3, 0.3, 0.2), size=8),
     )
 
 
@@ -461,14 +463,14 @@ def test_two_text_encoders(x):
 
 def test_scale_means_layers_or_samples():
   expected = np.array([[1.0, 1.0], [2.0, 2.0], [3.0, 3.0]])
-  np.testing.assert_array_equal(_per_layer([1.0, 2.0, 3.0], 3, 2), expected)
-  np.testing.assert_array_equal(_per_layer([4.0, 5.0], 3, 2), [[4, 5]] * 3)
-  np.testing.assert_array_equal(_per_layer(0.5, 3, 2), np.full((3, 2), 0.5))
-  np.testing.assert_array_equal(_per_layer([[1.0], [2.0]], 2, 2), [[1, 1], [2, 2]])
+  np.testing.assert_array_equal(scale_per_layer([1.0, 2.0, 3.0], 3, 2), expected)
+  np.testing.assert_array_equal(scale_per_layer([4.0, 5.0], 3, 2), [[4, 5]] * 3)
+  np.testing.assert_array_equal(scale_per_layer(0.5, 3, 2), np.full((3, 2), 0.5))
+  np.testing.assert_array_equal(scale_per_layer([[1.0], [2.0]], 2, 2), [[1, 1], [2, 2]])
   with pytest.raises(UserError, match=r"give it as \[L, 1\] or \[1, B\]"):
-    _per_layer([1.0, 2.0], 2, 2)
+    scale_per_layer([1.0, 2.0], 2, 2)
   with pytest.raises(UserError, match=r"shape \(5,\); use one number, 3 .layers. or 2 .samples."):
-    _per_layer([1.0] * 5, 3, 2)
+    scale_per_layer([1.0] * 5, 3, 2)
 
 
 def test_users_mistakes(default, x):
@@ -504,7 +506,7 @@ def test_half_precision_base(x):
   assert out[0].dtype == jnp.bfloat16 and out[2].context[0].visual.dtype == jnp.bfloat16
 
 
-class Tower(nnx.Module):
+class Tower(ImageEncoder):
   """Stands for an encoder of which only the config matters."""
 
   def __init__(self, **config):
@@ -526,7 +528,7 @@ def test_size_on_stable_diffusion_15():
       vae=None,
       text_encoders=(Tower(hidden_size=768),),
       image_encoder=Tower(hidden_size=1280, num_hidden_layers=32, image_size=224, patch_size=14),
-      image_processor=dict(mean=[0.5] * 3, std=[0.3] * 3, size=224),
+      image_processor=dict(mean=(0.5,) * 3, std=(0.3,) * 3, size=224),
     )
     return CustomContrast(base, *parts, rngs=rngs)
 

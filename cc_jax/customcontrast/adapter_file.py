@@ -17,7 +17,7 @@ from safetensors.numpy import save
 
 from cc_jax.customcontrast.injection import InjectionConfig
 from cc_jax.customcontrast.mfi_encoder import MFIEncoderConfig
-from cc_jax.customcontrast.model import is_trainable
+from cc_jax.customcontrast.param_groups import is_trainable
 from cc_jax.errors import UserError, one_line
 
 FORMAT = "cc_jax.adapter"
@@ -41,7 +41,7 @@ class Adapter:
 
 
 def adapter_tensors(model: nnx.Module) -> dict[str, Any]:
-  """The trainable tensors of a CustomContrast, by dotted path (as in cc_jax.training.step.split)."""
+  """The trainable tensors of a CustomContrast, by dotted path."""
   state = nnx.state(model, is_trainable)
   return {".".join(map(str, path)): leaf.get_value() for path, leaf in nnx.to_flat_state(state)}
 

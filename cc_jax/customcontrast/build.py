@@ -19,7 +19,8 @@ from flax import nnx
 from cc_jax.bases.base import Base
 from cc_jax.customcontrast.injection import InjectionConfig
 from cc_jax.customcontrast.mfi_encoder import MFIEncoderConfig
-from cc_jax.customcontrast.model import CustomContrast, is_trainable
+from cc_jax.customcontrast.model import CustomContrast
+from cc_jax.customcontrast.param_groups import is_trainable
 from cc_jax.models.keys import StatelessRngs
 from cc_jax.models.params import Params
 

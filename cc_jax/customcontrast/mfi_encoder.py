@@ -14,6 +14,7 @@ from cc_jax.customcontrast import settings
 from cc_jax.customcontrast.qformer import TextualQformer, VisualQformer
 from cc_jax.customcontrast.tv_fusion import TVFusion
 from cc_jax.errors import UserError
+from cc_jax.models.params import ParamOptions
 
 _CHOICES = {
   "timestep_layer": ("fourier_mlp", "none"),
@@ -113,6 +114,8 @@ class MFIFeatures(NamedTuple):
 
 class MFIEncoder(nnx.Module):
   """Both Q-Formers, TV Fusion, and a linear head to the words of each text encoder."""
+
+  trained = ParamOptions()  # every parameter
 
   def __init__(
     self,

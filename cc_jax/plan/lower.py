@@ -6,7 +6,7 @@ shapes in place of arrays. cc_jax.plan compiles and reads them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -16,6 +16,7 @@ from jax.sharding import AbstractMesh, Mesh
 
 from cc_jax.bases.base import Base
 from cc_jax.diffusion.samplers import adds_noise, step_table
+from cc_jax.models.unet import cross_attention_layers
 from cc_jax.parallel.mesh import batch_sharding, replicated_sharding
 from cc_jax.parallel.rules import abstract_params
 from cc_jax.sampling.prompts import Prompts
@@ -70,7 +71,7 @@ def generate_program(config: ml_collections.ConfigDict, mesh: Mesh) -> AbstractP
     return jax.ShapeDtypeStruct(shape, dtype, sharding=replicated_sharding(mesh))
 
   tokens = [tower.config.max_position_embeddings for tower in base.text_encoders]
-  pixels, layers = config.data.image_size, len(_layers(trainable))
+  pixels, layers = config.data.image_size, len(cross_attention_layers(base.unet))
   side = pixels // base.vae.config.factor
   request = SamplerInputs(
     prompts=Prompts(
@@ -105,11 +106,6 @@ def _method(config: ml_collections.ConfigDict) -> tuple[StepContext, Any, Any, B
   """(method, abstract trainable and frozen parameters, base) of a config, without weights."""
   config, base, (definition, trainable, frozen) = build_abstract(config)
   return make_step_context(config, definition, base), trainable, frozen, base
-
-
-def _layers(trainable: Mapping[str, Any]) -> list[str]:
-  """The cross-attention layers, of which each has one gate."""
-  return [path for path in trainable if path.rsplit(".", 1)[-1] == "gate"]
 
 
 def _batch(config: ml_collections.ConfigDict, tokens: int) -> dict[str, tuple]:

@@ -6,6 +6,7 @@ import jax
 import ml_collections
 import numpy as np
 
+from cc_jax.customcontrast.param_groups import group_by_module
 from cc_jax.diffusion.schedule import NoiseSchedule
 from cc_jax.models.params import Params
 from cc_jax.text import align_table
@@ -20,13 +21,8 @@ def parameter_table(config: ml_collections.ConfigDict) -> str:
   state = jax.eval_shape(lambda t: init_state(t, config), trainable)
   rows = [("part", "", "tensors", "parameters", "MiB")]
   for kind, params in (("trained", trainable), ("frozen", frozen)):
-    parts: dict[str, list] = {}
-    for path, value in params.items():
-      names = path.split(".")
-      parts.setdefault(".".join(names[:2] if names[0] == "mfi_encoder" else names[:1]), []).append(
-        value
-      )
-    rows += [(part, kind, *_sizes(values)) for part, values in parts.items()]
+    for part, names in group_by_module(params).items():
+      rows.append((part, kind, *_sizes(params[name] for name in names)))
     rows.append(("all", kind, *_sizes(params.values())))
   rows.append(("optimizer", "state", *_sizes(jax.tree.leaves(state.opt_state))))
   rows.append(("average", "state", *_sizes(jax.tree.leaves(state.ema))))

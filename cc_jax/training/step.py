@@ -1,14 +1,14 @@
 """One training step of CustomContrast as a pure function, and the state that it turns over.
 
-The adapter and the frozen base come as flat dictionaries (`cc_jax.customcontrast.build`); a module exists only
-inside `loss`, where its methods are called.
+The adapter and the frozen base come as flat dictionaries (cc_jax.customcontrast.build); a module
+exists only inside the loss, where its methods are called.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -18,6 +18,7 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Int
 
+from cc_jax.customcontrast.param_groups import group_by_module
 from cc_jax.models.params import Params
 from cc_jax.parallel.mesh import batch_sharding, replicated_sharding
 from cc_jax.parallel.rules import param_shardings, shards_params
@@ -81,7 +82,7 @@ def update(
   directions, opt_state = optimizer.make_optimizer(train).update(
     gradients, state.opt_state, state.trainable
   )
-  trainable, change = optimizer.apply_update(state.trainable, directions, rate, train.gate_rate)
+  trainable, change = optimizer.apply_update(state.trainable, directions, rate, train)
   ema = optimizer.update_ema(state.ema, trainable, train.ema, state.step)
 
   good = jnp.isfinite(metrics["loss"]) & jnp.isfinite(gradient_norm)
@@ -102,15 +103,6 @@ def update(
     moved = optax.global_norm([change[name] for name in names])
     added[f"norm/update/{package}"] = jnp.where(good, moved, 0.0)
   return TrainState(*kept, state.step + 1, bad_steps), {**metrics, **added}
-
-
-def group_by_module(names: Iterable[str]) -> dict[str, list[str]]:
-  """Parameters by the part of the adapter: 'unet', 'mfi_encoder.visual', 'mfi_encoder.fusion'..."""
-  found: dict[str, list[str]] = {}
-  for name in names:
-    parts = name.split(".")
-    found.setdefault(".".join(parts[: 2 if parts[0] == "mfi_encoder" else 1]), []).append(name)
-  return found
 
 
 def make_train_step(
