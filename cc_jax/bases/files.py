@@ -27,7 +27,7 @@ from absl import logging
 from flax import nnx
 
 from cc_jax.bases import download as downloads
-from cc_jax.bases import ldm_names
+from cc_jax.bases import ldm_configs, ldm_names
 from cc_jax.bases.weights import open_tensors
 from cc_jax.diffusion.schedule import NoiseSchedule
 from cc_jax.errors import UserError
@@ -194,7 +194,7 @@ def _find_in_folder(name: str, folder: Path) -> BaseFiles:
 
 def _find_in_file(name: str, file: Path) -> BaseFiles:
   with contextlib.ExitStack() as stack:
-    checkpoint = ldm_names.describe(open_tensors(file, stack).shapes(), str(file))
+    checkpoint = ldm_configs.describe(open_tensors(file, stack).shapes(), str(file))
   configs = {
     part: NETWORKS[COMPONENTS[part]].config.from_dict(values)
     for part, values in checkpoint.configs.items()
