@@ -109,7 +109,7 @@ def load_base(
       )
       digests.update({f"{label}/{key}": digest for key, digest in own.items()})
   lines = [f"{key} {digest}\n" for key, digest in digests.items()]
-  base = _with_networks(base, modules)
+  base = dataclasses.replace(base, **_network_fields(modules))
   base.plain_hash = _digest(lines)
   base.hash = _digest(lines + [f"lora {one.identity}\n" for one in loras])
   base.unused = (*base.unused, *unused)
@@ -175,12 +175,9 @@ def _build(found: BaseFiles, make: Callable[[type[nnx.Module], Any], nnx.Module]
   return Base(
     name=found.name,
     folder=found.folder,
-    unet=modules["unet"],
-    vae=modules["vae"],
-    text_encoders=tuple(modules[f"text_encoder{suffix}"] for suffix in suffixes),
+    **_network_fields(modules),
     tokenizers=tuple(load_tokenizer(path) for path in tokenizers if path.is_dir()),
     scheduler_config=found.scheduler,
-    image_encoder=modules.get("image_encoder"),
     image_processor=found.processor,
     unused=found.unused,
   )
@@ -190,10 +187,10 @@ def _digest(lines: Sequence[str]) -> str:
   return hashlib.sha256("".join(sorted(lines)).encode()).hexdigest()
 
 
-def _with_networks(base: Base, modules: Mapping[str, nnx.Module]) -> Base:
+def _network_fields(modules: Mapping[str, nnx.Module]) -> dict[str, Any]:
+  """Networks by the names of their folders -> the fields of Base."""
   texts = [name for name in ("text_encoder", "text_encoder_2") if name in modules]
-  return dataclasses.replace(
-    base,
+  return dict(
     unet=modules["unet"],
     vae=modules["vae"],
     text_encoders=tuple(modules[name] for name in texts),

@@ -18,14 +18,15 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
-from cc_jax.bases.weights import open_tensors
+from cc_jax.bases.weights import TensorWrapper, open_tensors
 from cc_jax.errors import UserError
 from cc_jax.models.clip_layers import tower_name
+from cc_jax.text import first_names
 
 # Ends of keys, and which factor they are; `mid` is the kernel of a convolution in three factors.
 _FACTORS = (
@@ -42,7 +43,6 @@ _KOHYA = {
 _COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
 _OLD_TEXT = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
 _METADATA = "lora_adapter_metadata"  # where diffusers writes PEFT's settings
-_SHOWN = 3
 
 
 @dataclasses.dataclass
@@ -172,7 +172,7 @@ class Lora:
       found[component][tensor] = change
     if missing or wrong:
       kinds = [
-        f"{len(names)} of its {len(self._changes)} modules {label}: {'; '.join(names[:_SHOWN])}"
+        f"{len(names)} of its {len(self._changes)} modules {label}: {first_names(names)}"
         for label, names in (("are not in this base", missing), ("have other shapes", wrong))
         if names
       ]
@@ -183,14 +183,15 @@ class Lora:
     return found
 
 
-class Merged(Mapping[str, np.ndarray]):
+class Merged(TensorWrapper):
   """A component's tensors with the changes added as each is read; the sum is made in float32."""
 
   def __init__(
     self, tensors: Mapping[str, np.ndarray], changes: Mapping[str, list[tuple[_Change, float]]]
   ):
     """`changes`: our name of a tensor -> changes and their scales."""
-    self._tensors, self._changes = tensors, changes
+    super().__init__(tensors)
+    self._changes = changes
 
   def __getitem__(self, name: str) -> np.ndarray:
     tensor = self._tensors[name]
@@ -198,12 +199,6 @@ class Merged(Mapping[str, np.ndarray]):
       delta = np.float32(scale) * change.delta()
       tensor = tensor.astype(np.float32) + delta.reshape(tensor.shape)
     return tensor
-
-  def __iter__(self) -> Iterator[str]:
-    return iter(self._tensors)
-
-  def __len__(self) -> int:
-    return len(self._tensors)
 
 
 def _split(key: str, path: Path) -> tuple[tuple[str, str], str]:

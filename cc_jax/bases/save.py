@@ -17,12 +17,7 @@ from cc_jax.bases.tokenizer import save_tokenizer
 from cc_jax.bases.weights import replacing, save_weights
 from cc_jax.errors import UserError
 from cc_jax.models.clip_pixels import processor_to_dict
-from cc_jax.models.unet_config import UNetConfig
-
-# Our UNetConfig always has one value a block.
-_PER_BLOCK = (
-  "layers_per_block", "cross_attention_dim", "transformer_layers_per_block", "attention_head_dim"
-)  # fmt: skip
+from cc_jax.models.unet_config import PER_BLOCK, UNetConfig
 
 
 def save_module(module: nnx.Module, folder: str | Path, *, dtype: Any = None) -> None:
@@ -99,7 +94,7 @@ def _config_json(module: nnx.Module) -> dict[str, Any]:
   config = module.config
   values = config.to_dict() if hasattr(config, "to_dict") else dataclasses.asdict(config)
   if isinstance(config, UNetConfig):
-    for name in _PER_BLOCK:  # some readers of these take a number only
+    for name in PER_BLOCK:  # some readers of these take a number only
       values[name] = values[name][0] if len(set(values[name])) == 1 else values[name]
   if "architectures" in values:
     return values

@@ -181,13 +181,7 @@ INJECTED = {"attn2": InjectedCrossAttention}
 
 
 def inject(
-  unet: nnx.Module,
-  config: InjectionConfig,
-  *,
-  visual_width: int,
-  dtype=jnp.float32,
-  param_dtype=jnp.float32,
-  rngs: nnx.Rngs,
+  unet: nnx.Module, config: InjectionConfig, *, visual_width: int, **kinds
 ) -> list[str]:
   """Swaps attn2 of every transformer block of `unet`, in place.
 
@@ -198,13 +192,7 @@ def inject(
   layers = cross_attention_layers(unet)
   for _, block in layers:
     block.attn2 = InjectedCrossAttention(
-      block.attn2,
-      config,
-      visual_width=visual_width,
-      temb_width=temb_width,
-      dtype=dtype,
-      param_dtype=param_dtype,
-      rngs=rngs,
+      block.attn2, config, visual_width=visual_width, temb_width=temb_width, **kinds
     )
   return [path for path, _ in layers]
 

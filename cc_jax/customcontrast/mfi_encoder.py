@@ -124,12 +124,9 @@ class MFIEncoder(nnx.Module):
     image_width: int,
     layers: int,
     text_widths: Sequence[int],
-    dtype=jnp.float32,
-    param_dtype=jnp.float32,
-    rngs: nnx.Rngs,
+    **kinds,
   ):
     """`image_width` = C of the features, `layers` = L of the UNet, `text_widths` per encoder."""
-    kinds = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
     sizes = dict(depth=config.depth, heads=config.heads)
     self.config = config
     self.visual = VisualQformer(
