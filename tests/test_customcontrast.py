@@ -19,13 +19,14 @@ from cc_jax.customcontrast.adapter_file import adapter_tensors, apply_adapter
 from cc_jax.customcontrast.injection import InjectionConfig, scale_per_layer
 from cc_jax.customcontrast.mfi_encoder import MFIEncoderConfig
 from cc_jax.customcontrast.model import Conditioning, CustomContrast
-from cc_jax.customcontrast.param_groups import is_trainable
+from cc_jax.customcontrast.param_groups import is_trainable, param_options
 from cc_jax.errors import UserError
 from cc_jax.models.abstract import abstract
 from cc_jax.models.clip_text import CLIPTextConfig, CLIPTextModel
 from cc_jax.models.clip_vision import CLIPVisionConfig, CLIPVisionModel
 from cc_jax.models.image_encoder import ImageEncoder
 from cc_jax.models.unet import UNet2DCondition, UNetConfig
+from cc_jax.training import optimizer
 from configs import sd15, subjects3d
 
 L, B, T, WIDTH, BOS, EOS = 4, 2, 11, 12, 28, 29
@@ -548,3 +549,23 @@ def test_size_on_stable_diffusion_15():
   expected = encoder + 2 * widths * d + location + 16
   assert count(trainable) == expected == 88_203_552
   assert count(trainable) <= 120_000_000
+
+
+def test_options_of_parameters_are_those_of_their_names(default):
+  """What modules declare, against the rule by names that the first runs were trained with."""
+  _, trainable, frozen = default
+  train = subjects3d.get_config().train
+  params = names(trainable)
+  mask = optimizer.decay_mask(params)
+  assert list(mask) == list(params)
+  for path, value in params.items():
+    last = path.rsplit(".", 1)[-1]
+    assert mask[path] == (value.ndim >= 2 and last not in ("bias", "scale", "gate")), path
+    rate = param_options(path.split(".")).rate
+    assert (train[rate] if rate else 1.0) == (train.gate_rate if last == "gate" else 1.0), path
+  words = ("to_k_visual", "to_v_visual", "location", "gate")
+  for path in (*params, *names(frozen)):
+    parts = path.split(".")
+    behind = parts[parts.index("attn2") + 1 :] if "attn2" in parts else ()
+    by_name = parts[0] == "mfi_encoder" or any(word in behind for word in words)
+    assert is_trainable(parts) == (path in params) == by_name, path
