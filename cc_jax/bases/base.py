@@ -52,9 +52,9 @@ class Base:
   @property
   def networks(self) -> dict[str, nnx.Module]:
     """The networks under the names of their folders."""
-    found = {"unet": self.unet, "vae": self.vae, "image_encoder": self.image_encoder}
-    found |= {f"text_encoder{s}": tower for s, tower in zip(("", "_2"), self.text_encoders)}
-    return {name: module for name, module in found.items() if module is not None}
+    networks = {"unet": self.unet, "vae": self.vae, "image_encoder": self.image_encoder}
+    networks |= {f"text_encoder{s}": tower for s, tower in zip(("", "_2"), self.text_encoders)}
+    return {name: module for name, module in networks.items() if module is not None}
 
 
 def load_base(
@@ -82,11 +82,11 @@ def load_base(
     UserError: a folder or file is missing, unreadable, or not what its config.json says; a LoRA is
       for another base.
   """
-  found = locate_base(name, image_encoder)
-  base = _build(found, lambda cls, config: _abstract(cls, config, dtype, param_dtype))
+  files = locate_base(name, image_encoder)
+  base = _build(files, lambda cls, config: _abstract(cls, config, dtype, param_dtype))
   if len(base.tokenizers) < len(base.text_encoders):
     raise UserError(
-      f"{found.folder} has {len(base.tokenizers)} tokenizer(s) for {len(base.text_encoders)} text "
+      f"{files.folder} has {len(base.tokenizers)} tokenizer(s) for {len(base.text_encoders)} text "
       "encoder(s); copy tokenizer/ (SDXL: tokenizer_2/ too) of the published model there"
     )
   modules = base.networks
@@ -96,22 +96,22 @@ def load_base(
 
   digests: dict[str, str] = {}
   with contextlib.ExitStack() as stack:
-    sources, unused = found.open(stack, shapes)
+    sources, unused = files.open(stack, shapes)
     for label, module in modules.items():
-      own: dict[str, str] = {}
+      stored: dict[str, str] = {}
       modules[label] = load_weights(
         module,
         sources[label],
-        digests=own,
+        digests=stored,
         change=lambda tensors, label=label: Merged(tensors, changes.get(label, {})),
         sharding=sharding and _below(sharding, label),
-        what=f"the weights in {found.weights[label]}",
+        what=f"the weights in {files.weights[label]}",
       )
-      digests.update({f"{label}/{key}": digest for key, digest in own.items()})
+      digests.update({f"{label}/{key}": digest for key, digest in stored.items()})
   lines = [f"{key} {digest}\n" for key, digest in digests.items()]
   base = dataclasses.replace(base, **_network_fields(modules))
   base.plain_hash = _digest(lines)
-  base.hash = _digest(lines + [f"lora {one.identity}\n" for one in loras])
+  base.hash = _digest(lines + [f"lora {lora.identity}\n" for lora in loras])
   base.unused = (*base.unused, *unused)
   if base.unused:
     logging.warning("%s: not used: %s", name, ", ".join(base.unused))
@@ -167,19 +167,19 @@ def load_module(
 # ---- reading
 
 
-def _build(found: BaseFiles, make: Callable[[type[nnx.Module], Any], nnx.Module]) -> Base:
-  modules = {part: make(found.classes[part], config) for part, config in found.configs.items()}
+def _build(files: BaseFiles, make: Callable[[type[nnx.Module], Any], nnx.Module]) -> Base:
+  modules = {part: make(files.classes[part], config) for part, config in files.configs.items()}
   suffixes = [suffix for suffix in ("", "_2") if f"text_encoder{suffix}" in modules]
   # A folder of config files only, for abstract states, has no vocabulary.
-  tokenizers = [found.folder / f"tokenizer{suffix}" for suffix in suffixes]
+  tokenizers = [files.folder / f"tokenizer{suffix}" for suffix in suffixes]
   return Base(
-    name=found.name,
-    folder=found.folder,
+    name=files.name,
+    folder=files.folder,
     **_network_fields(modules),
     tokenizers=tuple(load_tokenizer(path) for path in tokenizers if path.is_dir()),
-    scheduler_config=found.scheduler,
-    image_processor=found.processor,
-    unused=found.unused,
+    scheduler_config=files.scheduler,
+    image_processor=files.processor,
+    unused=files.unused,
   )
 
 
@@ -207,10 +207,10 @@ def _changes(
     return merged
   modules = [name.removesuffix(".weight") for name in shapes["unet"] if name.endswith(".weight")]
   other_names = ldm_names.unet_names(base.unet.config, modules)
-  for one in loras:
-    for component, changes in one.resolve(shapes, other_names).items():
+  for lora in loras:
+    for component, changes in lora.resolve(shapes, other_names).items():
       for tensor, change in changes.items():
-        merged.setdefault(component, {}).setdefault(tensor, []).append((change, one.scale))
+        merged.setdefault(component, {}).setdefault(tensor, []).append((change, lora.scale))
   return merged
 
 

@@ -19,7 +19,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -114,10 +114,10 @@ class BaseFiles:
   folder: Path  # of the tokenizers
   configs: dict[str, Any]  # component -> our config
   weights: dict[str, Path]  # component -> its folder, or the file that has them all
-  checkpoint: ldm_names.Checkpoint | None  # what that file is
   scheduler: dict[str, Any]
-  processor: dict[str, Any] | None
-  unused: tuple[str, ...]
+  checkpoint: ldm_names.Checkpoint | None = None  # what that file is
+  processor: dict[str, Any] | None = None
+  unused: tuple[str, ...] = ()
 
   @property
   def classes(self) -> dict[str, type[nnx.Module]]:
@@ -137,9 +137,9 @@ class BaseFiles:
     stored, used = tensors.shapes(), {}
     for label in self.checkpoint.configs:
       used[label] = ldm_names.entries(self.checkpoint, label, shapes[label], stored)
-    keys = [key for own in used.values() for key, _ in own.values()]
+    keys = [key for entries in used.values() for key, _ in entries.values()]
     unused = ldm_names.check(self.checkpoint, keys, stored, str(file))
-    return sources | {label: tensors.select(own) for label, own in used.items()}, unused
+    return sources | {label: tensors.select(entries) for label, entries in used.items()}, unused
 
 
 def locate_base(name: str | Path, image_encoder: str | Path | None) -> BaseFiles:
@@ -172,10 +172,8 @@ def _find_in_folder(name: str, folder: Path) -> BaseFiles:
   for part in _REQUIRED:
     if part not in listed:
       raise UserError(f"{folder / 'model_index.json'} lists no {part}; it is no Stable Diffusion")
-  try:
+  with _named_in_errors(folder / "model_index.json"):
     classes = {p: network_class(p, kind) for p, kind in listed.items() if p in COMPONENTS}
-  except UserError as error:
-    raise _about(folder / "model_index.json", error) from None
   configs = {part: read_config(folder / part, cls) for part, cls in classes.items()}
   known = {*COMPONENTS, *_OTHERS}
   on_disk = {path.name for path in folder.iterdir() if path.is_dir() and path.name[0] != "."}
@@ -185,9 +183,7 @@ def _find_in_folder(name: str, folder: Path) -> BaseFiles:
     folder=folder,
     configs=configs,
     weights={part: folder / part for part in configs},
-    checkpoint=None,
     scheduler=read_json(folder / "scheduler" / "scheduler_config.json"),
-    processor=None,
     unused=tuple(f"{part}/" for part in unused),
   )
 
@@ -212,12 +208,10 @@ def _find_in_file(name: str, file: Path) -> BaseFiles:
       ) from error
   scheduler = checkpoint.scheduler
   if beside and (folder / "scheduler").is_dir():
-    own = folder / "scheduler" / "scheduler_config.json"
-    scheduler = read_json(own)
-    try:
+    scheduler_file = folder / "scheduler" / "scheduler_config.json"
+    scheduler = read_json(scheduler_file)
+    with _named_in_errors(scheduler_file):
       schedule = NoiseSchedule.from_config(scheduler, prediction_type=checkpoint.predicts)
-    except UserError as error:
-      raise _about(own, error) from None
     scheduler["prediction_type"] = schedule.prediction_type
   elif checkpoint.kind == "sd2" and checkpoint.predicts is None:
     logging.warning(
@@ -231,8 +225,6 @@ def _find_in_file(name: str, file: Path) -> BaseFiles:
     weights={part: file for part in configs},
     checkpoint=checkpoint,
     scheduler=scheduler,
-    processor=None,
-    unused=(),
   )
 
 
@@ -278,18 +270,13 @@ def _image_encoder_class(folder: Path) -> type[ImageEncoder]:
   """What the folder's config.json says; without a word of it, CLIP's."""
   file = folder / "config.json"
   architectures = read_json(file).get("architectures") or NETWORKS[CLIPVisionModel].architectures
-  try:
+  with _named_in_errors(file):
     return network_class("image_encoder", architectures[0])
-  except UserError as error:
-    raise _about(file, error) from None
 
 
 def read_config(folder: Path, cls: type[nnx.Module]) -> Any:
-  file = folder / "config.json"
-  try:
+  with _named_in_errors(folder / "config.json") as file:
     return NETWORKS[cls].config.from_dict(read_json(file))
-  except UserError as error:
-    raise _about(file, error) from None
 
 
 def _read_processor(encoder: Path, cls: type[ImageEncoder], config: Any) -> dict[str, Any]:
@@ -298,18 +285,18 @@ def _read_processor(encoder: Path, cls: type[ImageEncoder], config: Any) -> dict
   for folder in (encoder, encoder.parent / "feature_extractor"):
     file = folder / "preprocessor_config.json"
     if file.is_file():
-      break
-  else:
-    return default
+      with _named_in_errors(file):
+        return processor_from_dict(read_json(file), default, any_size=cls.any_size)
+  return default
+
+
+@contextlib.contextmanager
+def _named_in_errors(file: Path) -> Iterator[Path]:
+  """Adds the file's name to a UserError, unless it is there already."""
   try:
-    return processor_from_dict(read_json(file), default, any_size=cls.any_size)
+    yield file
   except UserError as error:
-    raise _about(file, error) from None
-
-
-def _about(file: Path, error: UserError) -> UserError:
-  """The error with the file's name, unless it is there already."""
-  return error if str(file) in str(error) else UserError(f"{file}: {error}")
+    raise error if str(file) in str(error) else UserError(f"{file}: {error}") from None
 
 
 def read_json(file: Path) -> dict[str, Any]:

@@ -256,10 +256,5 @@ def _dropped_layer(checkpoint: Checkpoint, shapes: Shapes) -> str:
 
 def count(names: Iterable[str], prefix: str) -> int:
   """How many numbers follow `prefix`."""
-  return len(
-    {
-      name[len(prefix) :].split(".")[0]
-      for name in names
-      if name.startswith(prefix) and name[len(prefix) : len(prefix) + 1].isdigit()
-    }
-  )
+  number = re.compile(re.escape(prefix) + r"(\d[^.]*)")
+  return len({found[1] for found in map(number.match, names) if found})

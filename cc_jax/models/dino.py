@@ -64,14 +64,14 @@ class DinoConfig:
     Raises:
       UserError: it is of another architecture, or has a value that we do not implement.
     """
-    of_type = {kind["model_type"]: name for name, kind in _DEFAULTS.items()}
-    found = (values.get("architectures") or [of_type.get(values.get("model_type"))])[0]
-    if found not in _DEFAULTS:
-      raise UserError(f"DINO config: architectures is {found!r}; we have {list(_DEFAULTS)}")
+    of_type = {default["model_type"]: name for name, default in _DEFAULTS.items()}
+    kind = (values.get("architectures") or [of_type.get(values.get("model_type"))])[0]
+    if kind not in _DEFAULTS:
+      raise UserError(f"DINO config: architectures is {kind!r}; we have {list(_DEFAULTS)}")
     if values.get("use_swiglu_ffn"):
       raise UserError("DINO config: use_swiglu_ffn (DINOv2-giant) is not implemented; use -base")
-    values = {**_DEFAULTS[found], **values, "architecture": found}
-    if found == "Dinov2Model":  # its files have no intermediate_size
+    values = {**_DEFAULTS[kind], **values, "architecture": kind}
+    if kind == "Dinov2Model":  # its files have no intermediate_size
       ratio = values.get("mlp_ratio", 4)
       values["intermediate_size"] = int(values.get("hidden_size", cls.hidden_size) * ratio)
     return checked_config(cls, values, what="DINO config")
