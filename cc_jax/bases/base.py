@@ -18,7 +18,8 @@ from absl import logging
 from flax import nnx
 
 from cc_jax.bases import ldm_names
-from cc_jax.bases.files import BaseFiles, find_file, locate_base, read_config
+from cc_jax.bases.download import find_file
+from cc_jax.bases.files import BaseFiles, locate_base, read_config
 from cc_jax.bases.lora import Lora, Merged
 from cc_jax.bases.tokenizer import load_tokenizer
 from cc_jax.bases.torch_names import torch_shapes

@@ -73,12 +73,8 @@ _OTHERS = ("tokenizer", "tokenizer_2", "scheduler", "feature_extractor")
 
 def network_class(part: str, architecture: str) -> type[nnx.Module]:
   """Our class for a component; raises UserError if we have none of that architecture."""
-  classes = {
-    name: cls
-    for cls, network in NETWORKS.items()
-    for name in network.architectures
-    if issubclass(cls, COMPONENTS[part])
-  }
+  networks = ((cls, n) for cls, n in NETWORKS.items() if issubclass(cls, COMPONENTS[part]))
+  classes = {name: cls for cls, network in networks for name in network.architectures}
   if architecture not in classes:
     raise UserError(f"{part} is a {architecture}; we have {', '.join(classes)}")
   return classes[architecture]
@@ -150,9 +146,7 @@ def locate_base(name: str | Path, image_encoder: str | Path | None) -> BaseFiles
     files.configs["image_encoder"] = read_config(folder, _image_encoder_class(folder))
     files.weights["image_encoder"] = folder
   if "image_encoder" in files.configs:
-    files.processor = _read_processor(
-      files.weights["image_encoder"], files.classes["image_encoder"], files.configs["image_encoder"]
-    )
+    files.processor = _read_processor(files)
   channels = files.configs["unet"].in_channels, files.configs["vae"].latent_channels
   if channels[0] != channels[1]:
     raise UserError(
@@ -249,13 +243,6 @@ def _download(name: str) -> Path:
   return folder
 
 
-def find_file(name: str | Path) -> Path:
-  """A file: a path, or `owner/name/path/to/file[@revision]` on the hub."""
-  if not Path(name).exists() and downloads.is_hub_id(str(name)) and downloads.inside(str(name)):
-    return downloads.fetch_file(str(name))
-  return Path(name)
-
-
 def _image_encoder_folder(name: str | Path) -> Path:
   """The folder of an image encoder: itself, or image_encoder/ in it; a path or a hub id."""
   folder = Path(name)
@@ -268,10 +255,9 @@ def _image_encoder_folder(name: str | Path) -> Path:
 
 def _image_encoder_class(folder: Path) -> type[ImageEncoder]:
   """What the folder's config.json says; without a word of it, CLIP's."""
-  file = folder / "config.json"
-  architectures = read_json(file).get("architectures") or NETWORKS[CLIPVisionModel].architectures
-  with _named_in_errors(file):
-    return network_class("image_encoder", architectures[0])
+  with _named_in_errors(folder / "config.json") as file:
+    names = read_json(file).get("architectures") or NETWORKS[CLIPVisionModel].architectures
+    return network_class("image_encoder", names[0])
 
 
 def read_config(folder: Path, cls: type[nnx.Module]) -> Any:
@@ -279,9 +265,10 @@ def read_config(folder: Path, cls: type[nnx.Module]) -> Any:
     return NETWORKS[cls].config.from_dict(read_json(file))
 
 
-def _read_processor(encoder: Path, cls: type[ImageEncoder], config: Any) -> dict[str, Any]:
-  """The preprocessor_config.json beside the encoder, or in the base's feature_extractor/."""
-  default = cls.default_processor(config)
+def _read_processor(files: BaseFiles) -> dict[str, Any]:
+  """The preprocessor_config.json beside the image encoder, or in the base's feature_extractor/."""
+  encoder, cls = files.weights["image_encoder"], files.classes["image_encoder"]
+  default = cls.default_processor(files.configs["image_encoder"])
   for folder in (encoder, encoder.parent / "feature_extractor"):
     file = folder / "preprocessor_config.json"
     if file.is_file():

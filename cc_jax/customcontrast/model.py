@@ -215,11 +215,8 @@ class CustomContrast(nnx.Module):
     )  # fmt: skip
     scales = scale_per_layer(scale, len(self.group_of_layer), t.shape[0])
     context = tuple(
-      LayerCondition(
-        text=texts[min(group, texts.shape[0] - 1)],  # one sequence serves all when S+ is shared
-        visual=fused[group],
-        scale=scales[layer],
-      )
+      # One sequence serves all layers when S+ is shared.
+      LayerCondition(texts[min(group, texts.shape[0] - 1)], fused[group], scales[layer])
       for layer, group in enumerate(self.group_of_layer)
     )
     return Conditioning(

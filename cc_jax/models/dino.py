@@ -91,23 +91,16 @@ class DinoOutput(NamedTuple):
   """CLS is token 0, then the patches row by row; `hidden_states[0]` is the encoder's input."""
 
   last_hidden_state: Float[Array, "b s d"]  # after the final norm
-  pooled: Float[Array, "b d"]  # its CLS
+  embedding: Float[Array, "b d"]  # its CLS, by which DINO compares images
   hidden_states: tuple[Float[Array, "b s d"], ...]  # before the final norm
-
-  @property
-  def embedding(self) -> Float[Array, "b d"]:
-    """What DINO compares images by."""
-    return self.pooled
 
 
 class PatchEmbeddings(nnx.Module):
   """A linear map of each patch; pixels beyond the last whole patch are left out."""
 
   def __init__(self, config: DinoConfig, **kw):
-    window = (config.patch_size,) * 2
-    self.projection = nnx.Conv(
-      config.num_channels, config.hidden_size, window, strides=window, padding="VALID", **kw
-    )
+    window = dict(kernel_size=(config.patch_size,) * 2, strides=config.patch_size, padding="VALID")
+    self.projection = nnx.Conv(config.num_channels, config.hidden_size, **window, **kw)
 
   def __call__(self, pixels: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 d"]:
     return self.projection(pixels)
@@ -116,7 +109,7 @@ class PatchEmbeddings(nnx.Module):
 class DinoEmbeddings(nnx.Module):
   """Patches, the class token and positions."""
 
-  def __init__(self, config: DinoConfig, *, dtype, param_dtype, rngs):
+  def __init__(self, config: DinoConfig, *, param_dtype, rngs, **kw):
     def table(rows: int) -> nnx.Param:
       noise = jax.random.normal(rngs.params(), (1, rows, config.hidden_size), param_dtype)
       return nnx.Param(0.02 * noise)
@@ -124,9 +117,7 @@ class DinoEmbeddings(nnx.Module):
     self.side = config.image_size // config.patch_size
     self.cls_token = table(1)
     self.position_embeddings = table(1 + self.side**2)
-    self.patch_embeddings = PatchEmbeddings(
-      config, dtype=dtype, param_dtype=param_dtype, rngs=rngs
-    )
+    self.patch_embeddings = PatchEmbeddings(config, param_dtype=param_dtype, rngs=rngs, **kw)
 
   def __call__(self, pixels: Float[Array, "b h w c"]) -> Float[Array, "b s d"]:
     patches = self.patch_embeddings(pixels)
