@@ -1,4 +1,4 @@
-"""The house keeps its rooms: imports run one way, and files stay of a size one can hold in the head."""
+"""Imports run one way through the rooms, and files stay of a size one can hold in the head."""
 
 import ast
 import functools
@@ -28,7 +28,7 @@ def modules() -> dict[str, Path]:
 def imports(file: Path) -> set[str]:
   """Dotted names that a file imports, at any depth: also inside functions.
 
-  `from package import module` imports the module, `from module import name` the module and the name.
+  `from package import module` imports the module alone.
   """
   names, files = set(), modules()
   for node in ast.walk(ast.parse(file.read_text())):

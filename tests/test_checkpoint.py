@@ -346,12 +346,12 @@ def test_adamw_and_ema_against_numpy():
   train = ml_collections.ConfigDict(
     dict(
       learning_rate=0.1, schedule="cosine", warmup_steps=2, steps=6, weight_decay=0.1,
-      beta1=0.9, beta2=0.99, clip_norm=0.5, ema=0.2,
+      beta1=0.9, beta2=0.99, clip_norm=0.5, ema=0.2, gate_rate=4.0,
     )
   )  # fmt: skip
   rng = np.random.default_rng(0)
-  params = {"w.kernel": rng.normal(size=(3, 2)), "w.bias": rng.normal(size=2),
-            "a.gate": np.float64(0.3)}  # fmt: skip
+  params = {"mfi_encoder.kernel": rng.normal(size=(3, 2)), "mfi_encoder.bias": rng.normal(size=2),
+            "attn2.gate": np.float64(0.3)}  # fmt: skip
   gradients = [{k: rng.normal(size=np.shape(v)) for k, v in params.items()} for _ in range(6)]
 
   ours = average = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params)
@@ -359,7 +359,8 @@ def test_adamw_and_ema_against_numpy():
   state = tx.init(ours)
   for n, g in enumerate(gradients):
     directions, state = tx.update(jax.tree.map(jnp.asarray, g), state, ours)
-    ours, change = optimizer.apply_update(ours, directions, optimizer.learning_rate(train, n), 4.0)
+    rate = optimizer.learning_rate(train, n)
+    ours, change = optimizer.apply_update(ours, directions, rate, train)
     average = optimizer.update_ema(average, ours, train.ema, n)
 
   m = {k: 0.0 for k in params}
@@ -374,8 +375,8 @@ def test_adamw_and_ema_against_numpy():
       m[k] = 0.9 * m[k] + 0.1 * x
       v[k] = 0.99 * v[k] + 0.01 * x**2
       direction = m[k] / (1 - 0.9 ** (n + 1)) / (np.sqrt(v[k] / (1 - 0.99 ** (n + 1))) + 1e-8)
-      decay = 0.1 if k == "w.kernel" else 0.0
-      own = 4 * rate if k == "a.gate" else rate
+      decay = 0.1 if k == "mfi_encoder.kernel" else 0.0
+      own = 4 * rate if k == "attn2.gate" else rate
       params[k] = params[k] - own * (direction + decay * params[k])
       d = min(0.2, (1 + n) / (10 + n))
       mean[k] = d * mean[k] + (1 - d) * params[k]

@@ -16,14 +16,17 @@ import pytest
 from flax import nnx
 
 from cc_jax.customcontrast.adapter_file import adapter_tensors, apply_adapter
-from cc_jax.customcontrast.injection import InjectionConfig
+from cc_jax.customcontrast.injection import InjectionConfig, scale_per_layer
 from cc_jax.customcontrast.mfi_encoder import MFIEncoderConfig
-from cc_jax.customcontrast.model import Conditioning, CustomContrast, _per_layer, is_trainable
+from cc_jax.customcontrast.model import Conditioning, CustomContrast
+from cc_jax.customcontrast.param_groups import is_trainable, param_options
 from cc_jax.errors import UserError
 from cc_jax.models.abstract import abstract
 from cc_jax.models.clip_text import CLIPTextConfig, CLIPTextModel
 from cc_jax.models.clip_vision import CLIPVisionConfig, CLIPVisionModel
+from cc_jax.models.image_encoder import ImageEncoder
 from cc_jax.models.unet import UNet2DCondition, UNetConfig
+from cc_jax.training import optimizer
 from configs import sd15, subjects3d
 
 L, B, T, WIDTH, BOS, EOS = 4, 2, 11, 12, 28, 29
@@ -60,7 +63,7 @@ class Parts(nnx.Module):
       vae=None,
       text_encoders=tuple(self.text_encoders),
       image_encoder=self.image_encoder,
-      image_processor=dict(mean=[0.5, 0.4, 0.3], std=[0.3, 0.3, 0.2], size=8),
+      image_processor=dict(mean=(0.5, 0.4, 0.3), std=(0.3, 0.3, 0.2), size=8),
     )
 
 
@@ -461,14 +464,14 @@ def test_two_text_encoders(x):
 
 def test_scale_means_layers_or_samples():
   expected = np.array([[1.0, 1.0], [2.0, 2.0], [3.0, 3.0]])
-  np.testing.assert_array_equal(_per_layer([1.0, 2.0, 3.0], 3, 2), expected)
-  np.testing.assert_array_equal(_per_layer([4.0, 5.0], 3, 2), [[4, 5]] * 3)
-  np.testing.assert_array_equal(_per_layer(0.5, 3, 2), np.full((3, 2), 0.5))
-  np.testing.assert_array_equal(_per_layer([[1.0], [2.0]], 2, 2), [[1, 1], [2, 2]])
+  np.testing.assert_array_equal(scale_per_layer([1.0, 2.0, 3.0], 3, 2), expected)
+  np.testing.assert_array_equal(scale_per_layer([4.0, 5.0], 3, 2), [[4, 5]] * 3)
+  np.testing.assert_array_equal(scale_per_layer(0.5, 3, 2), np.full((3, 2), 0.5))
+  np.testing.assert_array_equal(scale_per_layer([[1.0], [2.0]], 2, 2), [[1, 1], [2, 2]])
   with pytest.raises(UserError, match=r"give it as \[L, 1\] or \[1, B\]"):
-    _per_layer([1.0, 2.0], 2, 2)
+    scale_per_layer([1.0, 2.0], 2, 2)
   with pytest.raises(UserError, match=r"shape \(5,\); use one number, 3 .layers. or 2 .samples."):
-    _per_layer([1.0] * 5, 3, 2)
+    scale_per_layer([1.0] * 5, 3, 2)
 
 
 def test_users_mistakes(default, x):
@@ -504,7 +507,7 @@ def test_half_precision_base(x):
   assert out[0].dtype == jnp.bfloat16 and out[2].context[0].visual.dtype == jnp.bfloat16
 
 
-class Tower(nnx.Module):
+class Tower(ImageEncoder):
   """Stands for an encoder of which only the config matters."""
 
   def __init__(self, **config):
@@ -526,7 +529,7 @@ def test_size_on_stable_diffusion_15():
       vae=None,
       text_encoders=(Tower(hidden_size=768),),
       image_encoder=Tower(hidden_size=1280, num_hidden_layers=32, image_size=224, patch_size=14),
-      image_processor=dict(mean=[0.5] * 3, std=[0.3] * 3, size=224),
+      image_processor=dict(mean=(0.5,) * 3, std=(0.3,) * 3, size=224),
     )
     return CustomContrast(base, *parts, rngs=rngs)
 
@@ -546,3 +549,23 @@ def test_size_on_stable_diffusion_15():
   expected = encoder + 2 * widths * d + location + 16
   assert count(trainable) == expected == 88_203_552
   assert count(trainable) <= 120_000_000
+
+
+def test_options_of_parameters_are_those_of_their_names(default):
+  """What modules declare, against the rule by names that the first runs were trained with."""
+  _, trainable, frozen = default
+  train = subjects3d.get_config().train
+  params = names(trainable)
+  mask = optimizer.decay_mask(params)
+  assert list(mask) == list(params)
+  for path, value in params.items():
+    last = path.rsplit(".", 1)[-1]
+    assert mask[path] == (value.ndim >= 2 and last not in ("bias", "scale", "gate")), path
+    rate = param_options(path.split(".")).rate
+    assert (train[rate] if rate else 1.0) == (train.gate_rate if last == "gate" else 1.0), path
+  words = ("to_k_visual", "to_v_visual", "location", "gate")
+  for path in (*params, *names(frozen)):
+    parts = path.split(".")
+    behind = parts[parts.index("attn2") + 1 :] if "attn2" in parts else ()
+    by_name = parts[0] == "mfi_encoder" or any(word in behind for word in words)
+    assert is_trainable(parts) == (path in params) == by_name, path

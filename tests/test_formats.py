@@ -30,7 +30,7 @@ from test_hub import assert_bitwise, tensors
 from test_unet import REAL as REAL_UNETS
 from torch_parity import abstract, randomise
 
-from cc_jax.bases import ldm_names
+from cc_jax.bases import ldm_configs, ldm_names
 from cc_jax.bases.base import abstract_base, load_base
 from cc_jax.bases.files import ASSETS, resolve_base
 from cc_jax.bases.lora import Lora
@@ -139,7 +139,7 @@ def write_single_file(pipeline, checkpoint, path):
     state = torch_state(getattr(pipeline, component))
     stored = {}
     if component == "text_encoder" and checkpoint.kind != "sd2":
-      prefix = ldm_names._PREFIXES[checkpoint.kind][component]
+      prefix = ldm_names.PREFIXES[checkpoint.kind][component]
       stored = {prefix + name: () for name in state}
       file[f"{prefix}text_model.embeddings.position_ids"] = torch.arange(TOKENS)[None]
     for name, (key, _) in ldm_names.entries(checkpoint, component, state, stored).items():
@@ -371,7 +371,7 @@ def test_real_single_files(kind):
   if kind == "sd2":
     last = {k: s for k, s in shapes.items() if ".resblocks.22." in k}
     shapes |= {k.replace(".22.", ".23."): s for k, s in last.items()}
-  found = ldm_names.describe(shapes, "file")
+  found = ldm_configs.describe(shapes, "file")
   assert found.kind == kind
   used = []
   classes = dict(unet=(UNet2DCondition, UNetConfig), vae=(AutoencoderKL, AutoencoderKLConfig))
@@ -961,7 +961,8 @@ def adapter_parts(folder, **encoder):
   )  # fmt: skip
   base = abstract_base(folder, image_encoder=tower)
   encoder = MFIEncoderConfig(**(settings | encoder))
-  parts = build_customcontrast(base, encoder, InjectionConfig(location=False), transform=eval_shape_only)
+  injection = InjectionConfig(location=False)
+  parts = build_customcontrast(base, encoder, injection, transform=eval_shape_only)
   return {path: jnp.zeros(leaf.shape, leaf.dtype) for path, leaf in parts[1].items()}
 
 

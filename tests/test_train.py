@@ -30,6 +30,7 @@ from cc_jax.bases.base import Base, abstract_base, load_base
 from cc_jax.customcontrast.adapter_file import load_adapter
 from cc_jax.customcontrast.build import build_customcontrast, eval_shape_only
 from cc_jax.customcontrast.model import CustomContrast
+from cc_jax.customcontrast.param_groups import group_by_module
 from cc_jax.errors import UserError
 from cc_jax.objectives import macl as macl_lib
 from cc_jax.parallel import rules
@@ -50,7 +51,6 @@ from cc_jax.training.noise import keep_conditions, sample_step_noise, sample_tim
 from cc_jax.training.parameter_table import parameter_table
 from cc_jax.training.prompt_sensitivity import relative_rise, wrong_nouns, wrong_phrases
 from cc_jax.training.setup import adapter_configs, base_options, make_step_context, step_seed
-from cc_jax.training.step import group_by_module
 from cc_jax.training.telemetry import read_log
 
 ROOT = Path(__file__).parent.parent

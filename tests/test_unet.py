@@ -15,7 +15,7 @@ from cc_jax.bases.base import load_module
 from cc_jax.bases.torch_names import from_torch, torch_name, torch_shapes
 from cc_jax.errors import UserError
 from cc_jax.models.abstract import abstract
-from cc_jax.models.attention import Attention, Masked
+from cc_jax.models.attention import Attention
 from cc_jax.models.layers import GroupNorm, LayerNorm
 from cc_jax.models.unet import UNet2DCondition, UNetConfig, cross_attention_layers
 
@@ -151,11 +151,10 @@ QUICK = (("sd15", 1, "odd"), ("sd2", 3, "even"), ("sdxl", 3, "odd"))
     for case in itertools.product(KINDS, (1, 3), SIZES)
   ],
 )
-def test_kinds_with_masked_text(kind, batch, size, tmp_path):
-  """Of SD 1.5 each layer has a context of its own, with its own mask."""
+def test_kinds(kind, batch, size, tmp_path):
+  """Of SD 1.5 each layer has a context of its own."""
   original, unet = pair(KINDS[kind], tmp_path)
   timesteps = np.array([421, 3, 999])[:batch]
-  mask = np.arange(7) < np.array([5, 2, 7])[:batch, None]
   rng = np.random.default_rng(1)
   height, width = SIZES[size]
   inputs = latents_and_text(KINDS[kind], batch=batch, height=height, width=width)
@@ -165,14 +164,13 @@ def test_kinds_with_masked_text(kind, batch, size, tmp_path):
 
   def ours(unet, x, text, pooled=None):
     if kind == "sd15":
-      return [unet(x, timesteps, (Masked(text, mask),) * len(cross_attention_layers(unet)))]
+      return [unet(x, timesteps, (text,) * len(cross_attention_layers(unet)))]
     sizes = {} if pooled is None else dict(text_embeds=pooled, time_ids=time_ids)
-    return [unet(x, timesteps, text, context_mask=mask, **sizes)]
+    return [unet(x, timesteps, text, **sizes)]
 
   def theirs(x, text, pooled=None):
     added = dict(text_embeds=pooled, time_ids=torch.from_numpy(time_ids))
-    t, text_mask = torch.from_numpy(timesteps), torch.from_numpy(mask)
-    out = original(nchw(x), t, text, encoder_attention_mask=text_mask, added_cond_kwargs=added)
+    out = original(nchw(x), torch.from_numpy(timesteps), text, added_cond_kwargs=added)
     return [nhwc(out.sample)]
 
   assert_same(ours, unet, inputs, theirs, original)
@@ -235,8 +233,6 @@ def test_layers_are_listed_in_execution_order():
   x = jax.ShapeDtypeStruct((1, 4, 4, 4), jnp.float32)
   with pytest.raises(ValueError, match="7 contexts for 11"):
     jax.eval_shape(lambda x: unet(x, jnp.zeros(1), (None,) * 7), x)
-  with pytest.raises(ValueError, match="context_mask"):
-    jax.eval_shape(lambda x: unet(x, jnp.zeros(1), (None,) * 11, context_mask=x), x)
 
 
 # config.json of the published checkpoints, as far as it differs from the defaults.
@@ -303,7 +299,6 @@ def test_weights_of_another_architecture_are_refused_by_name():
     from_torch(missing, state, what="unet.safetensors")
   with pytest.raises(UserError, match=r"1 not expected \(lora\)"):
     from_torch({**tensors, "lora": np.zeros(1)}, state)
-  from_torch({**tensors, "position_ids": np.zeros(1)}, state, ignore=("position_ids",))
   with pytest.raises(UserError, match=r"conv_in.bias has the shape \(3,\), the config asks .*16"):
     from_torch({**tensors, "conv_in.bias": np.zeros(3)}, state)
 

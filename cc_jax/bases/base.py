@@ -13,27 +13,24 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from absl import logging
 from flax import nnx
 
 from cc_jax.bases import ldm_names
-from cc_jax.bases.files import COMPONENTS, BaseFiles, find_file, locate_base, read_config
+from cc_jax.bases.download import find_file
+from cc_jax.bases.files import BaseFiles, locate_base, read_config
 from cc_jax.bases.lora import Lora, Merged
 from cc_jax.bases.tokenizer import load_tokenizer
 from cc_jax.bases.torch_names import torch_shapes
-from cc_jax.bases.weights import load_weights
+from cc_jax.bases.weights import Sharding, load_weights
 from cc_jax.errors import UserError
 from cc_jax.models.abstract import abstract
 from cc_jax.models.clip_text import CLIPTextModel
-from cc_jax.models.clip_vision import CLIPVisionModel
+from cc_jax.models.image_encoder import ImageEncoder
 from cc_jax.models.keys import StatelessRngs
 from cc_jax.models.unet import UNet2DCondition
 from cc_jax.models.vae import AutoencoderKL
-
-# (dotted path as in cc_jax.customcontrast.build, shape in our layout) -> where a parameter shall lie.
-Sharding = Callable[[str, tuple[int, ...]], jax.sharding.Sharding | None]
 
 
 @dataclasses.dataclass
@@ -47,8 +44,8 @@ class Base:
   text_encoders: tuple[CLIPTextModel, ...]
   tokenizers: tuple[Any, ...]
   scheduler_config: dict[str, Any]
-  image_encoder: CLIPVisionModel | None
-  image_processor: dict[str, Any] | None  # mean, std, size (after the crop), shortest_edge
+  image_encoder: ImageEncoder | None
+  image_processor: dict[str, Any] | None  # see models/clip_pixels.py
   hash: str = ""  # of every stored tensor and LoRA; '' for a base without weights
   plain_hash: str = ""  # the same without LoRAs: what adapters were trained on
   unused: tuple[str, ...] = ()  # what the folder or file holds besides
@@ -56,9 +53,9 @@ class Base:
   @property
   def networks(self) -> dict[str, nnx.Module]:
     """The networks under the names of their folders."""
-    found = {"unet": self.unet, "vae": self.vae, "image_encoder": self.image_encoder}
-    found |= {f"text_encoder{s}": tower for s, tower in zip(("", "_2"), self.text_encoders)}
-    return {name: module for name, module in found.items() if module is not None}
+    networks = {"unet": self.unet, "vae": self.vae, "image_encoder": self.image_encoder}
+    networks |= {f"text_encoder{s}": tower for s, tower in zip(("", "_2"), self.text_encoders)}
+    return {name: module for name, module in networks.items() if module is not None}
 
 
 def load_base(
@@ -76,21 +73,21 @@ def load_base(
     name: see `cc_jax.bases.files.resolve_base`.
     dtype: of the computation.
     param_dtype: in which the parameters are held, whatever the files store.
-    image_encoder: the folder of a CLIP vision tower (a path or a hub id), for a base without one or
+    image_encoder: the folder of CLIP's or DINO's (a path or a hub id), for a base without one or
       instead of its own.
     lora: files (paths or hub ids) and the scales with which they are merged into the base.
-    sharding: where each parameter shall lie; default the first device. Its path is the one in
-      cc_jax.customcontrast.build's frozen part, e.g. 'unet.conv_in.kernel' or 'text_encoders.0.<...>'.
+    sharding: where each parameter shall lie; default the first device. Its path is the one in the
+      frozen part of cc_jax.customcontrast.build, e.g. 'unet.conv_in.kernel', 'text_encoders.0...'.
 
   Raises:
     UserError: a folder or file is missing, unreadable, or not what its config.json says; a LoRA is
       for another base.
   """
-  found = locate_base(name, image_encoder)
-  base = _build(found, lambda cls, config: _abstract(cls, config, dtype, param_dtype))
+  files = locate_base(name, image_encoder)
+  base = _build(files, lambda cls, config: _abstract(cls, config, dtype, param_dtype))
   if len(base.tokenizers) < len(base.text_encoders):
     raise UserError(
-      f"{found.folder} has {len(base.tokenizers)} tokenizer(s) for {len(base.text_encoders)} text "
+      f"{files.folder} has {len(base.tokenizers)} tokenizer(s) for {len(base.text_encoders)} text "
       "encoder(s); copy tokenizer/ (SDXL: tokenizer_2/ too) of the published model there"
     )
   modules = base.networks
@@ -100,22 +97,22 @@ def load_base(
 
   digests: dict[str, str] = {}
   with contextlib.ExitStack() as stack:
-    sources, unused = found.open(stack, shapes)
+    sources, unused = files.open(stack, shapes)
     for label, module in modules.items():
-      own: dict[str, str] = {}
+      stored: dict[str, str] = {}
       modules[label] = load_weights(
         module,
         sources[label],
-        digests=own,
+        digests=stored,
         change=lambda tensors, label=label: Merged(tensors, changes.get(label, {})),
         sharding=sharding and _below(sharding, label),
-        what=f"the weights in {found.weights[label]}",
+        what=f"the weights in {files.weights[label]}",
       )
-      digests.update({f"{label}/{key}": digest for key, digest in own.items()})
+      digests.update({f"{label}/{key}": digest for key, digest in stored.items()})
   lines = [f"{key} {digest}\n" for key, digest in digests.items()]
-  base = _with_networks(base, modules)
+  base = dataclasses.replace(base, **_network_fields(modules))
   base.plain_hash = _digest(lines)
-  base.hash = _digest(lines + [f"lora {one.identity}\n" for one in loras])
+  base.hash = _digest(lines + [f"lora {lora.identity}\n" for lora in loras])
   base.unused = (*base.unused, *unused)
   if base.unused:
     logging.warning("%s: not used: %s", name, ", ".join(base.unused))
@@ -171,22 +168,19 @@ def load_module(
 # ---- reading
 
 
-def _build(found: BaseFiles, make: Callable[[type[nnx.Module], Any], nnx.Module]) -> Base:
-  modules = {part: make(COMPONENTS[part], config) for part, config in found.configs.items()}
+def _build(files: BaseFiles, make: Callable[[type[nnx.Module], Any], nnx.Module]) -> Base:
+  modules = {part: make(files.classes[part], config) for part, config in files.configs.items()}
   suffixes = [suffix for suffix in ("", "_2") if f"text_encoder{suffix}" in modules]
   # A folder of config files only, for abstract states, has no vocabulary.
-  tokenizers = [found.folder / f"tokenizer{suffix}" for suffix in suffixes]
+  tokenizers = [files.folder / f"tokenizer{suffix}" for suffix in suffixes]
   return Base(
-    name=found.name,
-    folder=found.folder,
-    unet=modules["unet"],
-    vae=modules["vae"],
-    text_encoders=tuple(modules[f"text_encoder{suffix}"] for suffix in suffixes),
+    name=files.name,
+    folder=files.folder,
+    **_network_fields(modules),
     tokenizers=tuple(load_tokenizer(path) for path in tokenizers if path.is_dir()),
-    scheduler_config=found.scheduler,
-    image_encoder=modules.get("image_encoder"),
-    image_processor=found.processor,
-    unused=found.unused,
+    scheduler_config=files.scheduler,
+    image_processor=files.processor,
+    unused=files.unused,
   )
 
 
@@ -194,10 +188,10 @@ def _digest(lines: Sequence[str]) -> str:
   return hashlib.sha256("".join(sorted(lines)).encode()).hexdigest()
 
 
-def _with_networks(base: Base, modules: Mapping[str, nnx.Module]) -> Base:
+def _network_fields(modules: Mapping[str, nnx.Module]) -> dict[str, Any]:
+  """Networks by the names of their folders -> the fields of Base."""
   texts = [name for name in ("text_encoder", "text_encoder_2") if name in modules]
-  return dataclasses.replace(
-    base,
+  return dict(
     unet=modules["unet"],
     vae=modules["vae"],
     text_encoders=tuple(modules[name] for name in texts),
@@ -214,10 +208,10 @@ def _changes(
     return merged
   modules = [name.removesuffix(".weight") for name in shapes["unet"] if name.endswith(".weight")]
   other_names = ldm_names.unet_names(base.unet.config, modules)
-  for one in loras:
-    for component, changes in one.resolve(shapes, other_names).items():
+  for lora in loras:
+    for component, changes in lora.resolve(shapes, other_names).items():
       for tensor, change in changes.items():
-        merged.setdefault(component, {}).setdefault(tensor, []).append((change, one.scale))
+        merged.setdefault(component, {}).setdefault(tensor, []).append((change, lora.scale))
   return merged
 
 

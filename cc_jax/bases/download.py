@@ -43,6 +43,13 @@ def fetch_file(name: str) -> Path:
   )
 
 
+def find_file(name: str | Path) -> Path:
+  """A file: a path, or `owner/name/path/to/file[@revision]` on the hub."""
+  if not Path(name).exists() and is_hub_id(str(name)) and inside(str(name)):
+    return fetch_file(str(name))
+  return Path(name)
+
+
 def fetch_folder(name: str, patterns: Sequence[str]) -> Path:
   """The folder that `owner/name[/path][@revision]` names, with its files that match `patterns`.
 

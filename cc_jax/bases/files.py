@@ -5,7 +5,7 @@
   text_encoder/ ...   config.json, model.safetensors; SDXL has text_encoder_2/ as well
   tokenizer/ ...      vocab.json, merges.txt, tokenizer_config.json
   scheduler/          scheduler_config.json
-  image_encoder/      a CLIP vision tower, with feature_extractor/preprocessor_config.json
+  image_encoder/      CLIP's or DINO's, with feature_extractor/preprocessor_config.json
 
 A single .safetensors file in the original key format (cc_jax.bases.ldm_names) holds the networks
 only. Tokenizers, and a scheduler's config if there is one, are looked for in the folder named like
@@ -19,47 +19,65 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from absl import logging
 from flax import nnx
 
 from cc_jax.bases import download as downloads
-from cc_jax.bases import ldm_names
+from cc_jax.bases import ldm_configs, ldm_names
 from cc_jax.bases.weights import open_tensors
 from cc_jax.diffusion.schedule import NoiseSchedule
 from cc_jax.errors import UserError
-from cc_jax.models.clip_pixels import CLIP_PROCESSOR, processor_from_dict
+from cc_jax.models.clip_pixels import processor_from_dict
 from cc_jax.models.clip_text import CLIPTextConfig, CLIPTextModel
 from cc_jax.models.clip_vision import CLIPVisionConfig, CLIPVisionModel
 from cc_jax.models.dino import Dino, DinoConfig
+from cc_jax.models.image_encoder import ImageEncoder
 from cc_jax.models.unet import UNet2DCondition
 from cc_jax.models.unet_config import UNetConfig
 from cc_jax.models.vae import AutoencoderKL, AutoencoderKLConfig
 
 ASSETS = Path(__file__).parents[1] / "assets"
 
-# Ours, its config, the file its weights are in, and the classes of model_index.json that it is.
+
+class Network(NamedTuple):
+  """How one of our classes is stored."""
+
+  config: type
+  stem: str  # of the file of its weights
+  architectures: tuple[str, ...]  # classes of model_index.json and config.json that it is
+
+
 NETWORKS = {
-  UNet2DCondition: (UNetConfig, "diffusion_pytorch_model", ("UNet2DConditionModel",)),
-  AutoencoderKL: (AutoencoderKLConfig, "diffusion_pytorch_model", ("AutoencoderKL",)),
-  CLIPTextModel: (CLIPTextConfig, "model", ("CLIPTextModel", "CLIPTextModelWithProjection")),
-  CLIPVisionModel: (
-    CLIPVisionConfig, "model", ("CLIPVisionModel", "CLIPVisionModelWithProjection"),
+  UNet2DCondition: Network(UNetConfig, "diffusion_pytorch_model", ("UNet2DConditionModel",)),
+  AutoencoderKL: Network(AutoencoderKLConfig, "diffusion_pytorch_model", ("AutoencoderKL",)),
+  CLIPTextModel: Network(CLIPTextConfig, "model", ("CLIPTextModel", "CLIPTextModelWithProjection")),
+  CLIPVisionModel: Network(
+    CLIPVisionConfig, "model", ("CLIPVisionModel", "CLIPVisionModelWithProjection")
   ),
-  Dino: (DinoConfig, "model", ("ViTModel", "Dinov2Model")),
-}  # fmt: skip
+  Dino: Network(DinoConfig, "model", ("ViTModel", "Dinov2Model")),
+}
 COMPONENTS = {
   "unet": UNet2DCondition,
   "vae": AutoencoderKL,
   "text_encoder": CLIPTextModel,
   "text_encoder_2": CLIPTextModel,
-  "image_encoder": CLIPVisionModel,
+  "image_encoder": ImageEncoder,
 }
 _REQUIRED = ("unet", "vae", "text_encoder")
 _OTHERS = ("tokenizer", "tokenizer_2", "scheduler", "feature_extractor")
+
+
+def network_class(part: str, architecture: str) -> type[nnx.Module]:
+  """Our class for a component; raises UserError if we have none of that architecture."""
+  networks = ((cls, n) for cls, n in NETWORKS.items() if issubclass(cls, COMPONENTS[part]))
+  classes = {name: cls for cls, network in networks for name in network.architectures}
+  if architecture not in classes:
+    raise UserError(f"{part} is a {architecture}; we have {', '.join(classes)}")
+  return classes[architecture]
 
 
 def resolve_base(name: str | Path) -> Path:
@@ -92,10 +110,16 @@ class BaseFiles:
   folder: Path  # of the tokenizers
   configs: dict[str, Any]  # component -> our config
   weights: dict[str, Path]  # component -> its folder, or the file that has them all
-  checkpoint: ldm_names.Checkpoint | None  # what that file is
   scheduler: dict[str, Any]
-  processor: dict[str, Any] | None
-  unused: tuple[str, ...]
+  checkpoint: ldm_names.Checkpoint | None = None  # what that file is
+  processor: dict[str, Any] | None = None
+  unused: tuple[str, ...] = ()
+
+  @property
+  def classes(self) -> dict[str, type[nnx.Module]]:
+    """component -> our class."""
+    of_config = {network.config: cls for cls, network in NETWORKS.items()}
+    return {part: of_config[type(config)] for part, config in self.configs.items()}
 
   def open(
     self, stack: contextlib.ExitStack, shapes: Mapping[str, Mapping[str, tuple[int, ...]]]
@@ -109,28 +133,27 @@ class BaseFiles:
     stored, used = tensors.shapes(), {}
     for label in self.checkpoint.configs:
       used[label] = ldm_names.entries(self.checkpoint, label, shapes[label], stored)
-    keys = [key for own in used.values() for key, _ in own.values()]
+    keys = [key for entries in used.values() for key, _ in entries.values()]
     unused = ldm_names.check(self.checkpoint, keys, stored, str(file))
-    return sources | {label: tensors.select(own) for label, own in used.items()}, unused
+    return sources | {label: tensors.select(entries) for label, entries in used.items()}, unused
 
 
 def locate_base(name: str | Path, image_encoder: str | Path | None) -> BaseFiles:
   path = resolve_base(name)
-  found = _find_in_file(str(name), path) if path.is_file() else _find_in_folder(str(name), path)
+  files = _find_in_file(str(name), path) if path.is_file() else _find_in_folder(str(name), path)
   if image_encoder is not None:
-    vision = _vision_folder(image_encoder)
-    found.configs["image_encoder"] = read_config(vision, CLIPVisionModel)
-    found.weights["image_encoder"] = vision
-  if "image_encoder" in found.configs:
-    size = found.configs["image_encoder"].image_size
-    found.processor = _read_processor(found.weights["image_encoder"], size)
-  channels = found.configs["unet"].in_channels, found.configs["vae"].latent_channels
+    folder = _image_encoder_folder(image_encoder)
+    files.configs["image_encoder"] = read_config(folder, _image_encoder_class(folder))
+    files.weights["image_encoder"] = folder
+  if "image_encoder" in files.configs:
+    files.processor = _read_processor(files)
+  channels = files.configs["unet"].in_channels, files.configs["vae"].latent_channels
   if channels[0] != channels[1]:
     raise UserError(
       f"{path}: the UNet takes {channels[0]} channels, the VAE has {channels[1]}: an inpainting, "
       "depth or instruct model; use a text-to-image one"
     )
-  return found
+  return files
 
 
 def _find_in_folder(name: str, folder: Path) -> BaseFiles:
@@ -143,16 +166,9 @@ def _find_in_folder(name: str, folder: Path) -> BaseFiles:
   for part in _REQUIRED:
     if part not in listed:
       raise UserError(f"{folder / 'model_index.json'} lists no {part}; it is no Stable Diffusion")
-  configs = {}
-  for part, kind in listed.items():
-    if part not in COMPONENTS:
-      continue
-    cls = COMPONENTS[part]
-    if kind not in NETWORKS[cls][2]:
-      raise UserError(
-        f"{folder / 'model_index.json'}: {part} is a {kind}; we have {NETWORKS[cls][2]}"
-      )
-    configs[part] = read_config(folder / part, cls)
+  with _named_in_errors(folder / "model_index.json"):
+    classes = {p: network_class(p, kind) for p, kind in listed.items() if p in COMPONENTS}
+  configs = {part: read_config(folder / part, cls) for part, cls in classes.items()}
   known = {*COMPONENTS, *_OTHERS}
   on_disk = {path.name for path in folder.iterdir() if path.is_dir() and path.name[0] != "."}
   unused = sorted((set(listed) | on_disk) - known | on_disk & known - set(listed))
@@ -161,18 +177,16 @@ def _find_in_folder(name: str, folder: Path) -> BaseFiles:
     folder=folder,
     configs=configs,
     weights={part: folder / part for part in configs},
-    checkpoint=None,
     scheduler=read_json(folder / "scheduler" / "scheduler_config.json"),
-    processor=None,
     unused=tuple(f"{part}/" for part in unused),
   )
 
 
 def _find_in_file(name: str, file: Path) -> BaseFiles:
   with contextlib.ExitStack() as stack:
-    checkpoint = ldm_names.describe(open_tensors(file, stack).shapes(), str(file))
+    checkpoint = ldm_configs.describe(open_tensors(file, stack).shapes(), str(file))
   configs = {
-    part: NETWORKS[COMPONENTS[part]][0].from_dict(values)
+    part: NETWORKS[COMPONENTS[part]].config.from_dict(values)
     for part, values in checkpoint.configs.items()
   }
   beside = [f for f in (file.with_suffix(""), file.parent) if (f / "tokenizer").is_dir()]
@@ -188,12 +202,10 @@ def _find_in_file(name: str, file: Path) -> BaseFiles:
       ) from error
   scheduler = checkpoint.scheduler
   if beside and (folder / "scheduler").is_dir():
-    own = folder / "scheduler" / "scheduler_config.json"
-    scheduler = read_json(own)
-    try:
+    scheduler_file = folder / "scheduler" / "scheduler_config.json"
+    scheduler = read_json(scheduler_file)
+    with _named_in_errors(scheduler_file):
       schedule = NoiseSchedule.from_config(scheduler, prediction_type=checkpoint.predicts)
-    except UserError as error:
-      raise _about(own, error) from None
     scheduler["prediction_type"] = schedule.prediction_type
   elif checkpoint.kind == "sd2" and checkpoint.predicts is None:
     logging.warning(
@@ -207,8 +219,6 @@ def _find_in_file(name: str, file: Path) -> BaseFiles:
     weights={part: file for part in configs},
     checkpoint=checkpoint,
     scheduler=scheduler,
-    processor=None,
-    unused=(),
   )
 
 
@@ -219,9 +229,9 @@ def _download(name: str) -> Path:
   folder = downloads.fetch_folder(name, ("model_index.json",))
   index = read_json(folder / "model_index.json")
   parts = [part for part in (*COMPONENTS, *_OTHERS) if (index.get(part) or [None])[0]]
-  networks = [part for part in parts if part in COMPONENTS]
   patterns = [f"{part}/*.{kind}" for part in parts for kind in ("json", "txt")]
-  stems = {part: NETWORKS[COMPONENTS[part]][1] for part in networks}
+  networks = {part: network_class(part, index[part][1]) for part in parts if part in COMPONENTS}
+  stems = {part: NETWORKS[cls].stem for part, cls in networks.items()}
   # Repositories hold a network in several precisions: the plain one, if there is one.
   for variant in ("", ".fp16"):
     for part, stem in stems.items():
@@ -233,15 +243,8 @@ def _download(name: str) -> Path:
   return folder
 
 
-def find_file(name: str | Path) -> Path:
-  """A file: a path, or `owner/name/path/to/file[@revision]` on the hub."""
-  if not Path(name).exists() and downloads.is_hub_id(str(name)) and downloads.inside(str(name)):
-    return downloads.fetch_file(str(name))
-  return Path(name)
-
-
-def _vision_folder(name: str | Path) -> Path:
-  """The folder of a CLIP vision tower: itself, or image_encoder/ in it; a path or a hub id."""
+def _image_encoder_folder(name: str | Path) -> Path:
+  """The folder of an image encoder: itself, or image_encoder/ in it; a path or a hub id."""
   folder = Path(name)
   if not folder.is_dir() and downloads.is_hub_id(str(name)):
     files = ("config.json", "preprocessor_config.json", "model.safetensors", "model-0*.safetensors",
@@ -250,31 +253,37 @@ def _vision_folder(name: str | Path) -> Path:
   return folder / "image_encoder" if (folder / "image_encoder").is_dir() else folder
 
 
+def _image_encoder_class(folder: Path) -> type[ImageEncoder]:
+  """What the folder's config.json says; without a word of it, CLIP's."""
+  with _named_in_errors(folder / "config.json") as file:
+    names = read_json(file).get("architectures") or NETWORKS[CLIPVisionModel].architectures
+    return network_class("image_encoder", names[0])
+
+
 def read_config(folder: Path, cls: type[nnx.Module]) -> Any:
-  file = folder / "config.json"
-  try:
-    return NETWORKS[cls][0].from_dict(read_json(file))
-  except UserError as error:
-    raise _about(file, error) from None
+  with _named_in_errors(folder / "config.json") as file:
+    return NETWORKS[cls].config.from_dict(read_json(file))
 
 
-def _read_processor(vision: Path, image_size: int) -> dict[str, Any]:
-  """The preprocessor_config.json beside the tower, or in the base's feature_extractor/."""
-  for folder in (vision, vision.parent / "feature_extractor"):
+def _read_processor(files: BaseFiles) -> dict[str, Any]:
+  """The preprocessor_config.json beside the image encoder, or in the base's feature_extractor/."""
+  encoder, cls = files.weights["image_encoder"], files.classes["image_encoder"]
+  default = cls.default_processor(files.configs["image_encoder"])
+  for folder in (encoder, encoder.parent / "feature_extractor"):
     file = folder / "preprocessor_config.json"
     if file.is_file():
-      break
-  else:
-    return {**CLIP_PROCESSOR, "size": image_size, "shortest_edge": image_size}
+      with _named_in_errors(file):
+        return processor_from_dict(read_json(file), default, any_size=cls.any_size)
+  return default
+
+
+@contextlib.contextmanager
+def _named_in_errors(file: Path) -> Iterator[Path]:
+  """Adds the file's name to a UserError, unless it is there already."""
   try:
-    return processor_from_dict(read_json(file), image_size)
+    yield file
   except UserError as error:
-    raise _about(file, error) from None
-
-
-def _about(file: Path, error: UserError) -> UserError:
-  """The error with the file's name, unless it is there already."""
-  return error if str(file) in str(error) else UserError(f"{file}: {error}")
+    raise error if str(file) in str(error) else UserError(f"{file}: {error}") from None
 
 
 def read_json(file: Path) -> dict[str, Any]:

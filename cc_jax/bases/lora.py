@@ -18,14 +18,15 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
-from cc_jax.bases.weights import open_tensors
+from cc_jax.bases.weights import TensorWrapper, open_tensors
 from cc_jax.errors import UserError
 from cc_jax.models.clip_layers import tower_name
+from cc_jax.text import first_names
 
 # Ends of keys, and which factor they are; `mid` is the kernel of a convolution in three factors.
 _FACTORS = (
@@ -42,7 +43,6 @@ _KOHYA = {
 _COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
 _OLD_TEXT = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
 _METADATA = "lora_adapter_metadata"  # where diffusers writes PEFT's settings
-_SHOWN = 3
 
 
 @dataclasses.dataclass
@@ -112,20 +112,20 @@ class Lora:
     """PEFT's alphas, which diffusers keeps in the header and not in tensors."""
     settings = json.loads(metadata.get(_METADATA, "{}"))
     for (component, module), change in self._changes.items():
-      own = {
+      options = {
         name.removeprefix(f"{component}."): value for name, value in settings.items()
         if name.startswith(f"{component}.")
       }  # fmt: skip
-      if own.get("use_dora") or own.get("lora_bias"):
+      if options.get("use_dora") or options.get("lora_bias"):
         raise UserError(f"{self.path} uses DoRA or biases, which we do not have; use a plain LoRA")
-      alpha = own.get("lora_alpha")
-      for pattern, value in (own.get("alpha_pattern") or {}).items():
+      alpha = options.get("lora_alpha")
+      for pattern, value in (options.get("alpha_pattern") or {}).items():
         if re.fullmatch(rf"(.*\.)?{pattern}", module):
           alpha = value
       if alpha is None or change.alpha is not None or change.down is None:
         continue
       rank = change.down.shape[0]
-      change.alpha = float(alpha) * (rank**0.5 if own.get("use_rslora") else 1.0)
+      change.alpha = float(alpha) * (rank**0.5 if options.get("use_rslora") else 1.0)
 
   def _check(self, module: str, change: _Change) -> None:
     missing = [part for part in ("down", "up") if getattr(change, part) is None]
@@ -156,7 +156,7 @@ class Lora:
       name: _spellings(name, tensors, other_names if name == "unet" else {})
       for name, tensors in shapes.items()
     }
-    found: dict[str, dict[str, _Change]] = {}
+    resolved: dict[str, dict[str, _Change]] = {}
     missing, wrong = [], []
     for (component, module), change in self._changes.items():
       name = spellings.get(component, {}).get(module)
@@ -167,12 +167,12 @@ class Lora:
       wanted = shapes[component][tensor]
       if _core(change.shape()) != _core(wanted):
         wrong.append(f"{component}'s {name} is {change.shape()}, there {wanted}")
-      if tensor in found.setdefault(component, {}):
+      if tensor in resolved.setdefault(component, {}):
         raise UserError(f"{self.path} changes {component}'s {name} twice; keep one spelling")
-      found[component][tensor] = change
+      resolved[component][tensor] = change
     if missing or wrong:
       kinds = [
-        f"{len(names)} of its {len(self._changes)} modules {label}: {'; '.join(names[:_SHOWN])}"
+        f"{len(names)} of its {len(self._changes)} modules {label}: {first_names(names)}"
         for label, names in (("are not in this base", missing), ("have other shapes", wrong))
         if names
       ]
@@ -180,17 +180,18 @@ class Lora:
         f"{self.path} is a LoRA for another base ({'. '.join(kinds)}); use one that was made for "
         "this base"
       )
-    return found
+    return resolved
 
 
-class Merged(Mapping[str, np.ndarray]):
+class Merged(TensorWrapper):
   """A component's tensors with the changes added as each is read; the sum is made in float32."""
 
   def __init__(
     self, tensors: Mapping[str, np.ndarray], changes: Mapping[str, list[tuple[_Change, float]]]
   ):
     """`changes`: our name of a tensor -> changes and their scales."""
-    self._tensors, self._changes = tensors, changes
+    super().__init__(tensors)
+    self._changes = changes
 
   def __getitem__(self, name: str) -> np.ndarray:
     tensor = self._tensors[name]
@@ -199,23 +200,17 @@ class Merged(Mapping[str, np.ndarray]):
       tensor = tensor.astype(np.float32) + delta.reshape(tensor.shape)
     return tensor
 
-  def __iter__(self) -> Iterator[str]:
-    return iter(self._tensors)
-
-  def __len__(self) -> int:
-    return len(self._tensors)
-
 
 def _split(key: str, path: Path) -> tuple[tuple[str, str], str]:
   """A key -> ((component, module), factor). Kohya's modules keep their underscores."""
   ends = ((pattern.search(key), factor) for pattern, factor in _FACTORS)
-  found, factor = next((end for end in ends if end[0]), (None, ""))
-  if found is None:
+  match, factor = next((end for end in ends if end[0]), (None, ""))
+  if match is None:
     raise UserError(
       f"{path} has the tensor {key}, which is none of a LoRA (down, up, alpha); LoHa, LoKr, DoRA "
       "and full differences are not implemented"
     )
-  module, old = key[: found.start()], found.group().startswith("_lora")
+  module, old = key[: match.start()], match.group().startswith("_lora")
   for prefix, component in _KOHYA.items():
     if module.startswith(prefix):
       return (component, module.removeprefix(prefix)), factor
@@ -240,12 +235,12 @@ def _spellings(
     name.removesuffix(".weight") for name, shape in tensors.items()
     if name.endswith(".weight") and len(shape) >= 2
   ]  # fmt: skip
-  found = {name: name for name in modules}
+  spellings = {name: name for name in modules}
   for name in modules:
     for spelling in (name, other_names.get(name, name)):
       # Underscores for dots cannot be undone by rules alone ("to_out_0"), but by looking it up.
-      assert found.setdefault(spelling.replace(".", "_"), name) == name, (component, spelling)
-  return found
+      assert spellings.setdefault(spelling.replace(".", "_"), name) == name, (component, spelling)
+  return spellings
 
 
 def _core(shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -12,24 +12,18 @@ from typing import Any
 from flax import nnx
 
 from cc_jax.bases.base import Base
-from cc_jax.bases.files import COMPONENTS, NETWORKS, read_json
+from cc_jax.bases.files import COMPONENTS, NETWORKS, network_class, read_config, read_json
 from cc_jax.bases.tokenizer import save_tokenizer
 from cc_jax.bases.weights import replacing, save_weights
 from cc_jax.errors import UserError
-from cc_jax.models.clip_pixels import CLIP_PROCESSOR, processor_to_dict
-from cc_jax.models.unet_config import UNetConfig
-
-# Our UNetConfig always has one value a block.
-_PER_BLOCK = (
-  "layers_per_block", "cross_attention_dim", "transformer_layers_per_block", "attention_head_dim"
-)  # fmt: skip
+from cc_jax.models.clip_pixels import processor_to_dict
+from cc_jax.models.unet_config import PER_BLOCK, UNetConfig
 
 
 def save_module(module: nnx.Module, folder: str | Path, *, dtype: Any = None) -> None:
   """Writes one network as diffusers or transformers would; `dtype` None keeps the parameters'."""
   folder = Path(folder)
-  _, stem, _ = NETWORKS[type(module)]
-  save_weights(module, folder / f"{stem}.safetensors", dtype=dtype)
+  save_weights(module, folder / f"{NETWORKS[type(module)].stem}.safetensors", dtype=dtype)
   _write_json(folder / "config.json", _config_json(module))
 
 
@@ -59,16 +53,18 @@ def finish_base(
 
   Args:
     scheduler: the scheduler's config with its `_class_name`.
-    processor: as in `Base.image_processor`; default CLIP's at the image encoder's size.
+    processor: as in `Base.image_processor`; default the image encoder's own.
   """
   folder = Path(folder)
   index = {"_class_name": "StableDiffusionPipeline", "_diffusers_version": _diffusers_version()}
-  for name, cls in COMPONENTS.items():
+  for name in COMPONENTS:
     if (folder / name).is_dir():
       values = read_json(folder / name / "config.json")
       in_transformers = "architectures" in values
       kind = values["architectures"][0] if in_transformers else values["_class_name"]
-      assert kind in NETWORKS[cls][2], (name, kind)
+      cls = network_class(name, kind)
+      if name == "image_encoder":
+        processor = processor or cls.default_processor(read_config(folder / name, cls))
       index[name] = ["transformers" if in_transformers else "diffusers", kind]
   for name in ("tokenizer", "tokenizer_2"):
     if (folder / name).is_dir():
@@ -81,8 +77,6 @@ def finish_base(
   index["feature_extractor"] = [None, None]
   if "image_encoder" in index:
     index["feature_extractor"] = ["transformers", "CLIPImageProcessor"]
-    size = read_json(folder / "image_encoder" / "config.json")["image_size"]
-    processor = processor or {**CLIP_PROCESSOR, "size": size}
     file = folder / "feature_extractor" / "preprocessor_config.json"
     _write_json(file, processor_to_dict(processor))
   if "text_encoder_2" in index:
@@ -100,11 +94,11 @@ def _config_json(module: nnx.Module) -> dict[str, Any]:
   config = module.config
   values = config.to_dict() if hasattr(config, "to_dict") else dataclasses.asdict(config)
   if isinstance(config, UNetConfig):
-    for name in _PER_BLOCK:  # some readers of these take a number only
+    for name in PER_BLOCK:  # some readers of these take a number only
       values[name] = values[name][0] if len(set(values[name])) == 1 else values[name]
   if "architectures" in values:
     return values
-  kind = NETWORKS[type(module)][2][0]
+  kind = NETWORKS[type(module)].architectures[0]
   return {"_class_name": kind, "_diffusers_version": _diffusers_version(), **values}
 
 

@@ -13,7 +13,7 @@ Both directions are strict: every tensor is used, none is missing, shapes agree.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -21,8 +21,7 @@ import numpy as np
 from flax import nnx
 
 from cc_jax.errors import UserError
-
-_SHOWN = 3  # how many differing names an error shows
+from cc_jax.text import first_names
 
 
 def torch_name(path: Iterable[str | int]) -> str:
@@ -53,7 +52,6 @@ def from_torch(
   abstract_state: nnx.State,
   *,
   what: str = "these weights",
-  ignore: Collection[str] = (),
   place: Callable[[tuple, np.ndarray, Any], Any] | None = None,
 ) -> nnx.State:
   """Fills a state of `abstract_state`'s structure with PyTorch's tensors.
@@ -62,7 +60,6 @@ def from_torch(
     tensors: name -> array. May be lazy: each tensor is taken once, placed, and let go.
     abstract_state: the `nnx.state` of an `nnx.eval_shape` model (or of a real one).
     what: names the source in error messages, e.g. the file's path.
-    ignore: names in `tensors` that are no parameters (old checkpoints' `position_ids`).
     place: `place(path, array, variable)` puts an array, already in our layout, on a device; by
       default as a jax array in the dtype of the abstract `variable`.
 
@@ -71,7 +68,7 @@ def from_torch(
   """
   place = place or (lambda path, array, variable: jnp.asarray(array, variable.dtype))
   variables = dict(nnx.to_flat_state(abstract_state))
-  _require_equal_names(map(torch_name, variables), set(tensors.keys()) - set(ignore), what)
+  _require_equal_names(map(torch_name, variables), set(tensors.keys()), what)
 
   filled = []
   for path, variable in variables.items():
@@ -91,7 +88,7 @@ def from_torch(
 def _require_equal_names(ours: Iterable[str], theirs: set[str], what: str) -> None:
   ours = set(ours)
   problems = [
-    f"{len(names)} {label} ({', '.join(sorted(names)[:_SHOWN])}{', ...' * (len(names) > _SHOWN)})"
+    f"{len(names)} {label} ({first_names(sorted(names))})"
     for label, names in (("missing", ours - theirs), ("not expected", theirs - ours))
     if names
   ]

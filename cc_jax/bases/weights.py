@@ -181,11 +181,25 @@ def open_tensors(path: str | Path, stack: contextlib.ExitStack) -> Tensors:
   return Tensors(where, metadata)
 
 
-class _Hashed(Mapping[str, np.ndarray]):
+class TensorWrapper(Mapping[str, np.ndarray]):
+  """Tensors of the same names, to which a subclass does something as each is read."""
+
+  def __init__(self, tensors: Mapping[str, np.ndarray]):
+    self._tensors = tensors
+
+  def __iter__(self) -> Iterator[str]:
+    return iter(self._tensors)
+
+  def __len__(self) -> int:
+    return len(self._tensors)
+
+
+class _Hashed(TensorWrapper):
   """The same tensors, noting a hash of each that is read."""
 
   def __init__(self, tensors: Mapping[str, np.ndarray], digests: dict[str, str]):
-    self._tensors, self._digests = tensors, digests
+    super().__init__(tensors)
+    self._digests = digests
 
   def __getitem__(self, name: str) -> np.ndarray:
     tensor = self._tensors[name]
@@ -193,12 +207,6 @@ class _Hashed(Mapping[str, np.ndarray]):
     digest.update(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8))
     self._digests[name] = digest.hexdigest()
     return tensor
-
-  def __iter__(self) -> Iterator[str]:
-    return iter(self._tensors)
-
-  def __len__(self) -> int:
-    return len(self._tensors)
 
 
 def _named_as_ours(tensors: Tensors, cls: type[nnx.Module]) -> Tensors:

@@ -17,15 +17,15 @@ from safetensors.numpy import save
 
 from cc_jax.customcontrast.injection import InjectionConfig
 from cc_jax.customcontrast.mfi_encoder import MFIEncoderConfig
-from cc_jax.customcontrast.model import is_trainable
+from cc_jax.customcontrast.param_groups import is_trainable
 from cc_jax.errors import UserError, one_line
+from cc_jax.text import first_names
 
 FORMAT = "cc_jax.adapter"
 FORMAT_VERSION = 1
 _DTYPES = {
   "float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16, "": None
 }
-_SHOWN = 3  # how many differing names an error shows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Adapter:
 
 
 def adapter_tensors(model: nnx.Module) -> dict[str, Any]:
-  """The trainable tensors of a CustomContrast, by dotted path (as in cc_jax.training.step.split)."""
+  """The trainable tensors of a CustomContrast, by dotted path."""
   state = nnx.state(model, is_trainable)
   return {".".join(map(str, path)): leaf.get_value() for path, leaf in nnx.to_flat_state(state)}
 
@@ -110,7 +110,7 @@ def load_adapter(path: str | os.PathLike, *, base_hash: str | None = None) -> Ad
     ) from error
   if metadata.get("format") != FORMAT:
     raise UserError(
-      f"{path} is no CustomContrast adapter (its first tensors: {_first(tensors)}); "
+      f"{path} is no CustomContrast adapter (its first tensors: {first_names(tensors)}); "
       "adapters are written by cc_jax.train"
     )
   if int(metadata["format_version"]) > FORMAT_VERSION:
@@ -151,7 +151,7 @@ def apply_adapter(
     if tuple(tensors[name].shape) != tuple(flat[name].shape)
   ]
   faults = [
-    f"{kind} {_first(names)}"
+    f"{kind} {first_names(names)}"
     for kind, names in (("missing", missing), ("unknown", unknown), ("wrong shape:", wrong))
     if names
   ]
@@ -163,9 +163,3 @@ def apply_adapter(
   for name, leaf in flat.items():
     leaf.set_value(jnp.asarray(tensors[name], leaf.get_value().dtype))
   nnx.update(model, state)
-
-
-def _first(names) -> str:
-  names = list(names)
-  more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-  return ", ".join(names[:_SHOWN]) + more

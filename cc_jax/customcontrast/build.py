@@ -1,8 +1,8 @@
 """From modules to plain pytrees and back: the border between NNX and everything around it.
 
-`assemble` builds CustomContrast around a base and cuts it once into its definition and two flat
-dictionaries `dotted path -> array`, the adapter's and the frozen base's. `join` is the way back,
-inside a jitted function.
+`build_customcontrast` splits CustomContrast into its definition and two flat dictionaries
+`dotted path -> array`, the adapter's and the frozen base's. `merge_params`, inside a jitted
+function, is its inverse.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from flax import nnx
 from cc_jax.bases.base import Base
 from cc_jax.customcontrast.injection import InjectionConfig
 from cc_jax.customcontrast.mfi_encoder import MFIEncoderConfig
-from cc_jax.customcontrast.model import CustomContrast, is_trainable
+from cc_jax.customcontrast.model import CustomContrast
+from cc_jax.customcontrast.param_groups import is_trainable
 from cc_jax.models.keys import StatelessRngs
 from cc_jax.models.params import Params
 
@@ -34,7 +35,7 @@ def split_params(model: CustomContrast) -> tuple[nnx.GraphDef, Params, Params]:
 
 
 def merge_params(definition: nnx.GraphDef, *parts: Params) -> CustomContrast:
-  """The inverse of `split`."""
+  """The inverse of `split_params`."""
   tree: dict[Any, Any] = {}
   for part in parts:
     for name, leaf in part.items():
@@ -55,21 +56,21 @@ def build_customcontrast(
   seed: int = 0,
   transform: Callable[[Callable], Callable] = jax.jit,
 ) -> tuple[nnx.GraphDef, Params, Params]:
-  """A new adapter around the base: (definition, trainable, frozen).
+  """A new adapter around the base: (definition, trainable, frozen), as of `split_params`.
 
   The frozen arrays are the base's own, not copies; the base's modules stay as they are.
 
   Args:
     dtype: in which the adapter computes; it is stored in float32.
-    transform: jax.jit compiles all initialisers at once; `abstractly` is for a base without weights
-      or an adapter whose values come from a file.
+    transform: jax.jit compiles all initialisers at once; `eval_shape_only` is for a base without
+      weights or an adapter whose values come from a file.
 
   Raises:
     UserError: the encoder's or the injection's settings do not fit the base.
   """
   structure, arrays = nnx.split((base.unet, base.vae, base.text_encoders, base.image_encoder))
   inputs = jax.tree.leaves(arrays)
-  found: dict[str, Any] = {}
+  traced: dict[str, Any] = {}
 
   def create(arrays, seed) -> tuple[Params, Params]:
     unet, vae, text_encoders, image_encoder = nnx.merge(structure, arrays)
@@ -82,16 +83,16 @@ def build_customcontrast(
       param_dtype=jnp.float32,
       rngs=StatelessRngs(seed),
     )
-    found["definition"], trainable, frozen = split_params(model)
+    traced["definition"], trainable, frozen = split_params(model)
     # A jitted function copies what it only passes on, so the frozen arrays stay outside.
     number = {id(leaf): i for i, leaf in enumerate(jax.tree.leaves(arrays))}
-    found["frozen"] = {path: number[id(x)] for path, x in frozen.items() if id(x) in number}
-    return trainable, {path: x for path, x in frozen.items() if path not in found["frozen"]}
+    traced["frozen"] = {path: number[id(x)] for path, x in frozen.items() if id(x) in number}
+    return trainable, {path: x for path, x in frozen.items() if path not in traced["frozen"]}
 
   # The seed is an argument, not a constant: one compiled program serves all seeds.
   trainable, new = transform(create)(arrays, np.uint32(seed % 2**32))
-  old = {path: inputs[i] for path, i in found["frozen"].items()}
-  return found["definition"], trainable, {**old, **new}
+  old = {path: inputs[i] for path, i in traced["frozen"].items()}
+  return traced["definition"], trainable, {**old, **new}
 
 
 def eval_shape_only(function: Callable) -> Callable:

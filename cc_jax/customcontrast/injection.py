@@ -5,12 +5,14 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx, struct
 from jaxtyping import Array, Float
 
 from cc_jax.customcontrast import settings
 from cc_jax.customcontrast.location import TimestepLocation
 from cc_jax.errors import UserError
+from cc_jax.models.params import ParamOptions
 from cc_jax.models.unet import cross_attention_layers
 
 _CHOICES = {"form": ("complementary", "visual_only", "shared")}
@@ -103,6 +105,16 @@ class InjectedCrossAttention(nnx.Module):
   nnx.Intermediate `location_map` (`location` is the module that makes it).
   """
 
+  trained = {
+    "to_k_visual": ParamOptions(),
+    "to_v_visual": ParamOptions(),
+    "location": ParamOptions(),
+    # A gate starts at 0 and Adam moves it by at most the rate a step, while the projections behind
+    # it get gradients in proportion to it: at rate 1e-3 the first thousand steps of an adapter
+    # would be spent on opening it.
+    "gate": ParamOptions(decay=False, rate="gate_rate"),
+  }
+
   def __init__(
     self,
     attn: nnx.Module,
@@ -164,14 +176,12 @@ class InjectedCrossAttention(nnx.Module):
     return attn.to_out[0](out)
 
 
+# Attribute of a transformer block -> what `inject` puts in its place.
+INJECTED = {"attn2": InjectedCrossAttention}
+
+
 def inject(
-  unet: nnx.Module,
-  config: InjectionConfig,
-  *,
-  visual_width: int,
-  dtype=jnp.float32,
-  param_dtype=jnp.float32,
-  rngs: nnx.Rngs,
+  unet: nnx.Module, config: InjectionConfig, *, visual_width: int, **kinds
 ) -> list[str]:
   """Swaps attn2 of every transformer block of `unet`, in place.
 
@@ -182,12 +192,24 @@ def inject(
   layers = cross_attention_layers(unet)
   for _, block in layers:
     block.attn2 = InjectedCrossAttention(
-      block.attn2,
-      config,
-      visual_width=visual_width,
-      temb_width=temb_width,
-      dtype=dtype,
-      param_dtype=param_dtype,
-      rngs=rngs,
+      block.attn2, config, visual_width=visual_width, temb_width=temb_width, **kinds
     )
   return [path for path, _ in layers]
+
+
+def scale_per_layer(scale: Any, layers: int, batch: int) -> Float[Array, "l b"]:
+  """The user's scale as [L, B]; see `CustomContrast.condition` for what is allowed."""
+  scale = jnp.asarray(scale, jnp.float32)
+  shape = scale.shape
+  if scale.ndim == 1 and scale.shape[0] > 1:
+    if layers == batch == scale.shape[0]:
+      raise UserError(
+        f"a scale of {layers} numbers could mean layers or samples; give it as [L, 1] or [1, B]"
+      )
+    scale = scale[:, None] if scale.shape[0] == layers else scale[None]
+  try:
+    return jnp.broadcast_to(scale, np.broadcast_shapes(scale.shape, (layers, batch)))
+  except ValueError:
+    raise UserError(
+      f"scale has shape {shape}; use one number, {layers} (layers) or {batch} (samples)"
+    ) from None

@@ -184,22 +184,22 @@ def _targets(
   theirs: str, value: np.ndarray, layers: Mapping[int, str]
 ) -> list[tuple[str, np.ndarray]]:
   """Our paths for a tensor of theirs, and what each receives, in our layout."""
-  if found := re.fullmatch(r"ip_adapter\.(\d+)\.to_([kv])_ip\.weight", theirs):
-    path = layers.get(int(found[1]))
-    return [(f"{path}.to_{found[2]}_visual.kernel", value.T)] if path else []
+  if match := re.fullmatch(r"ip_adapter\.(\d+)\.to_([kv])_ip\.weight", theirs):
+    path = layers.get(int(match[1]))
+    return [(f"{path}.to_{match[2]}_visual.kernel", value.T)] if path else []
   name = theirs.removeprefix("image_proj.")
   if name == "latents":
     rows = value.reshape(-1, value.shape[-1])
     return [(f"{_QFORMER}queries", np.concatenate([np.zeros_like(rows[:1]), rows]))]
   if name in _OUTSIDE:
     return [_ours(_OUTSIDE[name], value)]
-  if found := re.fullmatch(r"layers\.(\d+)\.(.+)", name):
-    block = f"blocks.{found[1]}."
-    if found[2] == "0.to_kv.weight":
+  if match := re.fullmatch(r"layers\.(\d+)\.(.+)", name):
+    block = f"blocks.{match[1]}."
+    if match[2] == "0.to_kv.weight":
       key, content = np.split(value, 2)
       return [_ours(f"{block}to_k.kernel", key), _ours(f"{block}to_v.kernel", content)]
-    if found[2] in _BLOCK:
-      return [_ours(block + _BLOCK[found[2]], value)]
+    if match[2] in _BLOCK:
+      return [_ours(block + _BLOCK[match[2]], value)]
   return []
 
 

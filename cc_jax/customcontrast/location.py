@@ -13,17 +13,7 @@ class TimestepLocation(nnx.Module):
   transformer block) and the UNet's time embedding, added. w starts at zero, and so m at 1/2.
   """
 
-  def __init__(
-    self,
-    hidden_width: int,
-    temb_width: int,
-    width: int,
-    *,
-    dtype=jnp.float32,
-    param_dtype=jnp.float32,
-    rngs: nnx.Rngs,
-  ):
-    kinds = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+  def __init__(self, hidden_width: int, temb_width: int, width: int, **kinds):
     self.hidden = nnx.Linear(hidden_width, width, **kinds)
     self.time = nnx.Linear(temb_width, width, use_bias=False, **kinds)
     self.out = nnx.Linear(width, 1, kernel_init=nnx.initializers.zeros_init(), **kinds)

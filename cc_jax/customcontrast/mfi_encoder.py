@@ -14,6 +14,7 @@ from cc_jax.customcontrast import settings
 from cc_jax.customcontrast.qformer import TextualQformer, VisualQformer
 from cc_jax.customcontrast.tv_fusion import TVFusion
 from cc_jax.errors import UserError
+from cc_jax.models.params import ParamOptions
 
 _CHOICES = {
   "timestep_layer": ("fourier_mlp", "none"),
@@ -114,6 +115,8 @@ class MFIFeatures(NamedTuple):
 class MFIEncoder(nnx.Module):
   """Both Q-Formers, TV Fusion, and a linear head to the words of each text encoder."""
 
+  trained = ParamOptions()  # every parameter
+
   def __init__(
     self,
     config: MFIEncoderConfig,
@@ -121,12 +124,9 @@ class MFIEncoder(nnx.Module):
     image_width: int,
     layers: int,
     text_widths: Sequence[int],
-    dtype=jnp.float32,
-    param_dtype=jnp.float32,
-    rngs: nnx.Rngs,
+    **kinds,
   ):
     """`image_width` = C of the features, `layers` = L of the UNet, `text_widths` per encoder."""
-    kinds = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
     sizes = dict(depth=config.depth, heads=config.heads)
     self.config = config
     self.visual = VisualQformer(

@@ -5,31 +5,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx, struct
+from flax.core import FrozenDict
 from jaxtyping import Array, Bool, Float, Int
 
-from cc_jax.customcontrast import s_plus
-from cc_jax.customcontrast.injection import InjectionConfig, LayerCondition, inject
+from cc_jax.customcontrast.injection import InjectionConfig, LayerCondition, inject, scale_per_layer
 from cc_jax.customcontrast.mfi_encoder import MFIEncoder, MFIEncoderConfig, MFIFeatures
+from cc_jax.customcontrast.text_conditioning import check_room, encode_text
 from cc_jax.errors import UserError
-
-_TRAINABLE = ("to_k_visual", "to_v_visual", "location", "gate")
-
-
-def is_trainable(path: Sequence[str | int], value: Any = None) -> bool:
-  """Filter for `nnx.split(model, is_trainable, ...)`: the adapter's parameters, no others [P].
-
-  mfi_encoder.* and, in each of the UNet's attn2, to_k_visual, to_v_visual, location and gate.
-  """
-  if value is not None and not isinstance(value, nnx.Param):
-    return False
-  if path[0] == "mfi_encoder":
-    return True
-  names = [part for part in path if isinstance(part, str)]
-  return "attn2" in names and any(
-    part in _TRAINABLE for part in names[names.index("attn2") + 1 :]
-  )
+from cc_jax.models.clip_pixels import clip_pixels
 
 
 @struct.dataclass
@@ -65,12 +49,12 @@ class Subject:
 class CustomContrast(nnx.Module):
   """Frozen base (image encoder, text encoders, VAE, UNet) and the trainable adapter.
 
-  `base` is a `cc_jax.bases.base.Base`, whose UNet gets its attn2 swapped in place. The model holds no
+  `base` is a `cc_jax.bases.base.Base`, whose UNet gets its attn2 swapped in place. The model has no
   random state. Under jit: `graphdef, trainable, frozen = nnx.split(model, is_trainable, ...)`.
 
   Image tokens [R]: each chosen hidden state is normalised per token (mean 0, variance 1, no
   parameters), because CLIP's layers differ in scale by orders of magnitude; then they are
-  concatenated along the channels. The CLS token stays as token 0: it is where CLIP keeps what the
+  concatenated along the channels. An encoder's class token stays: it is where CLIP keeps what the
   picture is of. So P = patches + 1. Several references of one subject: concatenate along P.
   """
 
@@ -92,7 +76,7 @@ class CustomContrast(nnx.Module):
     if base.image_encoder is None:
       raise UserError(
         "this base has no image_encoder/; set config.encoder.image_encoder to the folder of a CLIP "
-        "vision model"
+        "or DINO image encoder"
       )
     kinds = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
     self.dtype = dtype
@@ -100,12 +84,8 @@ class CustomContrast(nnx.Module):
     self.vae = base.vae
     self.text_encoders = nnx.List(base.text_encoders)
     self.image_encoder = base.image_encoder
-    processor = base.image_processor
-    self.pixel_mean = tuple(float(v) for v in processor["mean"])
-    self.pixel_std = tuple(float(v) for v in processor["std"])
-
-    vision = base.image_encoder.config
-    states = vision.num_hidden_layers + 1
+    self.image_processor = nnx.static(FrozenDict(base.image_processor))
+    states = base.image_encoder.num_hidden_states
     for layer in encoder.image_layers:
       if not -states <= layer < states:
         raise UserError(
@@ -113,8 +93,8 @@ class CustomContrast(nnx.Module):
           f"{states}, 0 (its input) to {states - 1}"
         )
     self.image_layers = encoder.image_layers
-    self.image_tokens = (vision.image_size // vision.patch_size) ** 2 + 1
-    self.image_width = vision.hidden_size * len(encoder.image_layers)
+    self.image_tokens = base.image_encoder.num_tokens(base.image_processor["size"])
+    self.image_width = base.image_encoder.width * len(encoder.image_layers)
 
     self.layer_paths = tuple(inject(base.unet, injection, visual_width=encoder.width, **kinds))
     self.group_of_layer = encoder.group_of_layer(len(self.layer_paths))
@@ -131,18 +111,12 @@ class CustomContrast(nnx.Module):
   ) -> tuple[Float[Array, "b p c"], Float[Array, "b e"]]:
     """Frozen features of images in [0, 1]: (features [B, P, C], embed [B, E]).
 
-    `embed` is CLIP's image embedding (projected if the tower has a projection), not normalised: the
-    g of MACL's S_jk = cos(g(x_j), g(x_k)). Images of another size are resized (cubic, antialiased).
+    `embed` is the encoder's embedding of the image, not normalised: the g of MACL's
+    S_jk = cos(g(x_j), g(x_k)). Images of another size are resized, both sides alike.
     """
-    size = self.image_encoder.config.image_size
-    if pixels.shape[1:3] != (size, size):
-      shape = (pixels.shape[0], size, size, 3)
-      pixels = jnp.clip(jax.image.resize(pixels, shape, "cubic"), 0.0, 1.0)
-    pixels = (pixels - jnp.asarray(self.pixel_mean)) / jnp.asarray(self.pixel_std)
-    out = self.image_encoder(pixels)
+    out = self.image_encoder(clip_pixels(pixels, self.image_processor, square=True))
     states = [_normalise(out.hidden_states[layer]) for layer in self.image_layers]
-    embed = out.pooled if out.image_embeds is None else out.image_embeds
-    return jnp.concatenate(states, axis=-1).astype(self.dtype), embed.astype(jnp.float32)
+    return jnp.concatenate(states, axis=-1).astype(self.dtype), out.embedding.astype(jnp.float32)
 
   def encode(
     self,
@@ -219,30 +193,30 @@ class CustomContrast(nnx.Module):
     if features is None or self.mfi_encoder.config.s_plus_space == "none":
       use_s_plus = False
     if use_s_plus is not False:
-      self._check_room(ids, 1 + len(also))
+      check_room(self.text_encoders, ids, (1 + len(also)) * self.mfi_encoder.config.s_words)
     encoded = self.encode(features, t, use_image, visual)
     if toward is not None:
       other, weight = toward
       encoded = encoded.blend(self.encode(other.features, t, use_image, other.visual), weight)
-    others = [self.encode(one.features, t, use_image, one.visual) for one in also]
+    others = [self.encode(other.features, t, use_image, other.visual) for other in also]
     fused = encoded.fused
     if others:
       fused = jnp.concatenate([fused, *(other.fused for other in others)], axis=2)
-    placed = None  # every subject's words with their slot and noun, the first subject first
+    subjects = None
     if use_s_plus is not False:
-      placed = [(encoded.words, slot, noun_span)]
-      placed += [(o.words, one.slot, one.noun_span) for o, one in zip(others, also)]
+      subjects = [(encoded.words, slot, noun_span)]
+      subjects += [(e.words, other.slot, other.noun_span) for e, other in zip(others, also)]
     use = jnp.broadcast_to(jnp.asarray(use_s_plus), t.shape)
     use = use if use_image is None else use & use_image
 
-    texts, plain, pooled = self._encode_text(ids, placed, use, clip_skip)
-    scales = _per_layer(scale, len(self.group_of_layer), t.shape[0])
+    texts, plain, pooled = encode_text(
+      self.text_encoders, ids, subjects, use, config=self.mfi_encoder.config,
+      addition=self.unet.config.addition_embed_type, clip_skip=clip_skip,
+    )  # fmt: skip
+    scales = scale_per_layer(scale, len(self.group_of_layer), t.shape[0])
     context = tuple(
-      LayerCondition(
-        text=texts[min(group, texts.shape[0] - 1)],  # one sequence serves all when S+ is shared
-        visual=fused[group],
-        scale=scales[layer],
-      )
+      # One sequence serves all layers when S+ is shared.
+      LayerCondition(texts[min(group, texts.shape[0] - 1)], fused[group], scales[layer])
       for layer, group in enumerate(self.group_of_layer)
     )
     return Conditioning(
@@ -286,83 +260,9 @@ class CustomContrast(nnx.Module):
     }
     return prediction, tuple(by_path[path] for path in self.layer_paths if path in by_path)
 
-  def _check_room(self, ids, subjects: int) -> None:
-    """Raises UserError where S+ would push EOS out; under jit nobody can look: no check there."""
-    for tower, ids_BxT in zip(self.text_encoders, ids):
-      if not isinstance(ids_BxT, jax.core.Tracer):
-        eos = tower.pool_position(ids_BxT)
-        if not isinstance(eos, jax.core.Tracer):
-          s_plus.check_room(ids_BxT, eos, subjects * self.mfi_encoder.config.s_words)
-
-  def _encode_text(self, ids, placed, use, clip_skip):
-    """(texts [S, B, T, D], plain text or None, pooled or None); S = G, or 1 without S+ / shared.
-
-    `placed`: for each subject (words, slot, noun_span), in the order of the slots; None = no S+.
-    """
-    addition = self.unet.config.addition_embed_type
-    config = self.mfi_encoder.config
-    pooled_s_plus = config.s_plus_pooled == "s_plus" and placed is not None
-    several = len(self.text_encoders) > 1  # SDXL: penultimate states, concatenated; no final norm
-    needs_plain = addition is not None and placed is not None and not pooled_s_plus
-    all_texts, all_plain, pooled = [], [], None
-    for index, (tower, ids_BxT) in enumerate(zip(self.text_encoders, ids)):
-      embeddings = tower.token_embedding(ids_BxT)
-      sequences, pool_ids = embeddings[None], ids_BxT[None]
-      if placed is not None:
-        eos, shifted = tower.pool_position(ids_BxT), ids_BxT
-        # The last subject first, so that what is inserted moves no slot that is still to be filled.
-        for number, (words, slot, noun_span) in enumerate(reversed(placed)):
-          w = words[index]
-          if config.s_plus_norm == "class_noun":
-            w = s_plus.set_norm(w, s_plus.noun_norm(embeddings, noun_span))
-          insert = s_plus.insert_more_words if number else s_plus.insert_words
-          end = eos + number * w.shape[2]
-          sequences = insert(sequences if number else embeddings, w, slot, end, use)
-          shifted = s_plus.insert_ids(shifted, w.shape[2], slot, end, use)
-        pool_ids = jnp.broadcast_to(shifted, (sequences.shape[0], *shifted.shape))
-        if needs_plain:  # the unmodified prompt rides in the same batch
-          sequences = jnp.concatenate([sequences, embeddings[None]])
-          pool_ids = jnp.concatenate([pool_ids, ids_BxT[None]])
-      # Sample by sample, not layer by layer: a batch that is cut over devices then stays cut.
-      sequences, pool_ids = jnp.moveaxis(sequences, 0, 1), jnp.moveaxis(pool_ids, 0, 1)
-      lead = sequences.shape[:2]
-      out = tower(
-        inputs_embeds=sequences.reshape(-1, *sequences.shape[2:]),
-        pool_ids=pool_ids.reshape(-1, pool_ids.shape[-1]),
-      )
-      state = tower.context(out, penultimate=several, clip_skip=clip_skip)
-      state = jnp.moveaxis(state.reshape(*lead, *state.shape[1:]), 0, 1)
-      pools = jnp.moveaxis(out.pooled.reshape(*lead, -1), 0, 1)
-      if pooled_s_plus:  # mean over the layers' sequences
-        plain, pooled = jnp.mean(state, axis=0), jnp.mean(pools, axis=0)
-      else:
-        plain, pooled = state[-1], pools[-1]
-      all_texts.append(state[:-1] if needs_plain else state)
-      all_plain.append(plain)
-    texts = jnp.concatenate(all_texts, axis=-1)
-    plain = jnp.concatenate(all_plain, axis=-1) if addition == "text" else None
-    return texts, plain, pooled if addition == "text_time" else None
-
 
 def _normalise(x: Float[Array, "b p c"]) -> Float[Array, "b p c"]:
   """Mean 0 and variance 1 over channels, float32, no parameters."""
   x = x.astype(jnp.float32)
   x = x - jnp.mean(x, axis=-1, keepdims=True)
   return x / jnp.sqrt(jnp.mean(x**2, axis=-1, keepdims=True) + 1e-5)
-
-
-def _per_layer(scale: Any, layers: int, batch: int) -> Float[Array, "l b"]:
-  """The user's scale as [L, B]; see `CustomContrast.condition` for what is allowed."""
-  given = scale = jnp.asarray(scale, jnp.float32)
-  if scale.ndim == 1 and scale.shape[0] > 1:
-    if layers == batch == scale.shape[0]:
-      raise UserError(
-        f"a scale of {layers} numbers could mean layers or samples; give it as [L, 1] or [1, B]"
-      )
-    scale = scale[:, None] if scale.shape[0] == layers else scale[None]
-  try:
-    return jnp.broadcast_to(scale, np.broadcast_shapes(scale.shape, (layers, batch)))
-  except ValueError:
-    raise UserError(
-      f"scale has shape {given.shape}; use one number, {layers} (layers) or {batch} (samples)"
-    ) from None

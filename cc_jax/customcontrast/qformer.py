@@ -50,8 +50,7 @@ class PerceiverBlock(nnx.Module):
   would multiply the gradient of a dropped (all-zero) image by 1/√eps.
   """
 
-  def __init__(self, width: int, heads: int, *, dtype, param_dtype, rngs: nnx.Rngs):
-    kinds = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+  def __init__(self, width: int, heads: int, **kinds):
     self.heads = heads
     self.norm_attn = nnx.LayerNorm(width, epsilon=1e-5, **kinds)
     self.to_q = nnx.Linear(width, width, use_bias=False, **kinds)
@@ -145,11 +144,8 @@ class TextualQformer(_Qformer):
     layers: int,
     timestep_layer: str = "fourier_mlp",
     cls_from: str = "mean",
-    dtype=jnp.float32,
-    param_dtype=jnp.float32,
-    rngs: nnx.Rngs,
+    **kinds,
   ):
-    kinds = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
     super().__init__(image_width, width, depth=depth, heads=heads, queries=queries, **kinds)
     self.layers = layers
     self.cls_from = cls_from

@@ -12,10 +12,9 @@ class TVFusion(nnx.Module):
   One head, d = D, and no W_v: the values are the visual tokens themselves, as the formula says.
   """
 
-  def __init__(self, width: int, *, dtype=jnp.float32, param_dtype=jnp.float32, rngs: nnx.Rngs):
-    kinds = dict(use_bias=False, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-    self.to_q = nnx.Linear(width, width, **kinds)
-    self.to_k = nnx.Linear(width, width, **kinds)
+  def __init__(self, width: int, **kinds):
+    self.to_q = nnx.Linear(width, width, use_bias=False, **kinds)
+    self.to_k = nnx.Linear(width, width, use_bias=False, **kinds)
 
   def __call__(
     self, textual: Float[Array, "l b q d"], visual: Float[Array, "b v d"]

@@ -8,26 +8,16 @@ signature of `Attention` can stand there.
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from cc_jax.models.layers import GroupNorm, Identity, LayerNorm, conv1x1
 
 _TRANSFORMER_GROUP_NORM_EPSILON = 1e-6  # unlike the 1e-5 of the resnets around it
-
-
-class Masked(NamedTuple):
-  """A context of which `Attention` is to ignore some tokens, such as padding.
-
-  diffusers: `encoder_attention_mask`.
-  """
-
-  context: Float[Array, "b t d"]
-  mask: Bool[Array, "b t"]  # True where a token counts; at least one of each row
 
 
 def multi_head_attention(
@@ -36,18 +26,15 @@ def multi_head_attention(
   value: Float[Array, "b t c"],
   *,
   heads: int,
-  mask: Bool[Array, "b t"] | None = None,
   implementation: str = "xla",
 ) -> Float[Array, "b s c"]:
   """softmax(q kᵀ / √d) v for each head, heads merged again; softmax in float32.
 
   Scores accumulate in float32 whatever the inputs are, which is what `upcast_attention` asks of
-  PyTorch. `mask` says which keys count. `implementation`: 'xla', or 'cudnn' (half precision on an
-  NVIDIA GPU).
+  PyTorch. `implementation`: 'xla', or 'cudnn' (half precision on an NVIDIA GPU).
   """
   by_head = (x.reshape(*x.shape[:-1], heads, -1) for x in (query, key, value))
-  mask = None if mask is None else mask.astype(bool)[:, None, None, :]
-  out = jax.nn.dot_product_attention(*by_head, mask=mask, implementation=implementation)
+  out = jax.nn.dot_product_attention(*by_head, implementation=implementation)
   return out.reshape(query.shape)
 
 
@@ -64,12 +51,9 @@ class Attention(nnx.Module):
     heads: int,
     context_width: int | None = None,
     implementation: str = "xla",
-    dtype,
-    param_dtype,
-    rngs,
+    **kw,
   ):
     """`context_width=None` means self-attention. `heads` must divide `width`."""
-    kw = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
     context_width = width if context_width is None else context_width
     self.heads = heads
     self.dim_head = width // heads
@@ -82,35 +66,30 @@ class Attention(nnx.Module):
   def __call__(
     self,
     hidden: Float[Array, "b s c"],
-    context: Float[Array, "b t d"] | Masked | None = None,
+    context: Float[Array, "b t d"] | None = None,
     temb: Float[Array, "b e"] | None = None,
     hw: tuple[int, int] | None = None,
   ) -> Float[Array, "b s c"]:
     """`temb` and `hw` are for modules that take this one's place; plain attention needs neither."""
     del temb, hw
-    context, mask = context if isinstance(context, Masked) else (context, None)
     context = hidden if context is None else context
-    merged = self.attend(self.to_q(hidden), self.to_k(context), self.to_v(context), mask)
+    merged = self.attend(self.to_q(hidden), self.to_k(context), self.to_v(context))
     return self.to_out[0](merged)
 
   def attend(
-    self,
-    query: Float[Array, "b s c"],
-    key: Float[Array, "b t c"],
-    value: Float[Array, "b t c"],
-    mask: Bool[Array, "b t"] | None = None,
+    self, query: Float[Array, "b s c"], key: Float[Array, "b t c"], value: Float[Array, "b t c"]
   ) -> Float[Array, "b s c"]:
     """Attention proper on projected inputs; the result has not gone through `to_out`."""
     return multi_head_attention(
-      query, key, value, heads=self.heads, mask=mask, implementation=self.implementation
+      query, key, value, heads=self.heads, implementation=self.implementation
     )
 
 
 class GEGLU(nnx.Module):
   """Half of a projection, gated by the exact (erf) gelu of the other half."""
 
-  def __init__(self, width: int, inner: int, *, dtype, param_dtype, rngs):
-    self.proj = nnx.Linear(width, 2 * inner, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+  def __init__(self, width: int, inner: int, **kw):
+    self.proj = nnx.Linear(width, 2 * inner, **kw)
 
   def __call__(self, x: Float[Array, "b s c"]) -> Float[Array, "b s inner"]:
     x, gate = jnp.split(self.proj(x), 2, axis=-1)

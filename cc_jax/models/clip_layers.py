@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import jax
 from flax import nnx
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from cc_jax.errors import UserError
 from cc_jax.models.remat import rematerialised
@@ -96,13 +96,10 @@ class CLIPAttention(nnx.Module):
     self.q_proj = nnx.Linear(width, width, **kwargs)
     self.out_proj = nnx.Linear(width, width, **kwargs)
 
-  def __call__(
-    self, x: Float[Array, "b s d"], *, causal: bool, mask: Bool[Array, "b s"] | None
-  ) -> Float[Array, "b s d"]:
+  def __call__(self, x: Float[Array, "b s d"], *, causal: bool) -> Float[Array, "b s d"]:
     split = (*x.shape[:2], self.heads, x.shape[2] // self.heads)
     q, k, v = (proj(x).reshape(split) for proj in (self.q_proj, self.k_proj, self.v_proj))
-    mask = None if mask is None else mask.astype(bool)[:, None, None, :]
-    out = jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=causal)
+    out = jax.nn.dot_product_attention(q, k, v, is_causal=causal)
     return self.out_proj(out.reshape(x.shape))
 
 
@@ -129,8 +126,8 @@ class CLIPEncoderLayer(nnx.Module):
     self.mlp = CLIPMLP(width, config.intermediate_size, config.hidden_act, **kwargs)
     self.layer_norm2 = layer_norm(width, config.layer_norm_eps, **kwargs)
 
-  def __call__(self, x: Float[Array, "b s d"], **attention) -> Float[Array, "b s d"]:
-    x = x + self.self_attn(self.layer_norm1(x), **attention)
+  def __call__(self, x: Float[Array, "b s d"], *, causal: bool) -> Float[Array, "b s d"]:
+    x = x + self.self_attn(self.layer_norm1(x), causal=causal)
     return x + self.mlp(self.layer_norm2(x))
 
 
@@ -146,16 +143,12 @@ class CLIPEncoder(nnx.Module):
     ])
 
   def __call__(
-    self,
-    x: Float[Array, "b s d"],
-    *,
-    causal: bool = False,
-    mask: Bool[Array, "b s"] | None = None,
+    self, x: Float[Array, "b s d"], *, causal: bool = False
   ) -> tuple[Float[Array, "b s d"], ...]:
-    """`causal`: a token sees none after it. `mask`: which tokens may be seen at all."""
+    """`causal`: a token sees none after it."""
     states = [x]
     for layer in self.layers:
-      run = functools.partial(layer, causal=causal, mask=mask)
+      run = functools.partial(layer, causal=causal)
       states.append(rematerialised(self.remat, run)(states[-1]))
     return tuple(states)
 

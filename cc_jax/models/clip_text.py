@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from cc_jax.errors import UserError
 from cc_jax.models.clip_layers import (
@@ -86,7 +86,7 @@ class CLIPTextTransformer(nnx.Module):
 
 
 class CLIPTextModel(nnx.Module):
-  """The text encoder of Stable Diffusion; causal attention, padding counts unless masked."""
+  """The text encoder of Stable Diffusion; causal attention, padding counts."""
 
   def __init__(
     self, config: CLIPTextConfig, *, dtype=jnp.float32, param_dtype=jnp.float32, rngs: nnx.Rngs
@@ -110,7 +110,6 @@ class CLIPTextModel(nnx.Module):
     inputs_embeds: Float[Array, "b t d"] | None = None,
     *,
     pool_ids: Int[Array, "b t"] | None = None,
-    attention_mask: Bool[Array, "b t"] | Int[Array, "b t"] | None = None,
   ) -> CLIPTextOutput:
     """Encodes token ids, or embeddings to which positions have not been added yet.
 
@@ -118,7 +117,6 @@ class CLIPTextModel(nnx.Module):
       input_ids: padded to any length up to max_position_embeddings.
       inputs_embeds: instead of ids; `pool_ids` must then say which position is EOS.
       pool_ids: the ids in which EOS is looked for; default `input_ids`.
-      attention_mask: which tokens count; Stable Diffusion uses none.
     """
     if (input_ids is None) == (inputs_embeds is None):
       raise ValueError("give either input_ids or inputs_embeds")
@@ -128,7 +126,7 @@ class CLIPTextModel(nnx.Module):
     if inputs_embeds is None:
       inputs_embeds = self.token_embedding(input_ids)
     x = self.text_model.embeddings(jnp.asarray(inputs_embeds, self.dtype))
-    states = self.text_model.encoder(x, causal=True, mask=attention_mask)
+    states = self.text_model.encoder(x, causal=True)
     last = self.text_model.final_layer_norm(states[-1])
     pooled = jnp.take_along_axis(last, self.pool_position(pool_ids)[:, None, None], axis=1)[:, 0]
     if self.config.with_projection:

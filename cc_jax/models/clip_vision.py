@@ -19,6 +19,8 @@ from cc_jax.models.clip_layers import (
   layer_norm,
   tower_name,
 )
+from cc_jax.models.clip_pixels import CLIP_PROCESSOR
+from cc_jax.models.image_encoder import ImageEncoder
 
 # Class names in config.json, and whether they have a projection.
 _ARCHITECTURES = {"CLIPVisionModel": False, "CLIPVisionModelWithProjection": True}
@@ -58,6 +60,11 @@ class CLIPVisionOutput(NamedTuple):
   pooled: Float[Array, "b d"]  # CLS after post_layernorm
   image_embeds: Float[Array, "b e"] | None  # pooled through visual_projection, if there is one
 
+  @property
+  def embedding(self) -> Float[Array, "b e"]:
+    """The image's embedding, projected if the tower has a projection."""
+    return self.pooled if self.image_embeds is None else self.image_embeds
+
 
 class CLIPVisionEmbeddings(nnx.Module):
   """Patches, the class token and positions."""
@@ -93,8 +100,10 @@ class CLIPVisionTransformer(nnx.Module):
     self.post_layernorm = layer_norm(config.hidden_size, config.layer_norm_eps, **kwargs)
 
 
-class CLIPVisionModel(nnx.Module):
+class CLIPVisionModel(ImageEncoder):
   """The image encoder; see `cc_jax.models.clip_pixels` for its preprocessing."""
+
+  normalisation = CLIP_PROCESSOR
 
   def __init__(
     self, config: CLIPVisionConfig, *, dtype=jnp.float32, param_dtype=jnp.float32, rngs: nnx.Rngs
@@ -106,6 +115,11 @@ class CLIPVisionModel(nnx.Module):
       self.visual_projection = nnx.Linear(
         config.hidden_size, config.projection_dim, use_bias=False, **kwargs
       )
+
+  @property
+  def embedding_width(self) -> int:
+    """E of the embedding, which has its own width if there is a projection."""
+    return self.config.projection_dim if self.config.with_projection else self.width
 
   @staticmethod
   def hub_name(name: str) -> str | None:

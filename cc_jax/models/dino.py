@@ -2,7 +2,7 @@
 
 One class reads both, e.g. facebook/dino-vits16 and facebook/dinov2-small or -base. Attribute names
 are those of the published files, which transformers 5 still writes. For preprocessing see
-`cc_jax.models.clip_pixels`; DINO's is ImageNet's mean and std, size 224, shortest_edge 256.
+`cc_jax.models.clip_pixels`; DINOv2's has the size 224 and shortest_edge 256.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from jaxtyping import Array, Float
 
 from cc_jax.errors import UserError
 from cc_jax.models.clip_layers import ACTIVATIONS, checked_config, layer_norm
+from cc_jax.models.image_encoder import ImageEncoder
 
 # What the two config classes of transformers do not agree upon.
 _DEFAULTS: dict[str, dict[str, Any]] = {
@@ -63,14 +64,14 @@ class DinoConfig:
     Raises:
       UserError: it is of another architecture, or has a value that we do not implement.
     """
-    of_type = {kind["model_type"]: name for name, kind in _DEFAULTS.items()}
-    found = (values.get("architectures") or [of_type.get(values.get("model_type"))])[0]
-    if found not in _DEFAULTS:
-      raise UserError(f"DINO config: architectures is {found!r}; we have {list(_DEFAULTS)}")
+    of_type = {default["model_type"]: name for name, default in _DEFAULTS.items()}
+    kind = (values.get("architectures") or [of_type.get(values.get("model_type"))])[0]
+    if kind not in _DEFAULTS:
+      raise UserError(f"DINO config: architectures is {kind!r}; we have {list(_DEFAULTS)}")
     if values.get("use_swiglu_ffn"):
       raise UserError("DINO config: use_swiglu_ffn (DINOv2-giant) is not implemented; use -base")
-    values = {**_DEFAULTS[found], **values, "architecture": found}
-    if found == "Dinov2Model":  # its files have no intermediate_size
+    values = {**_DEFAULTS[kind], **values, "architecture": kind}
+    if kind == "Dinov2Model":  # its files have no intermediate_size
       ratio = values.get("mlp_ratio", 4)
       values["intermediate_size"] = int(values.get("hidden_size", cls.hidden_size) * ratio)
     return checked_config(cls, values, what="DINO config")
@@ -90,7 +91,7 @@ class DinoOutput(NamedTuple):
   """CLS is token 0, then the patches row by row; `hidden_states[0]` is the encoder's input."""
 
   last_hidden_state: Float[Array, "b s d"]  # after the final norm
-  pooled: Float[Array, "b d"]  # its CLS
+  embedding: Float[Array, "b d"]  # its CLS, by which DINO compares images
   hidden_states: tuple[Float[Array, "b s d"], ...]  # before the final norm
 
 
@@ -98,10 +99,8 @@ class PatchEmbeddings(nnx.Module):
   """A linear map of each patch; pixels beyond the last whole patch are left out."""
 
   def __init__(self, config: DinoConfig, **kw):
-    window = (config.patch_size,) * 2
-    self.projection = nnx.Conv(
-      config.num_channels, config.hidden_size, window, strides=window, padding="VALID", **kw
-    )
+    window = dict(kernel_size=(config.patch_size,) * 2, strides=config.patch_size, padding="VALID")
+    self.projection = nnx.Conv(config.num_channels, config.hidden_size, **window, **kw)
 
   def __call__(self, pixels: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 d"]:
     return self.projection(pixels)
@@ -110,7 +109,7 @@ class PatchEmbeddings(nnx.Module):
 class DinoEmbeddings(nnx.Module):
   """Patches, the class token and positions."""
 
-  def __init__(self, config: DinoConfig, *, dtype, param_dtype, rngs):
+  def __init__(self, config: DinoConfig, *, param_dtype, rngs, **kw):
     def table(rows: int) -> nnx.Param:
       noise = jax.random.normal(rngs.params(), (1, rows, config.hidden_size), param_dtype)
       return nnx.Param(0.02 * noise)
@@ -118,9 +117,7 @@ class DinoEmbeddings(nnx.Module):
     self.side = config.image_size // config.patch_size
     self.cls_token = table(1)
     self.position_embeddings = table(1 + self.side**2)
-    self.patch_embeddings = PatchEmbeddings(
-      config, dtype=dtype, param_dtype=param_dtype, rngs=rngs
-    )
+    self.patch_embeddings = PatchEmbeddings(config, param_dtype=param_dtype, rngs=rngs, **kw)
 
   def __call__(self, pixels: Float[Array, "b h w c"]) -> Float[Array, "b s d"]:
     patches = self.patch_embeddings(pixels)
@@ -248,8 +245,11 @@ class DinoEncoder(nnx.Module):
     return tuple(states)
 
 
-class Dino(nnx.Module):
+class Dino(ImageEncoder):
   """The image encoder of DINO or DINOv2, as `config.architecture` says."""
+
+  normalisation = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}  # ImageNet's
+  any_size = True
 
   def __init__(
     self, config: DinoConfig, *, dtype=jnp.float32, param_dtype=jnp.float32, rngs: nnx.Rngs

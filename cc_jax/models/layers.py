@@ -17,16 +17,8 @@ class GroupNorm(nnx.GroupNorm):
   and in the VAE, and the wrong one hardly shows in a picture.
   """
 
-  def __init__(self, channels: int, *, groups: int, epsilon: float, dtype, param_dtype, rngs):
-    super().__init__(
-      channels,
-      num_groups=groups,
-      epsilon=epsilon,
-      use_fast_variance=False,
-      dtype=dtype,
-      param_dtype=param_dtype,
-      rngs=rngs,
-    )
+  def __init__(self, channels: int, *, groups: int, epsilon: float, **kw):
+    super().__init__(channels, num_groups=groups, epsilon=epsilon, use_fast_variance=False, **kw)
 
   def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
     """Sums over pixels per channel first, then over a group's channels: contiguous reductions.
@@ -50,15 +42,8 @@ class GroupNorm(nnx.GroupNorm):
 class LayerNorm(nnx.LayerNorm):
   """Layer normalisation as PyTorch computes it: epsilon 1e-5 (flax has 1e-6), two-pass variance."""
 
-  def __init__(self, width: int, *, epsilon: float = 1e-5, dtype, param_dtype, rngs):
-    super().__init__(
-      width,
-      epsilon=epsilon,
-      use_fast_variance=False,
-      dtype=dtype,
-      param_dtype=param_dtype,
-      rngs=rngs,
-    )
+  def __init__(self, width: int, *, epsilon: float = 1e-5, **kw):
+    super().__init__(width, epsilon=epsilon, use_fast_variance=False, **kw)
 
 
 def conv3x3(in_channels: int, out_channels: int, *, stride: int = 1, padding=1, **kw) -> nnx.Conv:
@@ -93,11 +78,8 @@ class ResnetBlock2D(nnx.Module):
     temb_channels: int | None,
     groups: int,
     epsilon: float,
-    dtype,
-    param_dtype,
-    rngs,
+    **kw,
   ):
-    kw = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
     self.norm1 = GroupNorm(in_channels, groups=groups, epsilon=epsilon, **kw)
     self.conv1 = conv3x3(in_channels, out_channels, **kw)
     if temb_channels is not None:
@@ -124,11 +106,9 @@ class Downsample2D(nnx.Module):
   pads the bottom and the right only.
   """
 
-  def __init__(self, channels: int, *, asymmetric: bool = False, dtype, param_dtype, rngs):
+  def __init__(self, channels: int, *, asymmetric: bool = False, **kw):
     padding = ((0, 1), (0, 1)) if asymmetric else 1
-    self.conv = conv3x3(
-      channels, channels, stride=2, padding=padding, dtype=dtype, param_dtype=param_dtype, rngs=rngs
-    )
+    self.conv = conv3x3(channels, channels, stride=2, padding=padding, **kw)
 
   def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
     return self.conv(x)
@@ -142,8 +122,8 @@ class Upsample2D(nnx.Module):
   PyTorch's nearest interpolation equals the doubled image without its last row or column.
   """
 
-  def __init__(self, channels: int, *, dtype, param_dtype, rngs):
-    self.conv = conv3x3(channels, channels, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+  def __init__(self, channels: int, **kw):
+    self.conv = conv3x3(channels, channels, **kw)
 
   def __call__(
     self, x: Float[Array, "b h w c"], size: tuple[int, int] | None = None
@@ -178,8 +158,7 @@ def sinusoidal_embedding(
 class TimestepEmbedding(nnx.Module):
   """linear, silu, linear (diffusers: models/embeddings.py)."""
 
-  def __init__(self, in_channels: int, width: int, *, dtype, param_dtype, rngs):
-    kw = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+  def __init__(self, in_channels: int, width: int, **kw):
     self.linear_1 = nnx.Linear(in_channels, width, **kw)
     self.linear_2 = nnx.Linear(width, width, **kw)
 

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jaxtyping import Array
 
 Params = dict[str, Array]  # dotted path -> array
 DTYPES = ("float32", "bfloat16")  # to compute in, and to keep frozen weights in
+
+
+class ParamOptions(NamedTuple):
+  """How a parameter is trained; the module that has it declares this as `trained`."""
+
+  decay: bool = True  # weight decay pulls it to zero, if it is a matrix
+  rate: str = ""  # the key of config.train that multiplies its learning rate
 
 
 def path_name(path: tuple[Any, ...], separator: str = "/") -> str:

@@ -11,9 +11,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
-from cc_jax.models.attention import Masked, TransformerBlock, multi_head_attention
+from cc_jax.models.attention import TransformerBlock, multi_head_attention
 from cc_jax.models.layers import (
   GroupNorm,
   LayerNorm,
@@ -119,7 +119,6 @@ class UNet2DCondition(nnx.Module):
     timesteps: Float[Array, " b"] | Int[Array, " b"],
     context: Float[Array, "b t d"] | Sequence[Any],
     *,
-    context_mask: Bool[Array, "b t"] | None = None,
     text: Float[Array, "b t d"] | None = None,
     text_embeds: Float[Array, "b p"] | None = None,
     time_ids: Float[Array, "b n"] | None = None,
@@ -131,21 +130,15 @@ class UNet2DCondition(nnx.Module):
       timesteps: 0 ... 999.
       context: the text that all cross-attention layers see, or L objects, one for each layer in
         execution order, which reach that layer's `attn2` untouched.
-      context_mask: which tokens of a shared context count (diffusers: `encoder_attention_mask`);
-        for L objects, give plain layers `Masked` ones.
       text: what `addition_embed_type='text'` pools; by default the context, if that is an array.
       text_embeds, time_ids: pooled text and the six sizes of SDXL's `'text_time'`.
 
     Raises:
-      ValueError: a condition that the config asks for is missing, L does not fit, or a mask came
-        with L objects.
+      ValueError: a condition that the config asks for is missing, or L does not fit.
     """
     layers = len(cross_attention_layers(self))
     shared = hasattr(context, "shape")
-    if context_mask is not None and not shared:
-      raise ValueError("context_mask is for a context that all layers share")
-    common = context if context_mask is None else Masked(context, context_mask)
-    per_layer = (common,) * layers if shared else tuple(context)
+    per_layer = (context,) * layers if shared else tuple(context)
     if len(per_layer) != layers:
       raise ValueError(f"{len(per_layer)} contexts for {layers} cross-attention layers")
     contexts = Contexts(per_layer)

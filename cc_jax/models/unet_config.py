@@ -44,6 +44,10 @@ _ONLY = {
 }
 
 _NOT_NONE = ("mid_block_type", "norm_num_groups")
+# Fields that a file may have one number of for all blocks.
+PER_BLOCK = (
+  "layers_per_block", "cross_attention_dim", "transformer_layers_per_block", "attention_head_dim"
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -87,26 +91,14 @@ class UNetConfig:
 
   def __post_init__(self):
     blocks = len(self.block_out_channels)
-    for name in (
-      "layers_per_block",
-      "cross_attention_dim",
-      "transformer_layers_per_block",
-      "attention_head_dim",
-    ):
+    for name in PER_BLOCK:
       value = getattr(self, name)
       value = (value,) if isinstance(value, int) else tuple(value)
       object.__setattr__(self, name, value * blocks if len(value) == 1 else value)
     self._check(blocks)
 
   def _check(self, blocks: int) -> None:
-    for name in (
-      "down_block_types",
-      "up_block_types",
-      "layers_per_block",
-      "cross_attention_dim",
-      "transformer_layers_per_block",
-      "attention_head_dim",
-    ):
+    for name in ("down_block_types", "up_block_types", *PER_BLOCK):
       value = getattr(self, name)
       if len(value) != blocks:
         raise UserError(

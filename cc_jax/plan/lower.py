@@ -4,7 +4,7 @@ They are those of `cc_jax.train` and `cc_jax.generate`: the same functions, give
 arrays.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -14,6 +14,7 @@ from jax.sharding import AbstractMesh, Mesh
 
 from cc_jax.bases.base import Base
 from cc_jax.diffusion.samplers import adds_noise, step_table
+from cc_jax.models.unet import cross_attention_layers
 from cc_jax.parallel.mesh import batch_sharding, make_mesh, replicated_sharding
 from cc_jax.parallel.rules import abstract_params
 from cc_jax.plan.topology import Slice
@@ -94,7 +95,7 @@ def generate_program(config: ml_collections.ConfigDict, mesh: Mesh) -> AbstractP
     return jax.ShapeDtypeStruct(shape, dtype, sharding=replicated_sharding(mesh))
 
   tokens = [tower.config.max_position_embeddings for tower in base.text_encoders]
-  pixels, layers = config.data.image_size, len(_layers(trainable))
+  pixels, layers = config.data.image_size, len(cross_attention_layers(base.unet))
   side = pixels // base.vae.config.factor
   ids = tuple(sharded((t,), np.int32) for t in tokens)
   inputs = SamplerInputs(
@@ -127,6 +128,3 @@ def _build(config: ml_collections.ConfigDict) -> tuple[StepContext, Any, Any, Ba
   return make_step_context(config, definition, base), trainable, frozen, base
 
 
-def _layers(trainable: Mapping[str, Any]) -> list[str]:
-  """The cross-attention layers, of which each has one gate."""
-  return [path for path in trainable if path.rsplit(".", 1)[-1] == "gate"]

@@ -72,15 +72,15 @@ class StepContext:
     """Log lines: the backend of each contrastive loss; `parts` are weights or their shapes."""
     objective, backend = self.config.objective, dataclasses.replace(self, mesh=mesh).contrast
     model, lines = self.model(*parts), []
-    encoder, vision = model.mfi_encoder.config, model.image_encoder.config
+    encoder = model.mfi_encoder.config
     n, width = self.config.train.batch_size, encoder.width
     if objective.lambda_cscl:
       lines.append("cscl: " + backend.explain(PairLoss(1.0, symmetric=True), 1, n, width, 0))
     if objective.lambda_macl:
       groups = max(model.group_of_layer) + 1
       groups *= encoder.textual_queries if objective.macl_pooling == "per_token" else 1
-      embed_width = vision.projection_dim if vision.with_projection else vision.hidden_size
       pair_loss = PairLoss(1.0, objective.macl_scaling, symmetric=objective.macl_symmetric)
+      embed_width = model.image_encoder.embedding_width
       lines.append("macl: " + backend.explain(pair_loss, groups, n, width, embed_width))
     return lines
 

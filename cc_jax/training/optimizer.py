@@ -10,6 +10,7 @@ import ml_collections
 import optax
 from jaxtyping import Array, Float, Int
 
+from cc_jax.customcontrast.param_groups import param_options
 from cc_jax.errors import UserError
 from cc_jax.models.params import Params
 
@@ -47,28 +48,25 @@ def make_optimizer(train: ml_collections.ConfigDict) -> optax.GradientTransforma
 
 def decay_mask(params: Params) -> dict[str, bool]:
   """Which parameters weight decay pulls to zero: not biases, norms' scales, gates and scalars."""
-
-  def matrix(path: str, value: Array) -> bool:
-    return value.ndim >= 2 and path.rsplit(".", 1)[-1] not in ("bias", "scale", "gate")
-
-  return {path: matrix(path, value) for path, value in params.items()}
+  return {
+    path: value.ndim >= 2 and param_options(path.split(".")).decay
+    for path, value in params.items()
+  }
 
 
 def apply_update(
-  params: Params, directions: Params, rate: Float[Array, ""], gate_rate: float = 1.0
+  params: Params, directions: Params, rate: Float[Array, ""], train: ml_collections.ConfigDict
 ) -> tuple[Params, Params]:
-  """(params - rate * directions, the change itself); the injection's gates move gate_rate as fast.
+  """(params - rate * directions, the change itself); some have a multiple of the rate.
 
-  A gate starts at 0 and Adam moves it by at most the rate a step, while the projections behind it
-  get gradients in proportion to it: at rate 1e-3 the first thousand steps of an adapter would be
-  spent on opening it.
+  The multiple is the value of a key of `train`, which `param_options` names.
   """
 
-  def moved(path: str, direction: Array) -> Array:
-    own = rate * gate_rate if path.rsplit(".", 1)[-1] == "gate" else rate
-    return -own * direction
+  def changed(path: str, direction: Array) -> Array:
+    key = param_options(path.split(".")).rate
+    return -(rate * train[key] if key else rate) * direction
 
-  change = {path: moved(path, direction) for path, direction in directions.items()}
+  change = {path: changed(path, direction) for path, direction in directions.items()}
   return optax.apply_updates(params, change), change
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import jax
 import ml_collections
 
+from cc_jax.customcontrast.param_groups import group_by_module
 from cc_jax.diffusion.schedule import NoiseSchedule
 from cc_jax.text import align_table
 from cc_jax.training.setup import build_abstract
-from cc_jax.training.step import group_by_module, init_state
+from cc_jax.training.step import init_state
 
 
 def parameter_table(config: ml_collections.ConfigDict) -> str:

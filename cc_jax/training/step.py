@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -18,6 +18,7 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Int
 
+from cc_jax.customcontrast.param_groups import group_by_module
 from cc_jax.models.params import Params
 from cc_jax.parallel.mesh import batch_sharding, replicated_sharding
 from cc_jax.parallel.rules import param_shardings, shards_params
@@ -80,7 +81,7 @@ def update(
   directions, opt_state = optimizer.make_optimizer(train).update(
     gradients, state.opt_state, state.trainable
   )
-  trainable, change = optimizer.apply_update(state.trainable, directions, rate, train.gate_rate)
+  trainable, change = optimizer.apply_update(state.trainable, directions, rate, train)
   ema = optimizer.update_ema(state.ema, trainable, train.ema, state.step)
 
   good = jnp.isfinite(metrics["loss"]) & jnp.isfinite(gradient_norm)
@@ -101,16 +102,6 @@ def update(
     update_norm = optax.global_norm([change[name] for name in names])
     added[f"norm/update/{module}"] = jnp.where(good, update_norm, 0.0)
   return TrainState(*kept, state.step + 1, bad_steps), {**metrics, **added}
-
-
-def group_by_module(names: Iterable[str]) -> dict[str, list[str]]:
-  """Parameters by network, of the MFI-Encoder by part: 'unet', 'mfi_encoder.visual', ..."""
-  names_by_module: dict[str, list[str]] = {}
-  for name in names:
-    parts = name.split(".")
-    module = ".".join(parts[: 2 if parts[0] == "mfi_encoder" else 1])
-    names_by_module.setdefault(module, []).append(name)
-  return names_by_module
 
 
 def make_train_step(
