@@ -1,5 +1,6 @@
 """Errors that a user can mend, the wrapper that prints them without a traceback, renamed keys."""
 
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -59,17 +60,20 @@ def run(main: Callable[[Sequence[str]], None], define: Callable[[], None] = lamb
 
   def parse(argv: Sequence[str]) -> list[str]:
     try:
+      overrides = re.findall(r"^--?config\.([\w.]+)", "\n".join(argv), re.MULTILINE)
+      refuse_old_names(dict.fromkeys(overrides))
       define()
       rest = flags.FLAGS(list(argv))
       if "config" in flags.FLAGS:
-        _ = flags.FLAGS.config.items  # a file that cannot be read fails when one looks into it
+        # A file that cannot be read fails when its config is used for the first time.
+        refuse_old_names(flatten_config(flags.FLAGS.config.to_dict()))
       return rest
     except (AttributeError, KeyError) as error:
       # ml_collections' error for an unknown key, quoted twice: 'stepz' Did you mean "steps" ...?
       text = one_line(error).replace("\\n", " ")
       key, _, hint = text.replace("\\", "").replace("'", "").partition(" ")
       _stop(f"the config has no key {key}. {hint or 'The config file lists all keys.'}")
-    except (flags.Error, TypeError, ValueError, OSError, SyntaxError) as error:
+    except (UserError, flags.Error, TypeError, ValueError, OSError, SyntaxError) as error:
       _stop(one_line(error))
 
   app.run(wrapped, flags_parser=parse)

@@ -33,7 +33,7 @@ class Arm(NamedTuple):
 
 SELF = {"data.frames": "self"}  # the reference is cut out of the target frame
 OFF = {"objective.lambda_cscl": 0.0, "objective.lambda_macl": 0.0}
-AUGMENTED = {"data.reference_place": "random"}  # as MCL's positives are
+AUGMENTED = {"data.reference_layout": "random"}  # as MCL's positives are
 # IP-Adapter-plus (arXiv 2308.06721): Resampler tokens of the penultimate features in decoupled
 # cross-attention, whose K and V start as the text's; no S+, no map, no gate, text left alone; AdamW
 # at a constant rate. Its dropout (5 % each) and decay are this project's defaults. Shared with all
@@ -41,7 +41,7 @@ AUGMENTED = {"data.reference_place": "random"}  # as MCL's positives are
 IP_ADAPTER = SELF | OFF | {
   "encoder.s_plus_space": "none", "encoder.fusion": "visual_tokens", "encoder.image_layers": (-2,),
   "injection.form": "visual_only", "injection.location": False, "injection.gate_start": 1.0,
-  "train.gate_rate": 0.0, "train.schedule": "constant",
+  "train.gate_lr_mult": 0.0, "train.schedule": "constant",
 }  # fmt: skip
 RATES = ("train.learning_rate", (3e-3, 1e-3, 3e-4, 1e-2))  # the likeliest first: see --candidates
 
@@ -103,8 +103,8 @@ ARMS = {
   "self_s_words_4": Arm("s_plus", SELF | OFF | {"encoder.s_words": 4}),
   "s_plus_free_norm": Arm("s_plus", {"encoder.s_plus_norm": "free"}),
   "plain_pooled": Arm("s_plus", {"encoder.s_plus_pooled": "plain"}),
-  "same_class": Arm("negatives", {"data.group": "class", "data.group_share": 0.5}),
-  "same_family": Arm("negatives", {"data.group": "family", "data.group_share": 0.5}),
+  "same_class": Arm("negatives", {"data.group": "class", "data.group_ratio": 0.5}),
+  "same_family": Arm("negatives", {"data.group": "family", "data.group_ratio": 0.5}),
   "weight_01": Arm("weights", _weight(0.1)),
   "weight_03": Arm("weights", _weight(0.3)),
   "weight_3": Arm("weights", _weight(3.0)),
@@ -117,9 +117,9 @@ ARMS = {
   # Contrast outweighs the diffusion loss by far, which then finds features that differ already.
   "contrast_first": Arm("warmup", first=(0.2, _weight(200))),
   # How the reference is shown: with its background the scene can leak, re-centred no size can.
-  "whole_frame": Arm("reference", {"data.reference_place": "frame"}),
-  "whole_frame_self": Arm("reference", SELF | OFF | {"data.reference_place": "frame"}),
-  "centred": Arm("reference", {"data.reference_place": "centred"}),
+  "whole_frame": Arm("reference", {"data.reference_layout": "frame"}),
+  "whole_frame_self": Arm("reference", SELF | OFF | {"data.reference_layout": "frame"}),
+  "centred": Arm("reference", {"data.reference_layout": "centred"}),
   # How much of IP-Adapter-plus' difference is due to its features? It gets the method's here.
   "ip_adapter_features": Arm(
     "encoder", {k: v for k, v in IP_ADAPTER.items() if k != "encoder.image_layers"}),
@@ -144,13 +144,13 @@ def get_config(setting: str = "cut_outs") -> ml_collections.ConfigDict:
   c.run.encoder.s_words = 2  # as all arms were trained; `s_words_4` has since become the default
   # References show the subject where and as large as it stands in its frame, on white: re-centred
   # ones would hide size and place, and then no arm could leak them.
-  c.run.data.reference_place = "in_place"
+  c.run.data.reference_layout = "in_place"
   if setting == "photographs":
-    c.run.data.reference_place = "frame"
-    c.run.data.terse_captions = 0.5
+    c.run.data.reference_layout = "frame"
+    c.run.data.caption_drop_detail_prob = 0.5
   c.run.train.steps = 600 if setting == "cut_outs" else 400  # the budget; --budget for more
   c.run.train.sample_every = 200  # when a run is scored on its way
-  c.run.train.gaps_every = 0
+  c.run.train.prompt_sensitivity_every = 0
   c.run.train.max_bad_steps = 20  # a rate that is too high is a low score, not the suite's end
 
   c.score = ml_collections.ConfigDict()

@@ -55,7 +55,7 @@ def get_config() -> ml_collections.ConfigDict:
   c.train.base_dtype = "bfloat16"
   c.train.save_every = 2_000
   c.train.sample_every = 2_000
-  c.train.gaps_every = 2_000
+  c.train.prompt_sensitivity_every = 2_000
 
   c.sample.subjects = 8
   c.sample.steps = 30

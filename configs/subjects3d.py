@@ -23,17 +23,17 @@ def get_config() -> ml_collections.ConfigDict:
   c.data.name = "subjects3d/small"  # TFDS data set; with 'folder', the folder's path
   c.data.data_dir = ""  # where TFDS data sets are written; '' = TFDS' default
   c.data.image_size = 64
-  c.data.reference_share = 0.8  # longer side of the reference's subject / side of the canvas
+  c.data.reference_ratio = 0.8  # longer side of the reference's subject / side of the canvas
   c.data.reference_jitter = 0.0  # random change of the reference's size and place, 0 = none
-  c.data.positive_share = (0.4, 0.9)  # the same for the positive: a range
+  c.data.positive_ratio = (0.4, 0.9)  # the same for the positive: a range
   # The reference is 'centred'; the lab also shows it 'in_place' (as in its frame, on white), at a
   # 'random' size and place like positives, or the whole 'frame' with its background.
-  c.data.reference_place = "centred"
+  c.data.reference_layout = "centred"
   c.data.frames = "multi_view"  # 'self': the reference is the target's frame (a control)
   # Probability that a caption is only the class noun, "a teapot": real captions are often as short.
-  c.data.terse_captions = 0.0
+  c.data.caption_drop_detail_prob = 0.0
   c.data.group = "family"  # hard negatives: 'class' | 'family'
-  c.data.group_share = 0.0  # fraction of the global batch that is drawn from one group
+  c.data.group_ratio = 0.0  # fraction of the global batch that is drawn from one group
 
   c.encoder = ml_collections.ConfigDict()  # the MFI-Encoder
   c.encoder.image_encoder = ""  # folder of CLIP or DINOv2; '' = the base's image_encoder/
@@ -95,9 +95,9 @@ def get_config() -> ml_collections.ConfigDict:
   c.train = ml_collections.ConfigDict()
   c.train.steps = 800
   c.train.batch_size = 32  # global
-  c.train.accumulate = 1  # microbatches that a batch is divided into; same gradient
+  c.train.grad_accum_steps = 1  # microbatches that a batch is divided into; same gradient
   c.train.learning_rate = 1e-3
-  c.train.gate_rate = 10.0  # learning rate of the gates / that of all else
+  c.train.gate_lr_mult = 10.0  # learning rate of the gates / that of all else
   c.train.schedule = "cosine"  # 'cosine' | 'constant', after the warm-up
   c.train.warmup_steps = 100
   c.train.weight_decay = 0.01
@@ -107,7 +107,7 @@ def get_config() -> ml_collections.ConfigDict:
   c.train.ema = 0.995
   c.train.dtype = "float32"  # compute: 'float32' | 'bfloat16'
   c.train.base_dtype = "float32"  # storage of the frozen base
-  # What the backward pass recomputes: 'none' | 'products' (all but convolutions and products with
+  # What the backward pass recomputes: 'none' | 'dots' (all but convolutions and products with
   # weights) | 'full'. For the UNet one word, or one for each of its blocks down, mid, up.
   c.train.remat_unet = ("none",)
   c.train.remat_text = "none"  # the text encoders, which see a sequence for every layer
@@ -118,7 +118,7 @@ def get_config() -> ml_collections.ConfigDict:
   c.train.keep = 2
   c.train.keep_every = 0  # steps whose multiples are kept for good; 0 = none
   c.train.sample_every = 500  # 0 = only at the end
-  c.train.gaps_every = 500  # how much a wrong word raises the loss; 0 = never
+  c.train.prompt_sensitivity_every = 500  # how much a wrong word raises the loss; 0 = never
 
   c.mesh = ml_collections.ConfigDict()
   # Devices along each axis; -1 for one of them = all remaining. The batch is sharded over data and

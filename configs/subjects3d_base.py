@@ -5,17 +5,17 @@
 On 4 cores without accelerator: rendering 1 minute, VAE 12 (25.0 dB), CLIP pair 35, UNet 3 hours
 (about 110 samples/s). The shipped base was trained in pieces, each initialised from the one before
 (`init_from`): 5,800 steps of the UNet by an earlier recipe (mask_weight 2); 21,000 more, up
-to step 12,000 of them with calm_share 0.5; at last, for patterns, 6,000 with world.plain_share 0.2,
-calm_share 0.6 and learning_rate 8e-4. It draws class 96, main colour 99 and scene 100 % of 200
+to step 12,000 of them with calm_ratio 0.5; at last, for patterns, 6,000 with world.plain_ratio 0.2,
+calm_ratio 0.6 and learning_rate 8e-4. It draws class 96, main colour 99 and scene 100 % of 200
 prompts as asked (`python -m cc_jax.evaluate --what=base`). To train it on:
 `--config.init_from=subjects3d-base` and other `--config.unet.train.steps`.
 
-CLIP: 700 steps of both towers with white_share 0.5, 1,800 of the image encoder alone (freeze_text),
+CLIP: 700 steps of both towers with white_ratio 0.5, 1,800 of the image encoder alone (freeze_text),
 both by captions only (factor_weight and position_scale 0): a linear probe named 43 % of the classes
 (docs/lab.md, "What the image encoder must know"). Then, with the factors, on pictures of their own
-(world.recombine, plain_share 0.2, calm_share 0.3), 800 steps and, with clip.code_positions put
+(world.recombine, plain_ratio 0.2, calm_ratio 0.3), 800 steps and, with clip.code_positions put
 upon them once (a random start has it from the beginning), 4,200 of batch 128 (31 minutes on 4
-cores); at last 800 of the projection alone (freeze_features, contrast_weight 0, white_share 0.9,
+cores); at last 800 of the projection alone (freeze_features, contrast_weight 0, white_ratio 0.9,
 batch 256, learning_rate 3e-3; 8 minutes on one core). At the end of the 4,200 it told class 94,
 colours 98 and 98 and pattern 82 % of what it was shown (clip.jsonl). What can be read from it of
 subjects never seen, and how well S follows real similarity: docs/lab/tables.md.
@@ -33,8 +33,8 @@ def get_config() -> ml_collections.ConfigDict:
 
   c.world = ml_collections.ConfigDict()  # what is rendered before the training starts
   c.world.images = 60_000
-  c.world.calm_share = 0.5  # fraction with narrow irrelevant factors, which is easier
-  c.world.plain_share = 0.5  # fraction without pattern, which shows shapes better
+  c.world.calm_ratio = 0.5  # fraction with narrow irrelevant factors, which is easier
+  c.world.plain_ratio = 0.5  # fraction without pattern, which shows shapes better
   c.world.recombine = False  # whether patterns and proportions are shuffled among subjects
   c.world.split = "train"
   c.world.captions = 4  # phrasings per image
@@ -62,7 +62,7 @@ def get_config() -> ml_collections.ConfigDict:
   c.clip.vision = ml_collections.ConfigDict(dict(
       hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4,
       hidden_act="gelu", projection_dim=128, image_size=64, patch_size=8))
-  c.clip.white_share = 0.75  # fraction cut out on white, as the adapter's references are
+  c.clip.white_ratio = 0.75  # fraction cut out on white, as the adapter's references are
   c.clip.freeze_text = False  # with init_from: train the image encoder alone
   c.clip.freeze_features = False  # and of that one the projection alone, which MACL's S comes from
   c.clip.contrast_weight = 1.0
@@ -70,7 +70,7 @@ def get_config() -> ml_collections.ConfigDict:
   # Weight of classifying the factors (pretrain.clip.FactorHeads) and of similarity_correlation; 0 =
   # captions alone.
   c.clip.factor_weight = 0.3
-  c.clip.mirror_share = 0.5  # fraction of the pictures that are mirrored
+  c.clip.mirror_ratio = 0.5  # fraction of the pictures that are mirrored
   c.clip.train = _train(steps=2500, batch=192, learning_rate=1.5e-3)
 
   c.unet = ml_collections.ConfigDict()
@@ -91,7 +91,7 @@ def get_config() -> ml_collections.ConfigDict:
   c.unet.mask_weight = 6.0  # loss weight 1 + mask_weight * subject mask, grown by one latent
   c.unet.drop_caption = 0.1
   c.unet.calm_until = 0.3  # fraction of the steps in which there are more calm pictures still
-  c.unet.calm_share = 0.75  # fraction of a batch that is calm, afterwards
+  c.unet.calm_ratio = 0.75  # fraction of a batch that is calm, afterwards
 
   c.mesh = ml_collections.ConfigDict()
   c.mesh.data = -1

@@ -19,8 +19,8 @@ def get_config() -> ml_collections.ConfigDict:
 
   c.world = ml_collections.ConfigDict()
   c.world.images = 250_000
-  c.world.calm_share = 0.1
-  c.world.plain_share = 0.0
+  c.world.calm_ratio = 0.1
+  c.world.plain_ratio = 0.0
   c.world.recombine = True  # shuffles the patterns and proportions of the 3,520 subjects
   c.world.split = "train"
   c.world.processes = 0  # 0 = one per core
@@ -28,7 +28,7 @@ def get_config() -> ml_collections.ConfigDict:
   c.judge = ml_collections.ConfigDict()
   c.judge.width = 32
   c.judge.init_from = ""  # a judge's file whose weights the training goes on from; '' = random
-  c.judge.fresh = 2000  # new pictures of test subjects that measure its accuracy
+  c.judge.test_images = 2000  # new pictures of test subjects that measure its accuracy
   c.judge.train = ml_collections.ConfigDict(dict(
       steps=7000, batch=64, learning_rate=1.5e-3, ema=0.995, warmup=200, beta2=0.99,
       weight_decay=0.05, clip_norm=1.0, save_every=1000))

@@ -27,10 +27,10 @@ class Maker:
     self.triple = triples.TripleConfig.from_config(data_config)
     self._frames = data_config.frames
     sampling.check_frames(self._frames)
-    self._terse_prob = data_config.terse_captions
+    self._terse_prob = data_config.caption_drop_detail_prob
     if not 0 <= self._terse_prob <= 1:
-      raise DataError(f"data.terse_captions={self._terse_prob} must lie between 0 and 1")
-    self._group, self._group_share = data_config.group, data_config.group_share
+      raise DataError(f"data.caption_drop_detail_prob={self._terse_prob} must lie between 0 and 1")
+    self._group, self._group_ratio = data_config.group, data_config.group_ratio
     self._batch_size, self._seed = batch_size, seed
     encode = lambda caption, noun: tokens.encode_prompt(tokenizer, caption, noun, s_words)  # noqa: E731
     # A finite data set repeats its captions; the limit is for rendered ones, which are endless.
@@ -39,7 +39,7 @@ class Maker:
 
   def check(self, table: sampling.SubjectTable) -> None:
     """Raises DataError when the batches that the config asks for cannot be drawn from `table`."""
-    sampling.check_group(table, self._group, self._group_share)
+    sampling.check_group(table, self._group, self._group_ratio)
 
   def rng(self, step: int, row: int) -> np.random.Generator:
     return sampling.row_rng(self._seed, step, row)
@@ -50,7 +50,7 @@ class Maker:
     if chosen is None:
       chosen = sampling.choose_subjects(
           self._seed, step, table, self._batch_size,
-          group=self._group, group_share=self._group_share,
+          group=self._group, group_ratio=self._group_ratio,
       )  # fmt: skip
       # Threads work on the rows of a few successive steps.
       if len(self._chosen_by_step) >= 16:

@@ -42,19 +42,19 @@ def _rng(seed: int, step: int, domain: int, row: int = 0) -> np.random.Generator
 
 
 def choose_subjects(
-    seed: int, step: int, table: SubjectTable, batch_size: int, *, group: str, group_share: float
+    seed: int, step: int, table: SubjectTable, batch_size: int, *, group: str, group_ratio: float
 ) -> Int[np.ndarray, " b"]:
   """Rows of `table` for the global batch, in the batch's order.
 
   No subject is repeated unless the batch is larger than the data set; then the numbers of
-  repetitions differ by at most one. Of the batch, round(group_share * batch_size) rows are hard
+  repetitions differ by at most one. Of the batch, round(group_ratio * batch_size) rows are hard
   negatives of each other: one family (or class) is drawn with a probability proportional to its
   size, so that all subjects are equally likely; if it is too small, it is filled up with the other
   families of its class, one after another, and only then with other subjects.
   """
   rng = _rng(seed, step, _SUBJECTS)
   order = rng.permutation(len(table.subject_id))
-  group_size = round(group_share * batch_size)
+  group_size = round(group_ratio * batch_size)
   if group_size > 0:
     order = _group_first(rng, table, order, group_size, group)
   if batch_size <= len(order):
@@ -87,16 +87,16 @@ def _group_first(
   return np.concatenate([members, order[~np.isin(order, members)]])
 
 
-def check_group(table: SubjectTable, group: str, group_share: float) -> None:
+def check_group(table: SubjectTable, group: str, group_ratio: float) -> None:
   """Raises DataError when the batches that the config asks for cannot be drawn from `table`."""
   if group not in _GROUPS:
     raise DataError(f"data.group={group!r} is unknown; choose one of {', '.join(_GROUPS)}")
-  if not 0 <= group_share <= 1:
-    raise DataError(f"data.group_share={group_share} must lie between 0 and 1")
+  if not 0 <= group_ratio <= 1:
+    raise DataError(f"data.group_ratio={group_ratio} must lie between 0 and 1")
   ids = table.class_id if group == "class" else table.family_id
-  if group_share > 0 and np.any(ids < 0):
+  if group_ratio > 0 and np.any(ids < 0):
     raise DataError(
-        f"the data set does not know the {group} of its subjects; set data.group_share=0"
+        f"the data set does not know the {group} of its subjects; set data.group_ratio=0"
         + (" or data.group='class'" if group == "family" else "")
     )
 

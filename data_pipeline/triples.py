@@ -28,27 +28,27 @@ class TripleConfig:
   """Sizes and positions as fractions of the canvas (see `configs/subjects3d.py`)."""
 
   image_size: int = 64
-  reference_share: float = 0.8
+  reference_ratio: float = 0.8
   reference_jitter: float = 0.0
-  positive_share: tuple[float, float] = (0.4, 0.9)
-  reference_place: str = "centred"
+  positive_ratio: tuple[float, float] = (0.4, 0.9)
+  reference_layout: str = "centred"
 
   @classmethod
   def from_config(cls, data) -> TripleConfig:
     """From `config.data`; raises DataError that names an invalid value."""
     config = cls(*(getattr(data, field.name) for field in dataclasses.fields(cls)))
-    low, high = config.positive_share
+    low, high = config.positive_ratio
     if config.image_size < 8:
       raise DataError(f"data.image_size={config.image_size} must be at least 8")
-    if not 0 < config.reference_share <= 1:
-      raise DataError(f"data.reference_share={config.reference_share} must lie in (0, 1]")
+    if not 0 < config.reference_ratio <= 1:
+      raise DataError(f"data.reference_ratio={config.reference_ratio} must lie in (0, 1]")
     if not 0 <= config.reference_jitter < 1:
       raise DataError(f"data.reference_jitter={config.reference_jitter} must lie in [0, 1)")
     if not 0 < low <= high <= 1:
-      raise DataError(f"data.positive_share={(low, high)} must be a range inside (0, 1]")
-    if config.reference_place not in PLACES:
+      raise DataError(f"data.positive_ratio={(low, high)} must be a range inside (0, 1]")
+    if config.reference_layout not in PLACES:
       raise DataError(
-          f"data.reference_place={config.reference_place!r} is unknown; use one of "
+          f"data.reference_layout={config.reference_layout!r} is unknown; use one of "
           f"{', '.join(PLACES)}"
       )
     return config
@@ -68,7 +68,7 @@ def make_triple(
   size = config.image_size
   # Both are always drawn, so that options of one do not change the random numbers of the other.
   positive_u, reference_u = rng.random(3), rng.random(3)
-  low, high = config.positive_share
+  low, high = config.positive_ratio
   share = low + (high - low) * positive_u[0]
   positive = _place_at(images[0], masks[0], size, share, positive_u[1:])
   reference = show_reference(images[1], masks[1], config, reference_u)
@@ -82,12 +82,12 @@ def show_reference(
     config: TripleConfig,
     u: np.ndarray,
 ) -> UInt8[np.ndarray, "s s 3"]:
-  """A frame as the encoder sees it: config.reference_place says how (`PLACES`).
+  """A frame as the encoder sees it: config.reference_layout says how (`PLACES`).
 
   `u` are three uniform numbers in [0, 1) for size, x and y where these are random; 0.5 each is the
   middle. Raises DataError for an empty mask or shapes that do not fit.
   """
-  size, place = config.image_size, config.reference_place
+  size, place = config.image_size, config.reference_layout
   if place in ("in_place", "frame"):
     mask = _checked_mask(image, mask)
     if place == "in_place":
@@ -95,10 +95,10 @@ def show_reference(
       image = ((image * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
     return square(image, mask, size)[0]
   if place == "random":
-    low, high = config.positive_share
+    low, high = config.positive_ratio
     return _place_at(image, mask, size, low + (high - low) * u[0], u[1:])
   jitter = config.reference_jitter
-  share = min(1.0, config.reference_share * (1 + jitter * (2 * u[0] - 1)))
+  share = min(1.0, config.reference_ratio * (1 + jitter * (2 * u[0] - 1)))
   return _place_at(image, mask, size, share, 0.5 + jitter * (u[1:] - 0.5))
 
 
@@ -122,7 +122,7 @@ def segment_reference(
   if place != "centred":
     # Where there is an alpha channel, the background's colours mean nothing.
     with_background = mask is None or (place == "frame" and alpha is None)
-    config = TripleConfig(size, reference_place="frame" if with_background else "in_place")
+    config = TripleConfig(size, reference_layout="frame" if with_background else "in_place")
     mask = np.full(image.shape[:2], 255, np.uint8) if mask is None else mask
     return show_reference(image, mask, config, np.full(3, 0.5))
   if mask is None:

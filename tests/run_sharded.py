@@ -48,7 +48,7 @@ def configure(base, sizes, contrast, microbatches, remat):
     mesh__tensor=tensor,
     mesh__cpu_devices=8,
     train__batch_size=SIZE,
-    train__accumulate=microbatches,
+    train__grad_accum_steps=microbatches,
     train__remat_unet=(remat,),
     train__remat_text=remat,
     train__learning_rate=0.01,

@@ -346,7 +346,7 @@ def test_adamw_and_ema_against_numpy():
   train = ml_collections.ConfigDict(
     dict(
       learning_rate=0.1, schedule="cosine", warmup_steps=2, steps=6, weight_decay=0.1,
-      beta1=0.9, beta2=0.99, clip_norm=0.5, ema=0.2, gate_rate=4.0,
+      beta1=0.9, beta2=0.99, clip_norm=0.5, ema=0.2, gate_lr_mult=4.0,
     )
   )  # fmt: skip
   rng = np.random.default_rng(0)

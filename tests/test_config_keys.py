@@ -151,7 +151,7 @@ def unread_by_training(config, workdir, monkeypatch):
 
 @pytest.fixture
 def main_config(tiny_folder):
-  changes = dict(steps=2, save_every=1, sample_every=1, gaps_every=1, max_bad_steps=2)
+  changes = dict(steps=2, save_every=1, sample_every=1, prompt_sensitivity_every=1, max_bad_steps=2)
   config = tiny.tiny_config(tiny_folder, **{f"train__{k}": v for k, v in changes.items()})
   config.data.source = "render"
   config.sample.subjects = 2

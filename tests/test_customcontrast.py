@@ -562,7 +562,7 @@ def test_options_of_parameters_are_those_of_their_names(default):
     last = path.rsplit(".", 1)[-1]
     assert mask[path] == (value.ndim >= 2 and last not in ("bias", "scale", "gate")), path
     rate = param_options(path.split(".")).rate
-    assert (train[rate] if rate else 1.0) == (train.gate_rate if last == "gate" else 1.0), path
+    assert (train[rate] if rate else 1.0) == (train.gate_lr_mult if last == "gate" else 1.0), path
   words = ("to_k_visual", "to_v_visual", "location", "gate")
   for path in (*params, *names(frozen)):
     parts = path.split(".")

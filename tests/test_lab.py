@@ -79,9 +79,9 @@ def test_every_arm_is_a_valid_and_different_training():
   # The base of the comparison is equal in all core arms and controls: data, steps, loss, drawing.
   core = [name for name, arm in table.ARMS.items() if arm.family in ALL_SEEDS]
   for name in core:
-    may = {"data.frames", "data.reference_place", *table.OFF}
+    may = {"data.frames", "data.reference_layout", *table.OFF}
     if name == "ip_adapter_plus":
-      may |= {*table.IP_ADAPTER} - {"data.reference_place"}
+      may |= {*table.IP_ADAPTER} - {"data.reference_layout"}
     assert changed(method, arm_config(table.get_config(), name, 0).run) <= may, name
   assert chosen_arms(["control", "method", "core"])[:4] == [
     "self_mcl", "self_augmented", "multi_view_augmented", "method"]
@@ -104,8 +104,9 @@ def test_a_wrong_arm_is_one_line(monkeypatch):
 def test_photographs_keep_their_ground_and_are_told_in_few_words():
   one, other = table.get_config(), table.get_config("photographs")
   differs = changed(one.run, other.run)
-  assert differs == {"data.reference_place", "data.terse_captions", "train.steps"}
-  assert other.run.data.reference_place == "frame" and 0 < other.run.data.terse_captions < 1
+  assert differs == {"data.reference_layout", "data.caption_drop_detail_prob", "train.steps"}
+  assert other.run.data.reference_layout == "frame"
+  assert 0 < other.run.data.caption_drop_detail_prob < 1
   assert {key for key in one if key != "run" and one[key] != other[key]} == {"setting"}
   with pytest.raises(ValueError, match="setting 'paintings' is unknown"):
     table.get_config("paintings")
@@ -257,7 +258,7 @@ def test_a_new_config_key_changes_no_fingerprint_until_it_is_used(monkeypatch):
     return config
 
   monkeypatch.setattr(subjects3d, "get_config", with_new_keys)
-  monkeypatch.setitem(lab_fingerprint.RENAMED, "sample.pictures", "sample.subjects")
+  monkeypatch.setitem(lab_fingerprint.ORIGINAL_KEYS, "sample.pictures", "sample.subjects")
   config = table.get_config()
   assert config.run.train.invented == "as before"
   assert fingerprint(config, base_hash) == committed
@@ -461,7 +462,7 @@ def test_what_copies_is_told_from_what_does_not(tmp_path, monkeypatch):
   The other draws another subject, whatever is moved, and its features know the subject alone.
   """
   config = table.get_config()
-  config.run.data.reference_place = "frame"  # the judge reads frames
+  config.run.data.reference_layout = "frame"  # the judge reads frames
   config.run.mesh.cpu_devices = 1
   config.score.update(subjects=6, styled=0, hatted=0, interventions=6, curve_subjects=6,
                       curve_interventions=6, probe_subjects=60, probe_views=4)

@@ -31,7 +31,8 @@ TOY = {
   "encoder.image_layers": (1, 2), "encoder.width": 16, "encoder.depth": 1, "encoder.heads": 2,
   "encoder.visual_queries": 3, "injection.location_width": 4, "mesh.data": 1,
   "mesh.cpu_devices": 1, "train.steps": 2, "train.warmup_steps": 1, "train.batch_size": 4,
-  "train.log_every": 1, "train.save_every": 0, "train.sample_every": 0, "train.gaps_every": 0,
+  "train.log_every": 1, "train.save_every": 0, "train.sample_every": 0,
+  "train.prompt_sensitivity_every": 0,
 }  # fmt: skip
 
 

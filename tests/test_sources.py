@@ -26,9 +26,9 @@ def tokenizer(tmp_path_factory):
 
 def config(**changes):
   fields = dict(
-      source="folder", name="", data_dir="", image_size=32, reference_share=0.8,
-      reference_jitter=0.0, positive_share=(0.4, 0.9), group="class", group_share=0.5,
-      reference_place="centred", frames="multi_view", terse_captions=0.0,
+      source="folder", name="", data_dir="", image_size=32, reference_ratio=0.8,
+      reference_jitter=0.0, positive_ratio=(0.4, 0.9), group="class", group_ratio=0.5,
+      reference_layout="centred", frames="multi_view", caption_drop_detail_prob=0.0,
   )  # fmt: skip
   return types.SimpleNamespace(**fields | changes)
 
@@ -212,7 +212,7 @@ def test_folder_with_a_bad_file(tmp_path, tokenizer, spoil, message):
   write_folder(tmp_path, subjects=2)
   spoil(tmp_path)
   with pytest.raises(DataError, match=message) as caught:
-    take(config(name=str(tmp_path), group_share=0.0), tokenizer, 6, batch_size=2)
+    take(config(name=str(tmp_path), group_ratio=0.0), tokenizer, 6, batch_size=2)
   assert "\n" not in str(caught.value)
 
 
@@ -278,9 +278,9 @@ def test_self_reconstruction_differs_in_the_reference_alone(tmp_path, tokenizer)
   """The reference is cut out of the target's frame; all else is as with several views."""
   write_folder(tmp_path)
   for source, more in (("folder", dict(name=str(tmp_path))), ("render", dict(image_size=16))):
-    data = config(source=source, group_share=0.0, **more)
+    data = config(source=source, group_ratio=0.0, **more)
     several, one = (
-      take(types.SimpleNamespace(**vars(data) | dict(frames=frames, reference_place="frame")),
+      take(types.SimpleNamespace(**vars(data) | dict(frames=frames, reference_layout="frame")),
            tokenizer, 1, batch_size=2)[0]
       for frames in ("multi_view", "self")
     )
@@ -296,7 +296,7 @@ def test_self_reconstruction_differs_in_the_reference_alone(tmp_path, tokenizer)
 def test_terse_captions_name_the_class_alone(tmp_path, tokenizer):
   nouns, share = write_folder(tmp_path), 0.4
   whole, terse, none = (
-    take(config(name=str(tmp_path), group_share=0.0, terse_captions=share), tokenizer, 60)
+    take(config(name=str(tmp_path), group_ratio=0.0, caption_drop_detail_prob=share), tokenizer, 60)
     for share in (0.0, share, 1.0)
   )
   cut = []
@@ -311,8 +311,8 @@ def test_terse_captions_name_the_class_alone(tmp_path, tokenizer):
       np.testing.assert_array_equal(full[key], some[key], err_msg=key)
     check_batch(some, tokenizer, nouns)
   assert abs(np.mean(cut) - share) < 0.12
-  with pytest.raises(data_pipeline.DataError, match="data.terse_captions=1.5 must lie between"):
-    take(config(name=str(tmp_path), terse_captions=1.5), tokenizer, 1)
+  with pytest.raises(data_pipeline.DataError, match="caption_drop_detail_prob=1.5 must lie"):
+    take(config(name=str(tmp_path), caption_drop_detail_prob=1.5), tokenizer, 1)
 
 
 def test_rendered_references_are_photos_without_hat():
@@ -329,7 +329,7 @@ def test_rendered_references_are_photos_without_hat():
 
 
 def test_render_needs_no_tensorflow(tmp_path):
-  data = vars(config(source="render", image_size=16, group_share=0.0))
+  data = vars(config(source="render", image_size=16, group_ratio=0.0))
   script = f"""
 import sys, types
 sys.modules["tensorflow"] = sys.modules["tensorflow_datasets"] = None

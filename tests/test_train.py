@@ -65,7 +65,7 @@ FLAGS = {
   "train.steps": 8,
   "train.save_every": 3,
   "train.log_every": 2,
-  "train.gaps_every": 4,
+  "train.prompt_sensitivity_every": 4,
   "objective.cscl_frame": "cross_frame",
   "objective.macl_scaling": "soft_target",
   "objective.macl_symmetric": True,
@@ -355,7 +355,7 @@ def test_gradients_do_not_depend_on_the_number_of_parts(setup):
   shares = dict(drop_text=0.1, drop_image=0.1, drop_both=0.1, lambda_cscl=1.0, lambda_macl=1.0)
   shares |= dict(cscl_temperature=0.3, macl_temperature=0.3, macl_soft_temperature=0.3)
   changes = {f"objective__{k}": v for k, v in shares.items()} | {"train__batch_size": 16}
-  one, four = (setup.context(**changes, train__accumulate=n) for n in (1, 4))
+  one, four = (setup.context(**changes, train__grad_accum_steps=n) for n in (1, 4))
   rng = np.random.default_rng(2)  # with 1, one bias nearly cancels (1.3e-5 on one processor)
   # As in run_sharded.py: gates are open, and queries far apart. No gradient is a sum that nearly
   # cancels, since that would show the rounding of a sum in another order.
@@ -392,7 +392,7 @@ def test_gradients_do_not_depend_on_the_number_of_parts(setup):
 
 def test_what_is_computed_again_does_not_change_the_gradient(setup):
   """The diffusion loss through UNet and text encoders; what is kept for its gradient shrinks."""
-  unet = ("none", "products", "full", "products", "full")
+  unet = ("none", "dots", "full", "dots", "full")
   contexts = setup.context(), setup.context(train__remat_unet=unet, train__remat_text="full")
   rng = np.random.default_rng(1)
   trainable = {
@@ -503,7 +503,7 @@ def test_latents_are_a_sample_of_the_posterior_in_the_unets_units():
 def test_stops_after_max_bad_steps_with_the_last_good_checkpoint(setup, loader, tmp_path):
   loader.update({1, 3, 4})
   config = setup.config.copy_and_resolve_references()
-  config.train.update(max_bad_steps=2, save_every=3, gaps_every=0, log_every=1)
+  config.train.update(max_bad_steps=2, save_every=3, prompt_sensitivity_every=0, log_every=1)
   with pytest.raises(UserError, match="2 steps in a row up to step 5; .*step 3 is intact; lower"):
     train(config, tmp_path)
   bad = tmp_path / "bad_steps"
@@ -549,7 +549,7 @@ def test_a_workdir_in_a_bucket(setup, loader, tmp_path, monkeypatch):
   run.mkdir(parents=True)
   (run / "metrics.jsonl").write_text('{"step": 3, "loss": 1.0}\n{"step": 4, "lo')  # of a lost run
   config = setup.config.copy_and_resolve_references()
-  config.train.update(gaps_every=0, sample_every=4)
+  config.train.update(prompt_sensitivity_every=0, sample_every=4)
   picture = Image.new("RGB", (2, 2))
   callbacks = Callbacks(on_sample=lambda *a: evaluate.save(picture, a[-1]))
   state = train(config, "gs://mine/run", callbacks)
@@ -608,9 +608,9 @@ def test_a_workdir_that_cannot_be_written(setup, tmp_path):
     ("mesh.data", 3, "mesh.data=3, mesh.fsdp=1, mesh.tensor=1, but there are"),
     ("objective.contrast", "other", "auto, naive, tiled, ring"),
     ("objective.tile", 0, "objective.tile is 0"),
-    ("train.remat_text", "all", "train.remat_text has 'all'; use none, products, full"),
+    ("train.remat_text", "all", "train.remat_text has 'all'; use none, dots, full"),
     ("train.remat_unet", ("full", "none"), "train.remat_unet has 2 words for 5 blocks"),
-    ("train.accumulate", 3, "batch_size=4 does not divide into train.accumulate=3 parts"),
+    ("train.grad_accum_steps", 3, "=4 does not divide into train.grad_accum_steps=3 parts"),
   ],
 )
 def test_values_that_make_no_sense(setup, tmp_path, key, value, message, loader):

@@ -40,9 +40,9 @@ _IDS = np.arange(120)
 TABLE = SubjectTable(subject_id=1000 + _IDS, family_id=_IDS // 4, class_id=_IDS // 20)
 
 
-def choose(step, batch_size=24, table=TABLE, seed=3, group="family", group_share=0.0):
+def choose(step, batch_size=24, table=TABLE, seed=3, group="family", group_ratio=0.0):
   return sampling.choose_subjects(
-      seed, step, table, batch_size, group=group, group_share=group_share
+      seed, step, table, batch_size, group=group, group_ratio=group_ratio
   )
 
 
@@ -63,19 +63,19 @@ def test_small_data_set_repeats_as_late_as_it_can():
 
 def test_share_of_one_class():
   for step in range(20):
-    batch = choose(step, group="class", group_share=0.75)
+    batch = choose(step, group="class", group_ratio=0.75)
     assert len(set(batch)) == 24
     # 18 of the class's 20 members, and of the other 6 at most 2 can be of that class again.
     assert 18 <= np.bincount(TABLE.class_id[batch]).max() <= 20
   # A share that the class cannot fill: all of its members, none of them twice.
-  batch = choose(0, group="class", group_share=1.0)
+  batch = choose(0, group="class", group_ratio=1.0)
   assert np.bincount(TABLE.class_id[batch]).max() == 20 and len(set(batch)) == 24
 
 
 def test_share_of_one_family_goes_on_with_whole_families_of_its_class():
   groups = set()
   for step in range(40):
-    batch = choose(step, group="family", group_share=0.5)  # 12 = three families of 4
+    batch = choose(step, group="family", group_ratio=0.5)  # 12 = three families of 4
     assert len(set(batch)) == 24
     families = np.bincount(TABLE.family_id[batch], minlength=30)
     by_class = (families == 4).reshape(6, 5).sum(1)
@@ -83,12 +83,12 @@ def test_share_of_one_family_goes_on_with_whole_families_of_its_class():
     groups.add(by_class.argmax())
   assert groups == set(range(6))
   # 4 rows are one family, not four subjects of one class.
-  batch = choose(1, group="family", group_share=1 / 6)
+  batch = choose(1, group="family", group_ratio=1 / 6)
   assert np.bincount(TABLE.family_id[batch]).max() == 4
 
 
 def test_group_is_spread_over_the_hosts():
-  firsts = [np.bincount(TABLE.class_id[choose(s, group="class", group_share=0.5)[:12]]).max()
+  firsts = [np.bincount(TABLE.class_id[choose(s, group="class", group_ratio=0.5)[:12]]).max()
             for s in range(10)]  # fmt: skip
   assert max(firsts) < 12
 
@@ -97,11 +97,11 @@ def test_group_that_cannot_be_drawn():
   unknown = TABLE._replace(family_id=np.full(120, -1))
   sampling.check_group(unknown, "class", 0.5)
   sampling.check_group(unknown, "family", 0.0)
-  with pytest.raises(DataError, match="family.*data.group_share=0"):
+  with pytest.raises(DataError, match="family.*data.group_ratio=0"):
     sampling.check_group(unknown, "family", 0.5)
   with pytest.raises(DataError, match="'color'.*class, family"):
     sampling.check_group(TABLE, "color", 0.5)
-  with pytest.raises(DataError, match="group_share=1.5"):
+  with pytest.raises(DataError, match="group_ratio=1.5"):
     sampling.check_group(TABLE, "class", 1.5)
 
 
@@ -291,7 +291,7 @@ def test_references_are_segmented_as_training_showed_them():
   mask = np.zeros((48, 64), np.uint8)
   mask[10:30, 12:25] = 255
   for place in ("in_place", "frame"):
-    config = triples.TripleConfig(32, reference_place=place)
+    config = triples.TripleConfig(32, reference_layout=place)
     wanted = triples.show_reference(image, mask, config, np.full(3, 0.5))
     np.testing.assert_array_equal(
       triples.segment_reference(image, mask, size=32, place=place), wanted)
@@ -323,9 +323,9 @@ def test_pictures_that_cannot_be_used():
 
 
 @pytest.mark.parametrize("field, value", [
-    ("image_size", 4), ("reference_share", 0.0), ("reference_share", 1.2),
-    ("reference_jitter", 1.0), ("positive_share", (0.9, 0.4)), ("positive_share", (0.0, 0.5)),
-    ("reference_place", "somewhere"),
+    ("image_size", 4), ("reference_ratio", 0.0), ("reference_ratio", 1.2),
+    ("reference_jitter", 1.0), ("positive_ratio", (0.9, 0.4)), ("positive_ratio", (0.0, 0.5)),
+    ("reference_layout", "somewhere"),
 ])  # fmt: skip
 def test_config_values_that_make_no_sense(field, value):
   import dataclasses

@@ -150,7 +150,8 @@ def tiny_config(base: str | Path, **changes) -> ml_collections.ConfigDict:
   )
   c.injection.location_width = 4
   c.train.update(
-    steps=4, batch_size=4, warmup_steps=2, log_every=1, save_every=0, sample_every=0, gaps_every=0
+    steps=4, batch_size=4, warmup_steps=2, log_every=1, save_every=0, sample_every=0,
+    prompt_sensitivity_every=0,
   )
   c.mesh.cpu_devices = 1
   c.update_from_flattened_dict({k.replace("__", "."): v for k, v in changes.items()})

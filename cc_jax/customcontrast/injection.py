@@ -99,7 +99,7 @@ class InjectedCrossAttention(nnx.Module):
   W'_k and W'_v start as copies of the frozen W_k and W_v where the adapter's width is the text
   encoder's [P], else from lecun_normal. With low rank r the projection is W_k + down·up (up = 0 at
   the start) or, where widths differ, down·up alone. The gate a starts at 0: at first the layer is
-  the frozen one. (IP-Adapter has none: gate_start 1, and train.gate_rate 0 keeps it there.)
+  the frozen one. (IP-Adapter has none: gate_start 1, and train.gate_lr_mult 0 keeps it there.)
 
   Given anything but a LayerCondition it is the frozen attention. With `record` the map m is sown as
   nnx.Intermediate `location_map` (`location` is the module that makes it).
@@ -112,7 +112,7 @@ class InjectedCrossAttention(nnx.Module):
     # A gate starts at 0 and Adam moves it by at most the rate a step, while the projections behind
     # it get gradients in proportion to it: at rate 1e-3 the first thousand steps of an adapter
     # would be spent on opening it.
-    "gate": ParamOptions(decay=False, rate="gate_rate"),
+    "gate": ParamOptions(decay=False, rate="gate_lr_mult"),
   }
 
   def __init__(

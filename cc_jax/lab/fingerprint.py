@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import ml_collections
 
-from cc_jax.errors import UserError
+from cc_jax.errors import ORIGINAL_KEYS, UserError, flatten_config
 from cc_jax.lab import judge
 from cc_jax.lab.results import read_result
 from configs import subjects3d
@@ -26,8 +25,6 @@ _FREE = ("seed", "base", "data.data_dir", "train.log_every", "train.save_every",
 _FIRST_KEYS = Path(__file__).parents[1] / "assets" / "lab_config_keys.json"
 # Defaults at first, of keys added later whose default has changed since.
 _EARLIER_DEFAULTS: dict[str, Any] = {}
-# Keys that were renamed: {name today: name in fingerprints and result files}.
-RENAMED: dict[str, str] = {}
 
 
 def fingerprint(config: ml_collections.ConfigDict, base_hash: str) -> str:
@@ -44,9 +41,9 @@ def fingerprint(config: ml_collections.ConfigDict, base_hash: str) -> str:
   if score.rounds != 1:  # the first results do not know it
     shared["score"]["rounds"] = score.rounds
   values = json.loads(_FIRST_KEYS.read_text())
-  defaults = dict(_flatten(subjects3d.get_config())) | _EARLIER_DEFAULTS
-  for key, value in _flatten(config.run):
-    first_name = RENAMED.get(key, key)
+  defaults = flatten_config(subjects3d.get_config().to_dict()) | _EARLIER_DEFAULTS
+  for key, value in flatten_config(config.run.to_dict()).items():
+    first_name = ORIGINAL_KEYS.get(key, key)
     free = key in _FREE or key.startswith("mesh.")
     if not free and (first_name in values or value != defaults.get(key)):
       values[first_name] = value
@@ -57,19 +54,10 @@ def fingerprint(config: ml_collections.ConfigDict, base_hash: str) -> str:
   return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _flatten(config: ml_collections.ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
-  """(dotted key, value) of every value."""
-  for key, value in config.items():
-    if isinstance(value, ml_collections.ConfigDict):
-      yield from _flatten(value, f"{prefix}{key}.")
-    else:
-      yield prefix + key, value
-
-
 def first_names(changes: Any) -> Any:
-  """`changes` with keys as result files spell them (`RENAMED`), and lists for tuples as in JSON."""
+  """`changes` with keys as result files spell them (`ORIGINAL_KEYS`), as JSON gives them back."""
   if isinstance(changes, dict):
-    return {RENAMED.get(key, key): first_names(value) for key, value in changes.items()}
+    return {ORIGINAL_KEYS.get(key, key): first_names(value) for key, value in changes.items()}
   if isinstance(changes, list | tuple):
     return [first_names(value) for value in changes]
   return changes

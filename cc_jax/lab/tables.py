@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from cc_jax.errors import with_current_names
 from cc_jax.lab import comparison
 from cc_jax.lab.comparison import BASE, METHOD, MOVES, PROBED, SELF, Arms, Result, over_seeds
 from cc_jax.lab.trials import reference_factors
@@ -182,7 +183,7 @@ def _side_arms(arms: Arms) -> str:
   for name, rows in arms.items():
     if rows[0]["family"] in ("core", "control", "base") and name != METHOD:
       continue
-    changes = json.dumps(rows[0]["changes"])[1:-1].replace('"', "")
+    changes = json.dumps(with_current_names(rows[0]["changes"]))[1:-1].replace('"', "")
     cells = [rows[0]["family"], name, changes or "–", str(len(rows))]
     for key in SCORES:
       cell = f"{np.nanmean(over_seeds(rows, comparison.score, key)):.3f}"

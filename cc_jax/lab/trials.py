@@ -136,7 +136,7 @@ def show_references(
 
   `share`, `size`, `place`: see `make_trials`; 'random' is shown in place, so nothing is random.
   """
-  config = TripleConfig(size, share, reference_place="in_place" if place == "random" else place)
+  config = TripleConfig(size, share, reference_layout="in_place" if place == "random" else place)
   middle = np.full(3, 0.5)
   pairs = zip(rendered.image, rendered.mask)
   return np.stack([show_reference(image, mask, config, middle) for image, mask in pairs])

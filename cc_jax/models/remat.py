@@ -10,11 +10,11 @@ from flax import nnx
 from cc_jax.errors import UserError
 
 _policies = jax.checkpoint_policies
-# 'none' keeps everything. 'products' keeps the results of convolutions and of products with weights
+# 'none' keeps everything. 'dots' keeps the results of convolutions and of products with weights
 # and computes attention, norms and activations again. 'full' keeps a layer's input alone.
 POLICIES = {
   "none": None,
-  "products": _policies.save_from_both_policies(
+  "dots": _policies.save_from_both_policies(
     _policies.dots_with_no_batch_dims_saveable,
     lambda primitive, *_, **__: primitive.name == "conv_general_dilated",
   ),

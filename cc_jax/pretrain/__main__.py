@@ -47,7 +47,7 @@ def run(config: ml_collections.ConfigDict, workdir: Path) -> None:
   mesh = make_mesh(config.mesh, _common_batch(config))
   pictures = prerender(
       workdir / "world", world.images, seed=config.seed, split=world.split,
-      calm_share=world.calm_share, plain_share=world.plain_share,
+      calm_ratio=world.calm_ratio, plain_ratio=world.plain_ratio,
       recombine=world.recombine, processes=world.processes or None)
   for stage in config.stages:
     done = workdir / f"{stage}.done"
@@ -64,7 +64,10 @@ def _common_batch(config: ml_collections.ConfigDict) -> int:
                     if isinstance(section, ml_collections.ConfigDict) and "train" in section))
 
 
-if __name__ == "__main__":
+def define_flags() -> None:
   config_flags.DEFINE_config_file("config", "configs/subjects3d_base.py")
   flags.DEFINE_string("workdir", "runs/base", "Folder of the states and of the result.")
-  errors.run(main)
+
+
+if __name__ == "__main__":
+  errors.run(main, define_flags)

@@ -46,7 +46,7 @@ def cut_outs(images: np.ndarray, masks: np.ndarray, rng: np.random.Generator) ->
   Random size and position: the encoder will see references that fill the canvas, and pictures with
   subjects of the usual size teach it little of those.
   """
-  config = TripleConfig(image_size=images.shape[1], reference_place="random")
+  config = TripleConfig(image_size=images.shape[1], reference_layout="random")
   draws = rng.random((len(images), 3))
   shown = [show_reference(*row, config, u) for *row, u in zip(images, masks, draws)]
   return np.array(shown, np.uint8).reshape(images.shape)

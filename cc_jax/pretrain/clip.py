@@ -148,11 +148,11 @@ def train_clip(config, workdir: Path, pictures: Pictures, mesh) -> None:
     n = c.train.batch
     index = np.sort(rng.integers(0, len(pictures.images), n))
     phrasing = rng.integers(0, captions, n)
-    cut = rng.random(n) < c.white_share
+    cut = rng.random(n) < c.white_ratio
     images = pictures.images[index]
     images[cut] = cut_outs(images[cut], pictures.masks[index[cut]], rng)
     images, labels = mirror_images(images, {name: x[index] for name, x in targets.items()},
-                                   rng.random(n) < c.mirror_share)
+                                   rng.random(n) < c.mirror_ratio)
     return dict(
         images=images, targets=labels,
         ids=np.where(cut[:, None], cut_out_ids[phrasing, index], ids[phrasing, index]),

@@ -41,7 +41,7 @@ def train_judge(config, workdir: Path, pictures: Pictures, mesh) -> None:
 
   params = fit("judge", loss_fn, params, {}, batch_fn, c.train, workdir, config.seed, mesh)
   judge = nnx.merge(graph, params)
-  fresh = prerender(workdir / "fresh", c.fresh, seed=config.seed + 1000, split="test")
+  fresh = prerender(workdir / "fresh", c.test_images, seed=config.seed + 1000, split="test")
   scores = judge_lib.accuracy(
       judge_lib.read(judge, fresh.images), fresh.factors, fresh.coverage)
   print("judge on fresh renders: " + ", ".join(f"{k} {v:.3f}" for k, v in scores.items()))

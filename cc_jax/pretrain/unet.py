@@ -81,7 +81,7 @@ def train_unet(config, workdir: Path, pictures: Pictures, mesh) -> None:
   def batch_fn(rng, step):
     n = c.train.batch
     early = max(0.0, 1 - step / (c.calm_until * c.train.steps)) if c.calm_until else 0.0
-    from_calm = rng.random(n) < max(early, c.calm_share)
+    from_calm = rng.random(n) < max(early, c.calm_ratio)
     index = np.where(from_calm & (len(calm) > 0), rng.choice(calm, n) if len(calm) else 0,
                      rng.choice(wide, n))
     captions = ids[rng.integers(0, len(ids), n), index]

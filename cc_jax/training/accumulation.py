@@ -23,13 +23,13 @@ from cc_jax.training.noise import sample_step_noise
 def accumulate_gradients(
   context: StepContext, trainable: Params, frozen: Params, batch: Batch, key: Array
 ) -> tuple[tuple[Float[Array, ""], Metrics], Params]:
-  """`total_loss` and its gradient, with the activations of one of train.accumulate microbatches.
+  """`total_loss` and its gradient, with the activations of one of grad_accum_steps microbatches.
 
   The contrastive losses still compare the whole batch (GradCache, arXiv 2101.06983): first the
   embeddings of all microbatches, without residuals; then the gradient of these losses with respect
   to the embeddings; then each microbatch again, with that gradient given.
   """
-  objective, count = context.config.objective, context.config.train.accumulate
+  objective, count = context.config.objective, context.config.train.grad_accum_steps
   size = batch["target"].shape[0]
   microbatches = split_microbatches((dict(batch), sample_step_noise(context, key, size)), count)
 

@@ -22,7 +22,7 @@ import ml_collections
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
-from cc_jax.errors import UserError
+from cc_jax.errors import UserError, flatten_config, with_current_names
 from cc_jax.models.params import flatten
 
 FORMAT = 1
@@ -177,7 +177,7 @@ def config_changes(
   saved: Mapping[str, Any], config: ml_collections.ConfigDict
 ) -> dict[str, tuple[Any, Any]]:
   """Dotted keys whose values differ -> (saved, now), with None for a key that is absent."""
-  before, now = _dotted(saved), _dotted(jsonable(config))
+  before, now = with_current_names(flatten_config(saved)), flatten_config(jsonable(config))
   keys = sorted(before.keys() | now.keys())
   return {k: (before.get(k), now.get(k)) for k in keys if before.get(k) != now.get(k)}
 
@@ -193,16 +193,6 @@ def reason(error: BaseException) -> str:
     error = error.__cause__
   lines = str(error).strip().splitlines()
   return lines[0][:200] if lines else type(error).__name__
-
-
-def _dotted(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-  out = {}
-  for key, value in tree.items():
-    if isinstance(value, Mapping):
-      out |= _dotted(value, f"{prefix}{key}.")
-    else:
-      out[prefix + key] = value
-  return out
 
 
 def _check_arrays(saved: Mapping[str, Any], target: Mapping[str, Any], name: str) -> None:

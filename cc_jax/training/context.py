@@ -40,11 +40,12 @@ class StepContext:
 
   def __post_init__(self):
     objective, train = self.config.objective, self.config.train
-    divisor = train.accumulate * self.contrast.devices  # the latter checks its own settings
+    divisor = train.grad_accum_steps * self.contrast.devices  # the latter checks its own settings
     if train.batch_size % divisor:
       raise UserError(
-        f"train.batch_size={train.batch_size} does not divide into train.accumulate="
-        f"{train.accumulate} parts on {self.contrast.devices} devices; use a multiple of {divisor}"
+        f"train.batch_size={train.batch_size} does not divide into train.grad_accum_steps="
+        f"{train.grad_accum_steps} parts on {self.contrast.devices} devices; use a multiple of "
+        f"{divisor}"
       )
     check_policies("train.remat_unet", train.remat_unet)
     check_policies("train.remat_text", [train.remat_text])

@@ -178,7 +178,7 @@ def run_steps(run: Run, callbacks: Callbacks, profile: Profile) -> None:
     batch, seed = shard_batch(rows, mesh), shard_params(setup.step_seed(config), mesh)
   step_fn = compile_step(run, batch, seed)
   with log.spent("starting"):
-    sensitivity_fn = settings.gaps_every and setup.heldout_prompt_sensitivity(
+    sensitivity_fn = settings.prompt_sensitivity_every and setup.heldout_prompt_sensitivity(
       config, run.base, run.context, mesh
     )
 
@@ -200,14 +200,14 @@ def run_steps(run: Run, callbacks: Callbacks, profile: Profile) -> None:
           log.waited(time.perf_counter() - began)
 
       stops = preemption.stops_after(step)
-      evaluates = due(step, settings.gaps_every, settings.sample_every)
+      evaluates = due(step, settings.prompt_sensitivity_every, settings.sample_every)
       saves = stops or due(step, settings.save_every, settings.steps)
       if evaluates or saves:
         log_step(run, *unlogged)
         unlogged = None
       if evaluates:
         with log.spent("evaluating"):
-          if due(step, settings.gaps_every):
+          if due(step, settings.prompt_sensitivity_every):
             log.write(step, sensitivity_fn(run.state.ema, run.frozen))
           if due(step, settings.sample_every):
             run_callback(run, callbacks.on_sample, run.workdir / "samples" / f"{step:07d}.png")
@@ -286,8 +286,8 @@ def save_final_adapter(run: Run) -> None:
     "steps": str(int(run.state.step)),
     "data": f"{config.data.source} {config.data.name}",
     # How references are displayed: sampling does the same.
-    "reference_share": str(config.data.reference_share),
-    "reference_place": config.data.reference_place,
+    "reference_share": str(config.data.reference_ratio),
+    "reference_place": config.data.reference_layout,
   }
   save_adapter(
     run.workdir / "adapter.safetensors", tensors, encoder=encoder, injection=injection,

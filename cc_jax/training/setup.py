@@ -24,7 +24,7 @@ from cc_jax.customcontrast.build import build_customcontrast, eval_shape_only
 from cc_jax.customcontrast.injection import InjectionConfig
 from cc_jax.customcontrast.mfi_encoder import MFIEncoderConfig
 from cc_jax.diffusion.schedule import NoiseSchedule
-from cc_jax.errors import UserError
+from cc_jax.errors import UserError, flatten_config, refuse_old_names
 from cc_jax.models.params import DTYPES, Params
 from cc_jax.parallel.mesh import local_rows
 from cc_jax.training.context import StepContext
@@ -92,11 +92,12 @@ def heldout_prompt_sensitivity(
 
 def check_config(config: ml_collections.ConfigDict) -> None:
   """Raises UserError for values of config.train that make no sense; others check their own."""
+  refuse_old_names(flatten_config(config.to_dict()))
   settings = config.train
-  for key in ("steps", "batch_size", "accumulate", "log_every", "max_bad_steps", "keep"):
+  for key in ("steps", "batch_size", "grad_accum_steps", "log_every", "max_bad_steps", "keep"):
     if settings[key] < 1:
       raise UserError(f"train.{key} is {settings[key]}; it must be at least 1")
-  intervals = ("save_every", "keep_every", "sample_every", "gaps_every")
+  intervals = ("save_every", "keep_every", "sample_every", "prompt_sensitivity_every")
   for key in ("warmup_steps", "weight_decay", *intervals):
     if settings[key] < 0:
       raise UserError(f"train.{key} is {settings[key]}; it must not be negative")

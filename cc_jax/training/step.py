@@ -54,7 +54,7 @@ def train_step(
 ) -> tuple[TrainState, Metrics]:
   """One update. All randomness is fold_in(seed, step): a step is a function of its arguments."""
   key = jax.random.fold_in(jax.random.key(seed), state.step)
-  if context.config.train.accumulate > 1:
+  if context.config.train.grad_accum_steps > 1:
     (_, metrics), gradients = accumulate_gradients(context, state.trainable, frozen, batch, key)
   else:
     loss_fn = context.remat_all_gathers(functools.partial(total_loss, context))

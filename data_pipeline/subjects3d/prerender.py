@@ -33,8 +33,8 @@ def prerender(
   *,
   seed: int,
   split: str = "train",
-  calm_share: float = 0.0,
-  plain_share: float = 0.0,
+  calm_ratio: float = 0.0,
+  plain_ratio: float = 0.0,
   recombine: bool = False,
   processes: int | None = None,
   resolution: int = 64,
@@ -46,8 +46,8 @@ def prerender(
   stores the arguments and the world's version; with other ones it is rendered again.
   """
   folder = Path(folder)
-  recipe = dict(count=count, seed=seed, split=split, calm_share=calm_share,
-                plain_share=plain_share, resolution=resolution, world=factors_lib.VERSION)
+  recipe = dict(count=count, seed=seed, split=split, calm_share=calm_ratio,
+                plain_share=plain_ratio, resolution=resolution, world=factors_lib.VERSION)
   if recombine:
     recipe["recombine"] = True
   recipe_file = folder / "recipe.json"
@@ -55,8 +55,8 @@ def prerender(
     folder.mkdir(parents=True, exist_ok=True)
     recipe_file.unlink(missing_ok=True)
     rng = np.random.Generator(np.random.Philox(key=[seed, 0x5EED]))
-    calm_count = round(count * calm_share)
-    factors = sample(rng, count, split, calm_count, plain_share)
+    calm_count = round(count * calm_ratio)
+    factors = sample(rng, count, split, calm_count, plain_ratio)
     if recombine:
       factors = recombined(rng, factors)
     rendered = render_many(factors, processes=processes, resolution=resolution)
@@ -72,16 +72,16 @@ def prerender(
     masks=np.load(folder / "masks.npy", mmap_mode="r"),
     coverage=coverage,
     factors=factors_lib.Factors(**fields),
-    calm=np.arange(count) < round(count * calm_share),
+    calm=np.arange(count) < round(count * calm_ratio),
   )
 
 
 def sample(
-  rng: np.random.Generator, count: int, split: str, calm_count: int, plain_share: float
+  rng: np.random.Generator, count: int, split: str, calm_count: int, plain_ratio: float
 ) -> factors_lib.Factors:
   """Factors of `count` pictures of random subjects, the first `calm_count` with calm ranges.
 
-  A fraction `plain_share` of them loses its pattern; a fifth of all subjects has none anyway.
+  A fraction `plain_ratio` of them loses its pattern; a fifth of all subjects has none anyway.
   """
   table = factors_lib.subjects(split)
   parts = []
@@ -90,7 +90,7 @@ def sample(
     subjects = type(table)(*(column[chosen] for column in table))
     parts.append(factors_lib.sample_factors(rng, subjects, ranges=ranges))
   factors = factors_lib.concatenate(parts)
-  plain = rng.random(count) < plain_share
+  plain = rng.random(count) < plain_ratio
   return factors._replace(
     pattern=np.where(plain, factors_lib.PATTERNS.index("plain"), factors.pattern).astype(np.int32)
   )
