@@ -9,8 +9,6 @@ adapter: on the same prompts and noise, without reference. Prompts name class an
 colour or pattern.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -11,8 +11,6 @@ and in Python:
   images[0].save("out.png")
 """
 
-from __future__ import annotations
-
 import os
 import sys
 import warnings

@@ -9,8 +9,6 @@ the parameter table and ends; it needs no weights. On several machines the same 
 (cc_jax.parallel.distributed). The training itself is cc_jax.training.loop.train.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 

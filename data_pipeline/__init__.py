@@ -4,8 +4,6 @@ Training reads its data through `make_loader` only. Tensorflow is imported only 
 source 'tfds' or 'folder' is made.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterator, Sequence
 

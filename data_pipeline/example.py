@@ -1,7 +1,5 @@
 """From three frames of a subject and a caption to a row of a batch, the same for all sources."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Sequence
 

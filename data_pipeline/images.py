@@ -1,7 +1,5 @@
 """Pictures from files or encoded bytes, with errors that name the file."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 from collections.abc import Iterator

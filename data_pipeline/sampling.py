@@ -1,7 +1,5 @@
 """Which subjects and which frames a batch shows: a pure function of (seed, step)."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Captions as token ids, with the position where the pseudo-word S+ is inserted."""
 
-from __future__ import annotations
-
 import re
 import threading
 from collections.abc import Callable

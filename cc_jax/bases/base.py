@@ -3,8 +3,6 @@
 PyTorch's diffusers loads what is written here. cc_jax.bases.files knows where the parts are.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import functools

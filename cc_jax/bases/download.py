@@ -4,8 +4,6 @@ This is the only file that knows that library. Its switches are the user's: HF_H
 what the cache holds, HF_HOME and HF_HUB_CACHE say where that is.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from pathlib import Path

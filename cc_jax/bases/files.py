@@ -14,8 +14,6 @@ the file without its suffix, in the file's own folder, and then in the published
 cc_jax.bases.base makes networks of what is found here.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import json

@@ -1,7 +1,5 @@
 """The architecture of a single Stable Diffusion file, from its keys and the tensors' shapes."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from cc_jax.bases.ldm_names import PREFIXES, UNET, VAE, Checkpoint, Shapes, count, tower_keys

@@ -10,8 +10,6 @@ is there. The architecture is that of cc_jax.bases.ldm_configs.
   conditioner.embedders.0.transformer.*  SDXL: ViT-L;  conditioner.embedders.1.model.*  bigG
 """
 
-from __future__ import annotations
-
 import dataclasses
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping

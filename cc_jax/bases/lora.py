@@ -10,8 +10,6 @@ original names, as for SDXL) and diffusers' three, of linear layers and of convo
   text_encoder.text_model....q_proj.lora_linear_layer.down.weight, .up.weight              old
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import hashlib

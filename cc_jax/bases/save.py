@@ -1,7 +1,5 @@
 """Writes bases and single networks as diffusers and transformers would."""
 
-from __future__ import annotations
-
 import dataclasses
 import importlib.metadata
 import json

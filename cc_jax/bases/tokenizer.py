@@ -5,8 +5,6 @@ line, the best first), pieces at the end of a word carry `</w>`. transformers is
 needed, because importing it takes longer than everything else here.
 """
 
-from __future__ import annotations
-
 import collections
 import json
 from collections.abc import Iterable

@@ -11,8 +11,6 @@ Modules carry PyTorch's attribute names, so that only a parameter's last name an
 Both directions are strict: every tensor is used, none is missing, shapes agree.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 

@@ -5,8 +5,6 @@
 function, is its inverse.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable
 from typing import Any

@@ -15,8 +15,6 @@ they are alike:
 Our Q-Former has nothing like `layers.N.0.norm1` (a norm of the image side) and `proj_out`.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import os

@@ -3,8 +3,6 @@
 The modules say it themselves: `trained` of the classes in INJECTED, and of MFIEncoder.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from typing import Any
 

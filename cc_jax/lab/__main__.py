@@ -13,8 +13,6 @@ Each run ends in one JSON file under results/lab, which is committed. The suite 
 file exists, on any machine, and a run that was killed goes on from its checkpoint.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Sequence
 from importlib.metadata import version

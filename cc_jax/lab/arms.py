@@ -1,7 +1,5 @@
 """Which runs there are: the arms of configs/lab.py with their seeds and tuned values."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any

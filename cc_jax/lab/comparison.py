@@ -1,7 +1,5 @@
 """Numbers from result files: means over seeds, paired differences, curves."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any

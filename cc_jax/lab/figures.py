@@ -1,7 +1,5 @@
 """Figures of the laboratory, from its result files alone."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable, Mapping
 

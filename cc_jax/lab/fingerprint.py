@@ -1,7 +1,5 @@
 """What makes results comparable: the fingerprint of a suite, and the changes of an arm."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from pathlib import Path

@@ -4,8 +4,6 @@ A small convolutional network trained on renders of its own (`configs/subjects3d
 shares neither weights nor training pictures with the encoders that condition the adapter.
 """
 
-from __future__ import annotations
-
 import functools
 import json
 from collections.abc import Mapping

@@ -6,8 +6,6 @@ the change in the reference: 0 = not copied, 1 = copied. Raw correlations would 
 alone correlates with size. The base without adapter sees no reference: its leakage is 0 exactly.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import numpy as np

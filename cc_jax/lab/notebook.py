@@ -1,7 +1,5 @@
 """What the notebooks share: menus where ipywidgets is installed, example subjects, a figure."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path

@@ -7,8 +7,6 @@ picture, what lies between two subjects, a sheet of references and prompts; and 
 Each function takes a `generate.Pipeline` and returns a picture; notebooks call them too.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Writes tables and figures of the result files of one split."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from cc_jax.lab.comparison import load_results

@@ -4,8 +4,6 @@ A finished run writes all of its results. `pack` then moves the values of single
 compressed file beside the folders of results, which leaves short files to read.
 """
 
-from __future__ import annotations
-
 import gzip
 import json
 import os

@@ -1,7 +1,5 @@
 """Trains and scores the runs of a suite."""
 
-from __future__ import annotations
-
 import os
 import platform
 import time

@@ -4,8 +4,6 @@ A `Scorer` belongs to one run and scores it at every checkpoint; its scores go i
 file as they are. Runs of one process share what is rendered and compiled where they are alike.
 """
 
-from __future__ import annotations
-
 import functools
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Draws trials and scores the images with the judge: an adapter beside its base, or the base."""
 
-from __future__ import annotations
-
 import json
 from typing import Any
 

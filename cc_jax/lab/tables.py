@@ -3,8 +3,6 @@
 Sizes of references are not in the files: `trials.reference_factors` draws the factors again.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 

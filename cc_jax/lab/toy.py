@@ -1,7 +1,5 @@
 """A toy base for `--fast`: the shipped base's kind with random weights."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

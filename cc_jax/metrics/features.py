@@ -4,8 +4,6 @@ Plain numpy on [n, d] features of n pictures; `subject` [n] says whose they are.
 where the features come from.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Intervals of paired differences, and curves compared at equal identity."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -51,8 +49,8 @@ def nan_for_none(values: Sequence[float | None]) -> Float[np.ndarray, " n"]:
 
 
 def mean_of_known(
-  values: Float[np.ndarray, ...], axis: int | tuple[int, ...] = 0
-) -> Float[np.ndarray, ...]:
+  values: Float[np.ndarray, "..."], axis: int | tuple[int, ...] = 0
+) -> Float[np.ndarray, "..."]:
   """The mean over `axis` of what is known (not NaN); NaN where nothing is."""
   known = ~np.isnan(values)
   count = known.sum(axis)

@@ -1,7 +1,5 @@
 """Networks without their arrays."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import TypeVar
 

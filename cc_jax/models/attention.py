@@ -5,8 +5,6 @@ its layer's context, the time embedding and the picture's size, and any module w
 signature of `Attention` can stand there.
 """
 
-from __future__ import annotations
-
 from functools import partial
 from typing import Any
 

@@ -3,8 +3,6 @@
 Attribute names are PyTorch's module names, so a weight's path is its key in the weight file.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping

@@ -1,7 +1,5 @@
 """Preparing images for an image encoder, on the device (transformers' CLIPImageProcessor)."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -4,8 +4,6 @@ Another one is a file in this folder with a subclass of `ImageEncoder`, and its 
 cc_jax/bases/files.py.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any, ClassVar, Protocol
 

@@ -1,7 +1,5 @@
 """Random keys for initialising modules, without the state of nnx.Rngs."""
 
-from __future__ import annotations
-
 import jax
 
 

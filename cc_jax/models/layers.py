@@ -1,7 +1,5 @@
 """The small pieces that the UNet and the VAE share. Images are [B, H, W, C]; kernels are HWIO."""
 
-from __future__ import annotations
-
 import math
 
 import jax

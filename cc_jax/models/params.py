@@ -1,7 +1,5 @@
 """Parameters as plain pytrees: what they are called, and in which types they are kept."""
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 import jax

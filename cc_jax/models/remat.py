@@ -1,7 +1,5 @@
 """Memory for time: layers whose backward pass computes again what it would have to keep."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 import jax

@@ -3,8 +3,6 @@
 diffusers: models/unets/unet_2d_condition.py. Attribute names are PyTorch's; images are NHWC.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -4,8 +4,6 @@ One class serves `DownBlock2D` and `CrossAttnDownBlock2D`, another the two up bl
 an `attentions` list, which also is the only difference between their checkpoints.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

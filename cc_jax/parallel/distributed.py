@@ -1,7 +1,5 @@
 """Processes and virtual CPU devices: what must be set before JAX is used."""
 
-from __future__ import annotations
-
 import ctypes
 import math
 import os

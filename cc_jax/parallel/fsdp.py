@@ -1,7 +1,5 @@
 """Parameters sharded over `fsdp`: gathered where a network reads them, again for the gradient."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

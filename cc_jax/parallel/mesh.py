@@ -1,7 +1,5 @@
 """The mesh; batches, which are sharded over `data` and `fsdp`; replicated arrays."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """What the sharding rules lead to: a table, and a check that nothing is replicated by mistake."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from typing import Any

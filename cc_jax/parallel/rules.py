@@ -5,8 +5,6 @@ is replicated. Axes are `Auto`: XLA's partitioner reads the shardings of a jitte
 arguments and inserts the collectives.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence

@@ -1,7 +1,5 @@
 """Pictures in and out: references and starting images, PNG files, labelled grids."""
 
-from __future__ import annotations
-
 import functools
 import json
 import math

@@ -1,7 +1,5 @@
 """Prompts as token ids, and where the pseudo-words S+ go in them."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 

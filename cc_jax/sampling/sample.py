@@ -4,8 +4,6 @@
 it. With a `CustomContrast` model it draws subjects, with a plain base it is Stable Diffusion.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -38,7 +36,7 @@ class SamplerInputs(NamedTuple):
   guidance: Float[Array, ""]
   image_guidance: Float[Array, ""]
   table: StepTable  # of the sampler
-  time_ids: Float[Array, 6]  # SDXL's (original h, w, crop top, left, target h, w), pixels
+  time_ids: Float[Array, "6"]  # SDXL's (original h, w, crop top, left, target h, w), pixels
   extra_subjects: tuple[UInt8[Array, "b r h w 3"], ...] = ()  # of prompts.extra_subjects
   # References of another subject, and the weight of the interpolation to it: 0 to 1.
   interpolate_to: tuple[UInt8[Array, "b r h w 3"], Float[Array, " b"]] | None = None

@@ -1,7 +1,5 @@
 """The host part of generation: any number of images, drawn in batches of one compiled shape."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Gradient accumulation whose contrastive losses still see the whole batch (GradCache)."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import jax

@@ -7,8 +7,6 @@ both are functions of the config's seed and the step. Nothing depends on how the
 it is restored onto any mesh and any number of processes. The frozen base is never written.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import logging

@@ -1,7 +1,5 @@
 """What a training step depends on besides arrays."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Mapping
 

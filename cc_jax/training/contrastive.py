@@ -1,7 +1,5 @@
 """CSCL and MACL over the embeddings of the global batch."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import jax.numpy as jnp

@@ -1,7 +1,5 @@
 """The training loop. Read from the top down: set up, restore or initialise, loop, finish."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import time

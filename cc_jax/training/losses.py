@@ -1,7 +1,5 @@
 """The loss of a training step: diffusion and contrast over the global batch."""
 
-from __future__ import annotations
-
 import functools
 
 import jax

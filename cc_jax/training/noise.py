@@ -1,7 +1,5 @@
 """The randomness of a training step, sample by sample."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import jax

@@ -1,7 +1,5 @@
 """AdamW with warm-up, clipping and an average of the weights, as functions of plain pytrees."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import jax

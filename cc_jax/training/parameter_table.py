@@ -1,7 +1,5 @@
 """The parameter table of a config, without weights: `--abstract`."""
 
-from __future__ import annotations
-
 import jax
 import ml_collections
 

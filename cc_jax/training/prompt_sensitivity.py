@@ -5,8 +5,6 @@ replaced by a wrong one; 0 = the word is ignored. It needs neither sampling nor 
 training can log it (docs/method.md, "The wrong-word gap").
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 

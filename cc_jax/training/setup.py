@@ -1,7 +1,5 @@
 """From a config to the parts of a training run: adapter, step context, data, metrics."""
 
-from __future__ import annotations
-
 import hashlib
 import platform
 import re

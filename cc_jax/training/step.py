@@ -4,8 +4,6 @@ Adapter and frozen base are flat dictionaries (`cc_jax.customcontrast.build`); a
 inside `total_loss`, where its methods are called.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 from collections.abc import Callable

@@ -9,8 +9,6 @@ checkpoint holds the running sums, and a restart truncates the log to the step t
 log of a run that was killed and restarted has the same losses as that of one that was not.
 """
 
-from __future__ import annotations
-
 import collections
 import contextlib
 import json

@@ -25,8 +25,6 @@ two pictures. Subjects with the same noun form a class; they are numbered in the
 folders' names.
 '''
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from collections.abc import Iterator

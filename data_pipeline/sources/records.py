@@ -4,8 +4,6 @@ TFDS itself offers it for ArrayRecord only, and decodes all frames of an example
 three of them.
 """
 
-from __future__ import annotations
-
 import os
 import struct
 from pathlib import Path

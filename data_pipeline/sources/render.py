@@ -1,7 +1,5 @@
 """Triples of subjects3d rendered on the fly: endless views, without files and tensorflow."""
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor

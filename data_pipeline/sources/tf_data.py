@@ -1,7 +1,5 @@
 """The only module that imports tensorflow, and tf.data as the parallel executor of rows."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import re

@@ -7,8 +7,6 @@ or neither: `data.source='tfds'` with `data.name='subjects3d/small'` writes it o
 metadata of the data set has a checksum of the factors of every split, which `verify` compares.
 """
 
-from __future__ import annotations
-
 import contextlib
 import io
 import os

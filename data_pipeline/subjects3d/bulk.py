@@ -1,7 +1,5 @@
 """Bulk rendering by single-threaded processes, which use the cores better than threads of one."""
 
-from __future__ import annotations
-
 import contextlib
 import multiprocessing
 import os

@@ -1,7 +1,5 @@
 """English captions of a picture, from a small grammar with several phrasings (numpy only)."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import NamedTuple
 

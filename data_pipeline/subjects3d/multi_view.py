@@ -4,8 +4,6 @@ Plain numpy decides all of it, so that the TFDS builder and an evaluation withou
 the very same pictures.
 """
 
-from __future__ import annotations
-
 import hashlib
 from typing import NamedTuple
 

@@ -6,8 +6,6 @@ and styles are separate programs: a filter inside the render program would recom
 each of its taps.
 """
 
-from __future__ import annotations
-
 import functools
 import os
 from concurrent.futures import ThreadPoolExecutor

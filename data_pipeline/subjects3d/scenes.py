@@ -5,8 +5,6 @@ capacity of a small VAE for nothing. The ground is a plane in perspective; its h
 the camera.
 """
 
-from __future__ import annotations
-
 import jax.numpy as jnp
 from jax import lax
 

@@ -5,8 +5,6 @@ traced scalar (tables gathered by class on accelerators). Both use the same form
 entry is the Python float 0 are skipped, which does not change the value.
 """
 
-from __future__ import annotations
-
 import jax
 import jax.numpy as jnp
 import numpy as np

@@ -1,7 +1,5 @@
 """From factors to a lit picture of an individual, and the filters that turn it into drawings."""
 
-from __future__ import annotations
-
 import jax.numpy as jnp
 import numpy as np
 

@@ -8,8 +8,6 @@ Object frame: y up, ground at y = 0, front towards +z, and +x to the picture's r
 faces the camera.
 """
 
-from __future__ import annotations
-
 import numpy as np
 
 from data_pipeline.subjects3d import factors
