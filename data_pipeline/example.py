@@ -19,9 +19,7 @@ SIGNATURE = dict(
 class Maker:
   """Makes rows of the global batch. A row's random numbers depend on (seed, step, row) alone."""
 
-  def __init__(
-      self, data_config, tokenizer: Callable, *, batch_size: int, seed: int, s_words: int
-  ):
+  def __init__(self, data_config, tokenizer: Callable, *, batch_size: int, seed: int, s_words: int):
     self.triple = triples.TripleConfig.from_config(data_config)
     self._frames = data_config.frames
     sampling.check_frames(self._frames)
@@ -64,14 +62,14 @@ class Maker:
     return (j if i == k else i), k, k
 
   def example(
-      self,
-      rng: np.random.Generator,
-      table: sampling.SubjectTable,
-      subject: int,
-      images: Sequence[np.ndarray],
-      masks: Sequence[np.ndarray],
-      caption: str,
-      noun: str,
+    self,
+    rng: np.random.Generator,
+    table: sampling.SubjectTable,
+    subject: int,
+    images: Sequence[np.ndarray],
+    masks: Sequence[np.ndarray],
+    caption: str,
+    noun: str,
   ) -> dict[str, np.ndarray]:
     """One row; `images` and `masks` are those of frames (i, j, k), `caption` is frame k's."""
     row = triples.make_triple(rng, images, masks, self.triple)

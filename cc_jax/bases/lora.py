@@ -137,9 +137,7 @@ class Lora:
       )
 
   def resolve(
-    self,
-    shapes: Mapping[str, Mapping[str, tuple[int, ...]]],
-    other_names: Mapping[str, str],
+    self, shapes: Mapping[str, Mapping[str, tuple[int, ...]]], other_names: Mapping[str, str]
   ) -> dict[str, dict[str, _Change]]:
     """Finds each change's tensor: component -> our name of the tensor -> change.
 

@@ -23,9 +23,7 @@ from cc_jax.text import first_names
 
 FORMAT = "cc_jax.adapter"
 FORMAT_VERSION = 1
-_DTYPES = {
-  "float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16, "": None
-}
+_DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16, "": None}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -52,9 +52,7 @@ def spearman(a: Float[np.ndarray, " n"], b: Float[np.ndarray, " n"]) -> float:
 
 
 def likeness(
-  features: Float[np.ndarray, "n d"],
-  subject: Int[np.ndarray, " n"],
-  real: Float[np.ndarray, "s s"],
+  features: Float[np.ndarray, "n d"], subject: Int[np.ndarray, " n"], real: Float[np.ndarray, "s s"]
 ) -> float:
   """Spearman correlation, over pairs of subjects, of learned similarity with `real` similarity."""
   means = subject_means(features, subject)

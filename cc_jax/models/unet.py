@@ -96,11 +96,7 @@ class UNet2DCondition(nnx.Module):
       used = [skips.pop() for _ in range(config.layers_per_block[i] + 1)]
       up_blocks.append(
         UpBlock(
-          width,
-          used,
-          sizes(i, attention=block_type.startswith("CrossAttn")),
-          upsample=i > 0,
-          **kw,
+          width, used, sizes(i, attention=block_type.startswith("CrossAttn")), upsample=i > 0, **kw
         )
       )
       width = channels[i]

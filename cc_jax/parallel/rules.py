@@ -34,9 +34,7 @@ RULES = (
     r"\b(to_[qkv](_visual)?|[qkv]_proj|ff_in|fc1|net\.0\.proj|conv1)\.kernel$",
     {"tensor": -1, "fsdp": None},
   ),
-  Rule(
-    r"\b(to_out(\.0)?|out_proj|ff_out|fc2|net\.2|conv2)\.kernel$", {"tensor": -2, "fsdp": None}
-  ),
+  Rule(r"\b(to_out(\.0)?|out_proj|ff_out|fc2|net\.2|conv2)\.kernel$", {"tensor": -2, "fsdp": None}),
   Rule("", {"fsdp": None}),
 )
 
@@ -67,9 +65,7 @@ def param_spec(path: str, shape: Sequence[int], mesh: Mesh | AbstractMesh) -> Pa
   return PartitionSpec(*parts) if any(parts) else PartitionSpec()
 
 
-def param_sharding_fn(
-  mesh: Mesh | AbstractMesh,
-) -> Callable[[str, Sequence[int]], NamedSharding]:
+def param_sharding_fn(mesh: Mesh | AbstractMesh) -> Callable[[str, Sequence[int]], NamedSharding]:
   """(path, shape) -> sharding by RULES, for `load_base`, which reads tensor by tensor."""
   return lambda path, shape: NamedSharding(mesh, param_spec(path, shape, mesh))
 

@@ -27,11 +27,7 @@ class Collective:
     reduce-scatter's output is an n-th of its input.
     """
     n = self.group
-    ratios = {
-      "all-reduce": 2 * (n - 1) / n,
-      "reduce-scatter": n - 1,
-      "collective-permute": 1,
-    }
+    ratios = {"all-reduce": 2 * (n - 1) / n, "reduce-scatter": n - 1, "collective-permute": 1}
     return self.bytes * ratios.get(self.kind, (n - 1) / n)
 
 

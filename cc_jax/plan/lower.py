@@ -58,9 +58,7 @@ def train_program(config: ml_collections.ConfigDict, mesh: Mesh | AbstractMesh) 
   state, frozen = abstract_params((state, frozen), mesh)
   batch_size, side = config.train.batch_size, config.data.image_size
   shapes = dict.fromkeys(("positive", "reference", "target"), (side, side, 3))
-  shapes |= dict(
-    target_mask=(side, side), input_ids=(len(context.empty_prompt),), noun_span=(2,)
-  )
+  shapes |= dict(target_mask=(side, side), input_ids=(len(context.empty_prompt),), noun_span=(2,))
   batch = {
     name: jax.ShapeDtypeStruct(
       (batch_size, *shapes.get(name, ())), dtype, sharding=batch_sharding(mesh)
@@ -126,5 +124,3 @@ def _build(config: ml_collections.ConfigDict) -> tuple[StepContext, Any, Any, Ba
   """(context, abstract trainable and frozen parameters, base) of a config, without weights."""
   config, base, (definition, trainable, frozen) = build_abstract(config)
   return make_step_context(config, definition, base), trainable, frozen, base
-
-

@@ -47,8 +47,7 @@ def make_optimizer(train: ml_collections.ConfigDict) -> optax.GradientTransforma
 def decay_mask(params: Params) -> dict[str, bool]:
   """Which parameters weight decay pulls to zero: not biases, norms' scales, gates and scalars."""
   return {
-    path: value.ndim >= 2 and param_options(path.split(".")).decay
-    for path, value in params.items()
+    path: value.ndim >= 2 and param_options(path.split(".")).decay for path, value in params.items()
   }
 
 

@@ -42,10 +42,7 @@ class Subjects3d(tfds.core.GeneratorBasedBuilder):
   # TFDS 4.9.10 would find it with importlib_resources, which is not among its dependencies.
   code_path = epath.Path(__file__)
   VERSION = tfds.core.Version(factors_lib.VERSION)
-  RELEASE_NOTES = {
-    "1.1.0": "Patterns cover a third of the main part.",
-    "1.0.0": "First version.",
-  }
+  RELEASE_NOTES = {"1.1.0": "Patterns cover a third of the main part.", "1.0.0": "First version."}
   BUILDER_CONFIGS = [
     tfds.core.BuilderConfig(name=name, description=f"(subjects, frames of each): {sizes}")
     for name, sizes in multi_view.CONFIGS.items()
