@@ -149,35 +149,46 @@ def unread_by_training(config, workdir, monkeypatch):
   return sorted(keys - reads.paths)
 
 
-@pytest.fixture
-def main_config(tiny_folder):
-  changes = dict(steps=2, save_every=1, sample_every=1, prompt_sensitivity_every=1, max_bad_steps=2)
-  config = tiny.tiny_config(tiny_folder, **{f"train__{k}": v for k, v in changes.items()})
+SECTIONS = ("", "data", "objective", "train", "mesh", "sample")
+INVENTED = [f"{section}.shape".lstrip(".") for section in SECTIONS]
+
+
+def main_config(folder, sections):
+  """The tiny config with a key `shape` in some sections: nothing reads it."""
+  changes = dict(steps=2, save_every=1, sample_every=1, gaps_every=1, max_bad_steps=2)
+  config = tiny.tiny_config(folder, **{f"train__{k}": v for k, v in changes.items()})
   config.data.source = "render"
   config.sample.subjects = 2
+  for section in sections:
+    (config[section] if section else config).shape = 3
   return config
 
 
-def test_every_config_key_is_read(main_config, tmp_path, monkeypatch):
-  assert unread_by_training(main_config, tmp_path, monkeypatch) == []
+@pytest.fixture(scope="module")
+def unread(tiny_folder, tmp_path_factory, quick_compile):
+  config = main_config(tiny_folder, SECTIONS)
+  with pytest.MonkeyPatch.context() as monkeypatch:
+    return unread_by_training(config, tmp_path_factory.mktemp("run"), monkeypatch)
 
 
-@pytest.mark.parametrize("section", ["", "data", "encoder", "objective", "train", "mesh", "sample"])
-def test_a_key_that_nothing_reads_is_reported(main_config, tmp_path, monkeypatch, section):
-  target = main_config[section] if section else main_config
-  with target.unlocked():
-    target.shape = 3
-  if section == "encoder":  # unknown keys of these dataclasses are refused
-    with pytest.raises(UserError, match="shape"):
-      unread_by_training(main_config, tmp_path, monkeypatch)
-  else:
-    unread = unread_by_training(main_config, tmp_path, monkeypatch)
-    assert unread == [f"{section}.shape".lstrip(".")]
+def test_every_config_key_is_read(unread):
+  assert [key for key in unread if key not in INVENTED] == []
+
+
+@pytest.mark.parametrize("key", INVENTED)
+def test_a_key_that_nothing_reads_is_reported(unread, key):
+  assert key in unread
+
+
+@pytest.mark.parametrize("section", ["encoder", "injection"])
+def test_an_unknown_key_of_the_adapter_is_refused(tiny_folder, section):
+  with pytest.raises(UserError, match="shape"):
+    setup.adapter_configs(main_config(tiny_folder, [section]))
 
 
 # The laboratory and pretraining train networks for minutes, too long for a recording. Their keys
-# must be attributes, or strings in brackets, of something that is called like a section.
-SECTIONS = {
+# must be attributes, or strings in brackets, of something that has the name of a section.
+OWNERS = {
   "lab": ("config", "own", "c", "score", "run"),
   "pretrain": ("config", "c", "world", "tokenizer", "train", "settings", "clip", "unet", "judge"),
 }
@@ -192,7 +203,7 @@ def reads_in_code(package):
       if isinstance(node, (ast.Attribute, ast.Subscript)):
         owner = getattr(node.value, "attr", getattr(node.value, "id", None))
         key = node.attr if isinstance(node, ast.Attribute) else getattr(node.slice, "value", None)
-        if owner in SECTIONS[package]:
+        if owner in OWNERS[package]:
           names.add(key)
   return names
 
