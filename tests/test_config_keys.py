@@ -155,7 +155,7 @@ INVENTED = [f"{section}.shape".lstrip(".") for section in SECTIONS]
 
 def main_config(folder, sections):
   """The tiny config with a key `shape` in some sections: nothing reads it."""
-  changes = dict(steps=2, save_every=1, sample_every=1, gaps_every=1, max_bad_steps=2)
+  changes = dict(steps=2, save_every=1, sample_every=1, prompt_sensitivity_every=1, max_bad_steps=2)
   config = tiny.tiny_config(folder, **{f"train__{k}": v for k, v in changes.items()})
   config.data.source = "render"
   config.sample.subjects = 2
