@@ -62,14 +62,8 @@ class Maker:
     return (j if i == k else i), k, k
 
   def example(
-    self,
-    rng: np.random.Generator,
-    table: sampling.SubjectTable,
-    subject: int,
-    images: Sequence[np.ndarray],
-    masks: Sequence[np.ndarray],
-    caption: str,
-    noun: str,
+    self, rng: np.random.Generator, table: sampling.SubjectTable, subject: int,
+    images: Sequence[np.ndarray], masks: Sequence[np.ndarray], caption: str, noun: str,
   ) -> dict[str, np.ndarray]:
     """One row; `images` and `masks` are those of frames (i, j, k), `caption` is frame k's."""
     row = triples.make_triple(rng, images, masks, self.triple)

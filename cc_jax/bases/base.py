@@ -57,12 +57,8 @@ class Base:
 
 
 def load_base(
-  name: str | Path,
-  *,
-  dtype: Any = jnp.float32,
-  param_dtype: Any = jnp.float32,
-  image_encoder: str | Path | None = None,
-  lora: Sequence[tuple[str | Path, float]] = (),
+  name: str | Path, *, dtype: Any = jnp.float32, param_dtype: Any = jnp.float32,
+  image_encoder: str | Path | None = None, lora: Sequence[tuple[str | Path, float]] = (),
   sharding: Sharding | None = None,
 ) -> Base:
   """Reads a base.
@@ -99,9 +95,7 @@ def load_base(
     for label, module in modules.items():
       stored: dict[str, str] = {}
       modules[label] = load_weights(
-        module,
-        sources[label],
-        digests=stored,
+        module, sources[label], digests=stored,
         change=lambda tensors, label=label: Merged(tensors, changes.get(label, {})),
         sharding=sharding and _below(sharding, label),
         what=f"the weights in {files.weights[label]}",
@@ -118,12 +112,8 @@ def load_base(
 
 
 def random_base(
-  name: str | Path,
-  *,
-  dtype: Any = jnp.float32,
-  param_dtype: Any = jnp.float32,
-  image_encoder: str | Path | None = None,
-  seed: int = 0,
+  name: str | Path, *, dtype: Any = jnp.float32, param_dtype: Any = jnp.float32,
+  image_encoder: str | Path | None = None, seed: int = 0,
 ) -> Base:
   """A base of the folder's configs with new parameters; the folder needs no weight files.
 
@@ -137,10 +127,7 @@ def random_base(
 
 
 def abstract_base(
-  name: str | Path,
-  *,
-  dtype: Any = jnp.float32,
-  param_dtype: Any = jnp.float32,
+  name: str | Path, *, dtype: Any = jnp.float32, param_dtype: Any = jnp.float32,
   image_encoder: str | Path | None = None,
 ) -> Base:
   """A base whose parameters are shapes and dtypes only, from the config files alone."""
@@ -150,12 +137,8 @@ def abstract_base(
 
 
 def load_module(
-  folder: str | Path,
-  cls: type[nnx.Module],
-  *,
-  dtype: Any = jnp.float32,
-  param_dtype: Any = jnp.float32,
-  digests: dict[str, str] | None = None,
+  folder: str | Path, cls: type[nnx.Module], *, dtype: Any = jnp.float32,
+  param_dtype: Any = jnp.float32, digests: dict[str, str] | None = None,
 ) -> nnx.Module:
   """Reads one network: `config.json` and the safetensors file beside it (see load_weights)."""
   folder = Path(folder)
@@ -172,13 +155,9 @@ def _build(files: BaseFiles, make: Callable[[type[nnx.Module], Any], nnx.Module]
   # A folder of config files only, for abstract states, has no vocabulary.
   tokenizers = [files.folder / f"tokenizer{suffix}" for suffix in suffixes]
   return Base(
-    name=files.name,
-    folder=files.folder,
-    **_network_fields(modules),
+    name=files.name, folder=files.folder, **_network_fields(modules),
     tokenizers=tuple(load_tokenizer(path) for path in tokenizers if path.is_dir()),
-    scheduler_config=files.scheduler,
-    image_processor=files.processor,
-    unused=files.unused,
+    scheduler_config=files.scheduler, image_processor=files.processor, unused=files.unused,
   )
 
 
@@ -190,8 +169,7 @@ def _network_fields(modules: Mapping[str, nnx.Module]) -> dict[str, Any]:
   """Networks by the names of their folders -> the fields of Base."""
   texts = [name for name in ("text_encoder", "text_encoder_2") if name in modules]
   return dict(
-    unet=modules["unet"],
-    vae=modules["vae"],
+    unet=modules["unet"], vae=modules["vae"],
     text_encoders=tuple(modules[name] for name in texts),
     image_encoder=modules.get("image_encoder"),
   )

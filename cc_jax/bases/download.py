@@ -32,10 +32,7 @@ def fetch_file(name: str) -> Path:
   parts = _ID.fullmatch(name)
   return Path(
     _call(
-      name,
-      huggingface_hub.hf_hub_download,
-      repo_id=parts["repo"],
-      filename=inside(name),
+      name, huggingface_hub.hf_hub_download, repo_id=parts["repo"], filename=inside(name),
       revision=parts["revision"],
     )
   )
@@ -57,10 +54,7 @@ def fetch_folder(name: str, patterns: Sequence[str]) -> Path:
 
   parts, within = _ID.fullmatch(name), inside(name)
   root = _call(
-    name,
-    huggingface_hub.snapshot_download,
-    repo_id=parts["repo"],
-    revision=parts["revision"],
+    name, huggingface_hub.snapshot_download, repo_id=parts["repo"], revision=parts["revision"],
     allow_patterns=[f"{within}/{pattern}" if within else pattern for pattern in patterns],
   )
   return Path(root) / within

@@ -171,10 +171,7 @@ def _find_in_folder(name: str, folder: Path) -> BaseFiles:
   on_disk = {path.name for path in folder.iterdir() if path.is_dir() and path.name[0] != "."}
   unused = sorted((set(listed) | on_disk) - known | on_disk & known - set(listed))
   return BaseFiles(
-    name=name,
-    folder=folder,
-    configs=configs,
-    weights={part: folder / part for part in configs},
+    name=name, folder=folder, configs=configs, weights={part: folder / part for part in configs},
     scheduler=read_json(folder / "scheduler" / "scheduler_config.json"),
     unused=tuple(f"{part}/" for part in unused),
   )
@@ -211,12 +208,8 @@ def _find_in_file(name: str, file: Path) -> BaseFiles:
       "noise put its scheduler/scheduler_config.json beside its tokenizer/", file,
     )  # fmt: skip
   return BaseFiles(
-    name=name,
-    folder=folder,
-    configs=configs,
-    weights={part: file for part in configs},
-    checkpoint=checkpoint,
-    scheduler=scheduler,
+    name=name, folder=folder, configs=configs, weights={part: file for part in configs},
+    checkpoint=checkpoint, scheduler=scheduler,
   )
 
 

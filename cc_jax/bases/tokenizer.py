@@ -103,10 +103,7 @@ def save_tokenizer(tokenizer: Any, folder: str | Path) -> None:
 
 
 def _write(
-  folder: Path,
-  vocab: dict[str, int],
-  merges: list[tuple[str, str]],
-  special: dict[str, str],
+  folder: Path, vocab: dict[str, int], merges: list[tuple[str, str]], special: dict[str, str],
   max_length: int,
 ) -> None:
   folder.mkdir(parents=True, exist_ok=True)

@@ -46,10 +46,7 @@ def to_torch(state: nnx.State) -> dict[str, np.ndarray]:
 
 
 def from_torch(
-  tensors: Mapping[str, Any],
-  abstract_state: nnx.State,
-  *,
-  what: str = "these weights",
+  tensors: Mapping[str, Any], abstract_state: nnx.State, *, what: str = "these weights",
   place: Callable[[tuple, np.ndarray, Any], Any] | None = None,
 ) -> nnx.State:
   """Fills a state of `abstract_state`'s structure with PyTorch's tensors.

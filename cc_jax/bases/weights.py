@@ -35,13 +35,10 @@ _PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".msgpack")
 
 
 def load_weights(
-  module: Module,
-  source: str | Path | Mapping[str, np.ndarray],
-  *,
+  module: Module, source: str | Path | Mapping[str, np.ndarray], *,
   digests: dict[str, str] | None = None,
   change: Callable[[Mapping[str, np.ndarray]], Mapping[str, np.ndarray]] = lambda tensors: tensors,
-  sharding: Sharding | None = None,
-  what: str = "",
+  sharding: Sharding | None = None, what: str = "",
 ) -> Module:
   """Returns `module` with the parameters that are stored at `source`.
 

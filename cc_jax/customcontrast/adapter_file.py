@@ -45,14 +45,8 @@ def adapter_tensors(model: nnx.Module) -> dict[str, Any]:
 
 
 def save_adapter(
-  path: str | os.PathLike,
-  tensors: Mapping[str, Any],
-  *,
-  encoder: MFIEncoderConfig,
-  injection: InjectionConfig,
-  base_name: str,
-  base_hash: str,
-  dtype: str = "",
+  path: str | os.PathLike, tensors: Mapping[str, Any], *, encoder: MFIEncoderConfig,
+  injection: InjectionConfig, base_name: str, base_hash: str, dtype: str = "",
   notes: Mapping[str, str] | None = None,
 ) -> None:
   """Writes the file, whole or not at all, in a folder or a bucket. `dtype` '' keeps each tensor's.
@@ -123,12 +117,9 @@ def load_adapter(path: str | os.PathLike, *, base_hash: str | None = None) -> Ad
     )
   config = json.loads(metadata["config"])
   return Adapter(
-    tensors=tensors,
-    encoder=MFIEncoderConfig.from_config(config["encoder"]),
-    injection=InjectionConfig.from_config(config["injection"]),
-    base_name=metadata["base"],
-    base_hash=metadata["base_hash"],
-    notes=json.loads(metadata["notes"]),
+    tensors=tensors, encoder=MFIEncoderConfig.from_config(config["encoder"]),
+    injection=InjectionConfig.from_config(config["injection"]), base_name=metadata["base"],
+    base_hash=metadata["base_hash"], notes=json.loads(metadata["notes"]),
   )
 
 

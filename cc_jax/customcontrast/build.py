@@ -46,13 +46,8 @@ def merge_params(definition: nnx.GraphDef, *parts: Params) -> CustomContrast:
 
 
 def build_customcontrast(
-  base: Base,
-  encoder: MFIEncoderConfig,
-  injection: InjectionConfig,
-  *,
-  dtype: Any = jnp.float32,
-  seed: int = 0,
-  transform: Callable[[Callable], Callable] = jax.jit,
+  base: Base, encoder: MFIEncoderConfig, injection: InjectionConfig, *, dtype: Any = jnp.float32,
+  seed: int = 0, transform: Callable[[Callable], Callable] = jax.jit,
 ) -> tuple[nnx.GraphDef, Params, Params]:
   """A new adapter around the base: (definition, trainable, frozen), as of `split_params`.
 
@@ -74,12 +69,8 @@ def build_customcontrast(
     unet, vae, text_encoders, image_encoder = nnx.merge(structure, arrays)
     networks = dict(unet=unet, vae=vae, text_encoders=text_encoders, image_encoder=image_encoder)
     model = CustomContrast(
-      dataclasses.replace(base, **networks),
-      encoder,
-      injection,
-      dtype=jnp.dtype(dtype),
-      param_dtype=jnp.float32,
-      rngs=StatelessRngs(seed),
+      dataclasses.replace(base, **networks), encoder, injection, dtype=jnp.dtype(dtype),
+      param_dtype=jnp.float32, rngs=StatelessRngs(seed),
     )
     traced["definition"], trainable, frozen = split_params(model)
     # A jitted function copies what it only passes on, so the frozen arrays stay outside.

@@ -53,12 +53,8 @@ class LayerCondition:
 
 
 def combine(
-  form: str,
-  text_out: Float[Array, "b s c"],
-  visual_out: Float[Array, "b s c"],
-  m: Float[Array, "b s 1"] | None,
-  gate: Float[Array, ""],
-  scale: Float[Array, " b"],
+  form: str, text_out: Float[Array, "b s c"], visual_out: Float[Array, "b s c"],
+  m: Float[Array, "b s 1"] | None, gate: Float[Array, ""], scale: Float[Array, " b"],
 ) -> Float[Array, "b s c"]:
   """The forms of docs/method.md, "Injection"; g = min(scale, 1), a = gate. Factors in float32.
 
@@ -116,15 +112,8 @@ class InjectedCrossAttention(nnx.Module):
   }
 
   def __init__(
-    self,
-    attn: nnx.Module,
-    config: InjectionConfig,
-    *,
-    visual_width: int,
-    temb_width: int,
-    dtype=jnp.float32,
-    param_dtype=jnp.float32,
-    rngs: nnx.Rngs,
+    self, attn: nnx.Module, config: InjectionConfig, *, visual_width: int, temb_width: int,
+    dtype=jnp.float32, param_dtype=jnp.float32, rngs: nnx.Rngs,
   ):
     kinds = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
     self.attn = attn
@@ -151,11 +140,8 @@ class InjectedCrossAttention(nnx.Module):
       self.location = TimestepLocation(hidden_width, temb_width, config.location_width, **kinds)
 
   def __call__(
-    self,
-    hidden: Float[Array, "b s c"],
-    context: LayerCondition | Float[Array, "b t d"],
-    temb: Float[Array, "b e"] | None = None,
-    hw: tuple[int, int] | None = None,
+    self, hidden: Float[Array, "b s c"], context: LayerCondition | Float[Array, "b t d"],
+    temb: Float[Array, "b e"] | None = None, hw: tuple[int, int] | None = None,
   ) -> Float[Array, "b s c"]:
     """Text and visual attention with the same queries, added before the output projection."""
     if not isinstance(context, LayerCondition):

@@ -118,12 +118,7 @@ class MFIEncoder(nnx.Module):
   trained = ParamOptions()  # every parameter
 
   def __init__(
-    self,
-    config: MFIEncoderConfig,
-    *,
-    image_width: int,
-    layers: int,
-    text_widths: Sequence[int],
+    self, config: MFIEncoderConfig, *, image_width: int, layers: int, text_widths: Sequence[int],
     **kinds,
   ):
     """`image_width` = C of the features, `layers` = L of the UNet, `text_widths` per encoder."""
@@ -133,14 +128,9 @@ class MFIEncoder(nnx.Module):
       image_width, config.width, queries=config.visual_queries, **sizes, **kinds
     )
     self.textual = TextualQformer(
-      image_width,
-      config.width,
-      queries=config.textual_queries,
-      layers=max(config.group_of_layer(layers)) + 1,
-      timestep_layer=config.timestep_layer,
-      cls_from=config.textual_cls,
-      **sizes,
-      **kinds,
+      image_width, config.width, queries=config.textual_queries,
+      layers=max(config.group_of_layer(layers)) + 1, timestep_layer=config.timestep_layer,
+      cls_from=config.textual_cls, **sizes, **kinds,
     )
     if config.fusion == "tv_fusion":
       self.fusion = TVFusion(config.width, **kinds)
@@ -150,9 +140,7 @@ class MFIEncoder(nnx.Module):
       self.contrast_out = nnx.Linear(config.contrast_head, config.width, **kinds)
 
   def __call__(
-    self,
-    features: Float[Array, "b p c"],
-    t: Int[Array, " b"],
+    self, features: Float[Array, "b p c"], t: Int[Array, " b"],
     visual: tuple[Float[Array, "b d"], Float[Array, "b v d"]] | None = None,
   ) -> MFIFeatures:
     """Encodes image features at timesteps t [B] in [0, 1000).

@@ -59,14 +59,8 @@ class CustomContrast(nnx.Module):
   """
 
   def __init__(
-    self,
-    base: Any,
-    encoder: MFIEncoderConfig,
-    injection: InjectionConfig,
-    *,
-    dtype=jnp.float32,
-    param_dtype=jnp.float32,
-    rngs: nnx.Rngs,
+    self, base: Any, encoder: MFIEncoderConfig, injection: InjectionConfig, *, dtype=jnp.float32,
+    param_dtype=jnp.float32, rngs: nnx.Rngs,
   ):
     """`dtype` computes the adapter, `param_dtype` stores it; the base keeps its own.
 
@@ -99,11 +93,8 @@ class CustomContrast(nnx.Module):
     self.layer_paths = tuple(inject(base.unet, injection, visual_width=encoder.width, **kinds))
     self.group_of_layer = encoder.group_of_layer(len(self.layer_paths))
     self.mfi_encoder = MFIEncoder(
-      encoder,
-      image_width=self.image_width,
-      layers=len(self.layer_paths),
-      text_widths=[tower.config.hidden_size for tower in base.text_encoders],
-      **kinds,
+      encoder, image_width=self.image_width, layers=len(self.layer_paths),
+      text_widths=[tower.config.hidden_size for tower in base.text_encoders], **kinds,
     )
 
   def image_features(
@@ -119,9 +110,7 @@ class CustomContrast(nnx.Module):
     return jnp.concatenate(states, axis=-1).astype(self.dtype), out.embedding.astype(jnp.float32)
 
   def encode(
-    self,
-    features: Float[Array, "b p c"] | None,
-    t: Int[Array, " b"],
+    self, features: Float[Array, "b p c"] | None, t: Int[Array, " b"],
     use_image: Bool[Array, " b"] | None = None,
     visual: tuple[Float[Array, "b d"], Float[Array, "b v d"]] | None = None,
   ) -> MFIFeatures:
@@ -133,10 +122,7 @@ class CustomContrast(nnx.Module):
     return self.mfi_encoder(self._kept(features, t.shape[0], use_image), t, visual)
 
   def visual(
-    self,
-    features: Float[Array, "b p c"] | None,
-    use_image: Bool[Array, " b"] | None = None,
-    *,
+    self, features: Float[Array, "b p c"] | None, use_image: Bool[Array, " b"] | None = None, *,
     batch: int = 1,
   ) -> tuple[Float[Array, "b d"], Float[Array, "b v d"]]:
     """(visual_cls, visual_tokens): the part of `encode` that does not depend on t.
@@ -220,21 +206,13 @@ class CustomContrast(nnx.Module):
       for layer, group in enumerate(self.group_of_layer)
     )
     return Conditioning(
-      context=context,
-      text=plain,
-      text_embeds=pooled,
-      time_ids=time_ids,
-      visual_cls=encoded.visual_cls,
-      textual_cls=encoded.textual_cls,
+      context=context, text=plain, text_embeds=pooled, time_ids=time_ids,
+      visual_cls=encoded.visual_cls, textual_cls=encoded.textual_cls,
       textual_tokens=encoded.textual_tokens,
     )
 
   def predict(
-    self,
-    latents: Float[Array, "b h w c"],
-    t: Int[Array, " b"],
-    conditioning: Conditioning,
-    *,
+    self, latents: Float[Array, "b h w c"], t: Int[Array, " b"], conditioning: Conditioning, *,
     maps: bool = False,
   ) -> Float[Array, "b h w c"] | tuple[Float[Array, "b h w c"], tuple[Float[Array, "b s 1"], ...]]:
     """The UNet's prediction; with `maps` also each layer's location map m [B, HW, 1].

@@ -18,10 +18,8 @@ def fourier(x: Num[Array, "*n"], bands: int) -> Float[Array, "*n f"]:
 
 
 def perceiver_attention(
-  q: Float[Array, "l b q h e"],
-  k_image: Float[Array, "b p h e"],
-  v_image: Float[Array, "b p h e"],
-  k_self: Float[Array, "l b k h e"],
+  q: Float[Array, "l b q h e"], k_image: Float[Array, "b p h e"],
+  v_image: Float[Array, "b p h e"], k_self: Float[Array, "l b k h e"],
   v_self: Float[Array, "l b k h e"],
 ) -> Float[Array, "l b q h e"]:
   """softmax(q·[k_image; k_self]ᵀ/√e)·[v_image; v_self], with the image's keys shared by all l.
@@ -69,10 +67,7 @@ class PerceiverBlock(nnx.Module):
 
     h = self.norm_attn(x)
     attended = perceiver_attention(
-      split(self.to_q(h)),
-      split(self.to_k(image)),
-      split(self.to_v(image)),
-      split(self.to_k(h)),
+      split(self.to_q(h)), split(self.to_k(image)), split(self.to_v(image)), split(self.to_k(h)),
       split(self.to_v(h)),
     )
     x = x + self.to_out(attended.reshape(x.shape))
@@ -83,16 +78,8 @@ class _Qformer(nnx.Module):
   """What both Q-Formers are: queries (CLS first), an input projection, blocks, a final norm."""
 
   def __init__(
-    self,
-    image_width: int,
-    width: int,
-    *,
-    depth: int,
-    heads: int,
-    queries: int,
-    dtype=jnp.float32,
-    param_dtype=jnp.float32,
-    rngs: nnx.Rngs,
+    self, image_width: int, width: int, *, depth: int, heads: int, queries: int,
+    dtype=jnp.float32, param_dtype=jnp.float32, rngs: nnx.Rngs,
   ):
     kinds = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
     self.dtype = dtype
@@ -134,17 +121,8 @@ class TextualQformer(_Qformer):
   """
 
   def __init__(
-    self,
-    image_width: int,
-    width: int,
-    *,
-    depth: int,
-    heads: int,
-    queries: int,
-    layers: int,
-    timestep_layer: str = "fourier_mlp",
-    cls_from: str = "mean",
-    **kinds,
+    self, image_width: int, width: int, *, depth: int, heads: int, queries: int, layers: int,
+    timestep_layer: str = "fourier_mlp", cls_from: str = "mean", **kinds,
   ):
     super().__init__(image_width, width, depth=depth, heads=heads, queries=queries, **kinds)
     self.layers = layers

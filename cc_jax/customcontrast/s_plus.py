@@ -30,11 +30,8 @@ def set_norm(words: Float[Array, "s b w d"], norm: Float[Array, " b"]) -> Float[
 
 
 def insert_words(
-  embeddings: Float[Array, "b t d"],
-  words: Float[Array, "s b w d"],
-  slot: Int[Array, " b"],
-  eos: Int[Array, " b"],
-  use: Bool[Array, " b"],
+  embeddings: Float[Array, "b t d"], words: Float[Array, "s b w d"], slot: Int[Array, " b"],
+  eos: Int[Array, " b"], use: Bool[Array, " b"],
 ) -> Float[Array, "s b t d"]:
   """Token embeddings with the words at `slot`; what stood there and behind moves right by W.
 
@@ -55,11 +52,8 @@ def insert_words(
 
 
 def insert_more_words(
-  sequences: Float[Array, "s b t d"],
-  words: Float[Array, "s b w d"],
-  slot: Int[Array, " b"],
-  eos: Int[Array, " b"],
-  use: Bool[Array, " b"],
+  sequences: Float[Array, "s b t d"], words: Float[Array, "s b w d"], slot: Int[Array, " b"],
+  eos: Int[Array, " b"], use: Bool[Array, " b"],
 ) -> Float[Array, "s b t d"]:
   """`insert_words` where each layer has its own sequence already: a prompt's second subject."""
   insert = lambda sequence, w: insert_words(sequence, w[None], slot, eos, use)[0]  # noqa: E731
@@ -67,10 +61,7 @@ def insert_more_words(
 
 
 def insert_ids(
-  ids: Int[Array, "b t"],
-  count: int,
-  slot: Int[Array, " b"],
-  eos: Int[Array, " b"],
+  ids: Int[Array, "b t"], count: int, slot: Int[Array, " b"], eos: Int[Array, " b"],
   use: Bool[Array, " b"],
 ) -> Int[Array, "b t"]:
   """The ids that belong to `insert_words`: only where EOS is counts, so words repeat the noun's."""

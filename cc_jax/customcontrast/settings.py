@@ -10,10 +10,7 @@ _Settings = TypeVar("_Settings")
 
 
 def build(
-  cls: type[_Settings],
-  values: Mapping[str, Any],
-  *,
-  section: str,
+  cls: type[_Settings], values: Mapping[str, Any], *, section: str,
   choices: Mapping[str, tuple[str, ...]],
 ) -> _Settings:
   """Builds the dataclass `cls` from a config section or from an adapter file's JSON.

@@ -26,14 +26,9 @@ def check_room(
 
 
 def encode_text(
-  text_encoders: Sequence[nnx.Module],
-  ids: Sequence[Int[Array, "b t"]],
-  subjects: Sequence[SubjectWords] | None,
-  use: Bool[Array, " b"],
-  *,
-  config: MFIEncoderConfig,
-  addition: str | None,
-  clip_skip: int,
+  text_encoders: Sequence[nnx.Module], ids: Sequence[Int[Array, "b t"]],
+  subjects: Sequence[SubjectWords] | None, use: Bool[Array, " b"], *, config: MFIEncoderConfig,
+  addition: str | None, clip_skip: int,
 ) -> tuple[Float[Array, "s b t d"], Float[Array, "b t d"] | None, Float[Array, "b e"] | None]:
   """(texts, plain text or None, pooled or None); S = G, or 1 without S+ / where it is shared.
 

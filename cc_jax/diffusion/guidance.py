@@ -5,11 +5,8 @@ from jaxtyping import Array, Float
 
 
 def classifier_free(
-  unconditional: Float[Array, "b h w c"],
-  conditional: Float[Array, "b h w c"],
-  guidance: float | Float[Array, ""],
-  *,
-  text_only: Float[Array, "b h w c"] | None = None,
+  unconditional: Float[Array, "b h w c"], conditional: Float[Array, "b h w c"],
+  guidance: float | Float[Array, ""], *, text_only: Float[Array, "b h w c"] | None = None,
   image_guidance: float | Float[Array, ""] | None = None,
 ) -> Float[Array, "b h w c"]:
   """One prediction, float32.

@@ -50,15 +50,8 @@ def consecutive(schedule: NoiseSchedule, steps: int, spacing: str, *, lcm: bool 
 
 
 def interpolated(
-  schedule: NoiseSchedule,
-  steps: int,
-  spacing: str,
-  *,
-  multistep: bool = False,
-  dpm: bool = False,
-  respaces: bool = True,
-  sigma_range: bool = False,
-  ends_at_zero: bool = False,
+  schedule: NoiseSchedule, steps: int, spacing: str, *, multistep: bool = False,
+  dpm: bool = False, respaces: bool = True, sigma_range: bool = False, ends_at_zero: bool = False,
 ) -> Path:
   """Over noise levels r that may lie between the training's, ending at 0 or at the smallest.
 

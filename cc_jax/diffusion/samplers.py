@@ -49,14 +49,8 @@ NoiseFn = Callable[[Array], Array]
 
 
 def sample(
-  model_fn: ModelFn,
-  noise: Float[Array, "b h w c"],
-  schedule: NoiseSchedule,
-  *,
-  steps: int,
-  sampler: str = "default",
-  eta: float = 0.0,
-  noise_fn: NoiseFn | None = None,
+  model_fn: ModelFn, noise: Float[Array, "b h w c"], schedule: NoiseSchedule, *, steps: int,
+  sampler: str = "default", eta: float = 0.0, noise_fn: NoiseFn | None = None,
 ) -> Float[Array, "b h w c"]:
   """Denoises unit normal `noise`: `integrate` along `step_table`."""
   return integrate(model_fn, noise, step_table(schedule, steps=steps, sampler=sampler, eta=eta),
@@ -64,12 +58,8 @@ def sample(
 
 
 def integrate(
-  model_fn: ModelFn,
-  noise: Float[Array, "b h w c"],
-  table: StepTable,
-  *,
-  image: Float[Array, "b h w c"] | None = None,
-  noise_fn: NoiseFn | None = None,
+  model_fn: ModelFn, noise: Float[Array, "b h w c"], table: StepTable, *,
+  image: Float[Array, "b h w c"] | None = None, noise_fn: NoiseFn | None = None,
   return_inputs: bool = False,
 ) -> Float[Array, "b h w c"] | tuple[Float[Array, "b h w c"], Float[Array, "calls b h w c"]]:
   """Denoises unit normal `noise` along a table; pure, so it may be called inside a jit.
@@ -117,11 +107,7 @@ def integrate(
 
 
 def step_table(
-  schedule: NoiseSchedule,
-  *,
-  steps: int,
-  sampler: str = "default",
-  eta: float = 0.0,
+  schedule: NoiseSchedule, *, steps: int, sampler: str = "default", eta: float = 0.0,
   skip: int | None = None,
 ) -> StepTable:
   """The numbers of a trajectory, in numpy.

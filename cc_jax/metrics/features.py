@@ -116,10 +116,8 @@ def _ridges(gram, targets, train, test) -> Float[np.ndarray, "r t k"]:
 
 
 def probes(
-  features: Float[np.ndarray, "n d"],
-  labels: Mapping[str, Int[np.ndarray, " n"]],
-  numbers: Mapping[str, Float[np.ndarray, " n"]],
-  fold: Int[np.ndarray, " n"],
+  features: Float[np.ndarray, "n d"], labels: Mapping[str, Int[np.ndarray, " n"]],
+  numbers: Mapping[str, Float[np.ndarray, " n"]], fold: Int[np.ndarray, " n"],
 ) -> dict[str, dict[str, float]]:
   """Linear probes, all from one regression: {name: {score, chance}}.
 

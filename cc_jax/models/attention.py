@@ -19,12 +19,8 @@ _TRANSFORMER_GROUP_NORM_EPSILON = 1e-6  # unlike the 1e-5 of the resnets around 
 
 
 def multi_head_attention(
-  query: Float[Array, "b s c"],
-  key: Float[Array, "b t c"],
-  value: Float[Array, "b t c"],
-  *,
-  heads: int,
-  implementation: str = "xla",
+  query: Float[Array, "b s c"], key: Float[Array, "b t c"], value: Float[Array, "b t c"], *,
+  heads: int, implementation: str = "xla",
 ) -> Float[Array, "b s c"]:
   """softmax(q kᵀ / √d) v for each head, heads merged again; softmax in float32.
 
@@ -43,13 +39,8 @@ class Attention(nnx.Module):
   """
 
   def __init__(
-    self,
-    width: int,
-    *,
-    heads: int,
-    context_width: int | None = None,
-    implementation: str = "xla",
-    **kw,
+    self, width: int, *, heads: int, context_width: int | None = None,
+    implementation: str = "xla", **kw,
   ):
     """`context_width=None` means self-attention. `heads` must divide `width`."""
     context_width = width if context_width is None else context_width
@@ -62,11 +53,8 @@ class Attention(nnx.Module):
     self.to_out = nnx.List([nnx.Linear(width, width, **kw)])
 
   def __call__(
-    self,
-    hidden: Float[Array, "b s c"],
-    context: Float[Array, "b t d"] | None = None,
-    temb: Float[Array, "b e"] | None = None,
-    hw: tuple[int, int] | None = None,
+    self, hidden: Float[Array, "b s c"], context: Float[Array, "b t d"] | None = None,
+    temb: Float[Array, "b e"] | None = None, hw: tuple[int, int] | None = None,
   ) -> Float[Array, "b s c"]:
     """`temb` and `hw` are for modules that take this one's place; plain attention needs neither."""
     del temb, hw
@@ -126,10 +114,7 @@ class TransformerBlock(nnx.Module):
     self.ff = FeedForward(width, **kw)
 
   def __call__(
-    self,
-    hidden: Float[Array, "b s c"],
-    context: Any,
-    temb: Float[Array, "b e"],
+    self, hidden: Float[Array, "b s c"], context: Any, temb: Float[Array, "b e"],
     hw: tuple[int, int],
   ) -> Float[Array, "b s c"]:
     hidden = hidden + self.attn1(self.norm1(hidden))
@@ -145,16 +130,8 @@ class Transformer2D(nnx.Module):
   """
 
   def __init__(
-    self,
-    channels: int,
-    *,
-    depth: int,
-    heads: int,
-    context_width: int,
-    groups: int,
-    linear_projection: bool,
-    implementation: str,
-    **kw,
+    self, channels: int, *, depth: int, heads: int, context_width: int, groups: int,
+    linear_projection: bool, implementation: str, **kw,
   ):
     projection = nnx.Linear if linear_projection else conv1x1
     self.norm = GroupNorm(channels, groups=groups, epsilon=_TRANSFORMER_GROUP_NORM_EPSILON, **kw)

@@ -105,10 +105,8 @@ class CLIPTextModel(nnx.Module):
     return self.text_model.embeddings.token_embedding
 
   def __call__(
-    self,
-    input_ids: Int[Array, "b t"] | None = None,
-    inputs_embeds: Float[Array, "b t d"] | None = None,
-    *,
+    self, input_ids: Int[Array, "b t"] | None = None,
+    inputs_embeds: Float[Array, "b t d"] | None = None, *,
     pool_ids: Int[Array, "b t"] | None = None,
   ) -> CLIPTextOutput:
     """Encodes token ids, or embeddings to which positions have not been added yet.

@@ -69,14 +69,8 @@ class ResnetBlock2D(nnx.Module):
   """
 
   def __init__(
-    self,
-    in_channels: int,
-    out_channels: int,
-    *,
-    temb_channels: int | None,
-    groups: int,
-    epsilon: float,
-    **kw,
+    self, in_channels: int, out_channels: int, *, temb_channels: int | None, groups: int,
+    epsilon: float, **kw,
   ):
     self.norm1 = GroupNorm(in_channels, groups=groups, epsilon=epsilon, **kw)
     self.conv1 = conv3x3(in_channels, out_channels, **kw)
@@ -134,10 +128,7 @@ class Upsample2D(nnx.Module):
 
 
 def sinusoidal_embedding(
-  timesteps: Float[Array, "*n"] | Int[Array, "*n"],
-  width: int,
-  *,
-  flip_sin_to_cos: bool,
+  timesteps: Float[Array, "*n"] | Int[Array, "*n"], width: int, *, flip_sin_to_cos: bool,
   freq_shift: float,
 ) -> Float[Array, "*n width"]:
   """Sines and cosines of `timesteps` at `width // 2` frequencies from 1 down to 1/10000; float32.

@@ -29,13 +29,8 @@ class UNet2DCondition(nnx.Module):
   """Predicts noise, velocity or sample (whatever its scheduler says) from a noisy latent image."""
 
   def __init__(
-    self,
-    config: UNetConfig,
-    *,
-    dtype=jnp.float32,
-    param_dtype=jnp.float32,
-    attention_implementation: str = "xla",
-    rngs: nnx.Rngs,
+    self, config: UNetConfig, *, dtype=jnp.float32, param_dtype=jnp.float32,
+    attention_implementation: str = "xla", rngs: nnx.Rngs,
   ):
     """Parameters are kept in `param_dtype`; the network computes, and answers, in `dtype`.
 
@@ -49,25 +44,18 @@ class UNet2DCondition(nnx.Module):
 
     def sizes(i: int, *, attention: bool) -> BlockSizes:
       return BlockSizes(
-        channels=channels[i],
-        temb_channels=config.time_embed_dim,
-        groups=config.norm_num_groups,
-        epsilon=config.norm_eps,
-        depth=config.transformer_layers_per_block[i] if attention else 0,
-        heads=config.attention_head_dim[i],
-        context_width=config.cross_attention_dim[i],
-        linear_projection=config.use_linear_projection,
-        implementation=attention_implementation,
+        channels=channels[i], temb_channels=config.time_embed_dim, groups=config.norm_num_groups,
+        epsilon=config.norm_eps, depth=config.transformer_layers_per_block[i] if attention else 0,
+        heads=config.attention_head_dim[i], context_width=config.cross_attention_dim[i],
+        linear_projection=config.use_linear_projection, implementation=attention_implementation,
       )
 
     self.conv_in = conv3x3(config.in_channels, channels[0], **kw)
     self.time_embedding = TimestepEmbedding(channels[0], config.time_embed_dim, **kw)
     if config.addition_embed_type == "text":
       self.add_embedding = TextTimeEmbedding(
-        config.cross_attention_dim[0],
-        config.time_embed_dim,
-        heads=config.addition_embed_type_num_heads,
-        **kw,
+        config.cross_attention_dim[0], config.time_embed_dim,
+        heads=config.addition_embed_type_num_heads, **kw,
       )
     elif config.addition_embed_type == "text_time":
       self.add_embedding = TimestepEmbedding(
@@ -108,14 +96,9 @@ class UNet2DCondition(nnx.Module):
     self.conv_out = conv3x3(channels[0], config.out_channels, **kw)
 
   def __call__(
-    self,
-    sample: Float[Array, "b h w c"],
-    timesteps: Float[Array, " b"] | Int[Array, " b"],
-    context: Float[Array, "b t d"] | Sequence[Any],
-    *,
-    text: Float[Array, "b t d"] | None = None,
-    text_embeds: Float[Array, "b p"] | None = None,
-    time_ids: Float[Array, "b n"] | None = None,
+    self, sample: Float[Array, "b h w c"], timesteps: Float[Array, " b"] | Int[Array, " b"],
+    context: Float[Array, "b t d"] | Sequence[Any], *, text: Float[Array, "b t d"] | None = None,
+    text_embeds: Float[Array, "b p"] | None = None, time_ids: Float[Array, "b n"] | None = None,
   ) -> Float[Array, "b h w c_out"]:
     """Runs the network; height and width may be odd.
 

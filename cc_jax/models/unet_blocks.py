@@ -32,24 +32,15 @@ class BlockSizes:
 
   def resnet(self, in_channels: int, **kw) -> ResnetBlock2D:
     return ResnetBlock2D(
-      in_channels,
-      self.channels,
-      temb_channels=self.temb_channels,
-      groups=self.groups,
-      epsilon=self.epsilon,
-      **kw,
+      in_channels, self.channels, temb_channels=self.temb_channels, groups=self.groups,
+      epsilon=self.epsilon, **kw,
     )
 
   def transformer(self, **kw) -> Transformer2D:
     return Transformer2D(
-      self.channels,
-      depth=self.depth,
-      heads=self.heads,
-      context_width=self.context_width,
-      groups=self.groups,
-      linear_projection=self.linear_projection,
-      implementation=self.implementation,
-      **kw,
+      self.channels, depth=self.depth, heads=self.heads, context_width=self.context_width,
+      groups=self.groups, linear_projection=self.linear_projection,
+      implementation=self.implementation, **kw,
     )
 
 
@@ -145,11 +136,8 @@ class UpBlock(_Block):
       self.upsamplers = nnx.List([Upsample2D(sizes.channels, **kw)])
 
   def __call__(
-    self,
-    x: Float[Array, "b h w c"],
-    skips: list[Float[Array, "b h2 w2 c2"]],
-    temb: Float[Array, "b e"],
-    contexts: Contexts,
+    self, x: Float[Array, "b h w c"], skips: list[Float[Array, "b h2 w2 c2"]],
+    temb: Float[Array, "b e"], contexts: Contexts,
   ) -> Float[Array, "b h3 w3 c3"]:
     """Takes what it needs from the end of `skips`, which it shortens."""
     for i in range(len(self.resnets)):

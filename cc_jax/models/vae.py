@@ -277,8 +277,7 @@ def latents_to_images(vae: nnx.Module, latents: Float[Array, "b h w c"]) -> Floa
 
 
 def images_to_latents(
-  vae: nnx.Module,
-  images: UInt8[Array, "b h w 3"],
+  vae: nnx.Module, images: UInt8[Array, "b h w 3"],
   noise_of: Callable[[tuple[int, ...]], Float[Array, "b h w c"]] | None = None,
 ) -> Float[Array, "b h w c"]:
   """Pixels -> latents in the UNet's units, float32: the VAE's mean or a sample of its posterior.

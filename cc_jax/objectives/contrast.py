@@ -75,11 +75,8 @@ NAIVE_BACKEND = ContrastiveBackend("naive")
 
 
 def contrast(
-  backend: ContrastiveBackend,
-  pair_loss: PairLoss,
-  x: Float[Array, "g n d"],
-  y: Float[Array, "g n d"],
-  embed: Float[Array, "n e"] | None,
+  backend: ContrastiveBackend, pair_loss: PairLoss, x: Float[Array, "g n d"],
+  y: Float[Array, "g n d"], embed: Float[Array, "n e"] | None,
   subject_ids: Int[Array, " n"] | None,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
   """InfoNCE of x's rows against y's, the mean of G groups, over the **global** batch.

@@ -8,12 +8,8 @@ from cc_jax.objectives.pairs import PairLoss
 
 
 def cscl(
-  visual: Float[Array, "n d"],
-  textual: Float[Array, "n d"],
-  *,
-  temperature: float,
-  subject_ids: Int[Array, "n"] | None = None,
-  backend: ContrastiveBackend = NAIVE_BACKEND,
+  visual: Float[Array, "n d"], textual: Float[Array, "n d"], *, temperature: float,
+  subject_ids: Int[Array, "n"] | None = None, backend: ContrastiveBackend = NAIVE_BACKEND,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
   """L_CSCL = -1/2N Σ_i [log softmax_j(<V_i, T_j>/τ)_i + log softmax_j(<V_j, T_i>/τ)_i].
 

@@ -7,8 +7,7 @@ from cc_jax.errors import UserError
 
 
 def per_sample_mse(
-  prediction: Float[Array, "b h w c"],
-  target: Float[Array, "b h w c"],
+  prediction: Float[Array, "b h w c"], target: Float[Array, "b h w c"],
   mask: Float[Array, "b h w"] | None = None,
 ) -> Float[Array, "b"]:
   """Mean square error of every sample in float32; with a mask, its weighted mean over positions.
@@ -54,10 +53,8 @@ def min_snr_weights(
 
 
 def diffusion_loss(
-  prediction: Float[Array, "b h w c"],
-  target: Float[Array, "b h w c"],
-  weights: Float[Array, "b"] | None = None,
-  mask: Float[Array, "b h w"] | None = None,
+  prediction: Float[Array, "b h w c"], target: Float[Array, "b h w c"],
+  weights: Float[Array, "b"] | None = None, mask: Float[Array, "b h w"] | None = None,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
   """Mean over samples of weight times error [P: epsilon- or v-prediction as the base says].
 

@@ -45,8 +45,7 @@ def allowed_pairs(subject_ids: Int[Array, "n"] | None, n: int) -> Bool[Array, "n
 
 
 def cross_entropy(
-  logits: Float[Array, "*l n n"],
-  allowed: Bool[Array, "n n"],
+  logits: Float[Array, "*l n n"], allowed: Bool[Array, "n n"],
   targets: Float[Array, "n n"] | None = None,
 ) -> Float[Array, "*l n"]:
   """-Σ_k targets_jk log softmax_k(logits_jk) over the allowed k, for every row j.
@@ -78,11 +77,8 @@ def retrieval_metrics(
 
 
 def naive(
-  pair_loss: PairLoss,
-  x: Float[Array, "g n d"],
-  y: Float[Array, "g n d"],
-  embed: Float[Array, "n e"] | None,
-  subject_ids: Int[Array, "n"] | None,
+  pair_loss: PairLoss, x: Float[Array, "g n d"], y: Float[Array, "g n d"],
+  embed: Float[Array, "n e"] | None, subject_ids: Int[Array, "n"] | None,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
   """(loss, metrics) of G groups that are contrasted separately; see `contrast.contrast`."""
   n = x.shape[1]

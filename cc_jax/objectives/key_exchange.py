@@ -66,10 +66,8 @@ class AllGather(KeyExchange):
       return jax.tree.map(scatter, key_state)
     s, max_logit = key_state, lax.pmax(key_state.max_logit, self.axes)
     reduced = Stats(
-      max_logit,
-      lax.psum(s.sum_exp * jnp.exp(s.max_logit - max_logit), self.axes),
-      lax.psum(s.target_logit, self.axes),
-      lax.psum(s.target_sum, self.axes),
+      max_logit, lax.psum(s.sum_exp * jnp.exp(s.max_logit - max_logit), self.axes),
+      lax.psum(s.target_logit, self.axes), lax.psum(s.target_sum, self.axes),
       lax.pmax(s.hardest_negative, self.axes),
     )
     size = max_logit.shape[0] // lax.axis_size(self.axes)

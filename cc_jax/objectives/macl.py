@@ -12,17 +12,10 @@ POOLINGS = ("mean", "per_token")
 
 
 def macl(
-  anchors: Float[Array, "l n q d"],
-  positives: Float[Array, "l n q d"],
-  embed: Float[Array, "n e"],
-  *,
-  temperature: float,
-  scaling: str = "inverse",
-  soft_temperature: float = 0.07,
-  symmetric: bool = False,
-  pooling: str = "mean",
-  subject_ids: Int[Array, "n"] | None = None,
-  backend: ContrastiveBackend = NAIVE_BACKEND,
+  anchors: Float[Array, "l n q d"], positives: Float[Array, "l n q d"],
+  embed: Float[Array, "n e"], *, temperature: float, scaling: str = "inverse",
+  soft_temperature: float = 0.07, symmetric: bool = False, pooling: str = "mean",
+  subject_ids: Int[Array, "n"] | None = None, backend: ContrastiveBackend = NAIVE_BACKEND,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
   """L_MACL = 1/L Σ_l -1/N Σ_j log [e^{p_j} / (e^{p_j} + Σ_{k≠j} e^{n_jk})].
 

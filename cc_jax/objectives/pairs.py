@@ -46,9 +46,7 @@ class PairLoss:
     return jnp.where(is_positive, c / self.temperature, self._negative(c, s))
 
   def targets(
-    self,
-    s: Float[Array, "n m"] | None,
-    is_positive: Bool[Array, "n m"],
+    self, s: Float[Array, "n m"] | None, is_positive: Bool[Array, "n m"],
     allowed: Bool[Array, "n m"],
   ) -> Float[Array, "n m"]:
     """Targets before they are normalised over a row: 1 for the positive and at most 1 for others,

@@ -80,10 +80,7 @@ class Stats(NamedTuple):
     exp = jnp.where(tile.allowed, jnp.exp(logits - jnp.expand_dims(max_logit, axis)), 0.0)
     negative = tile.allowed & ~tile.is_positive
     return cls(
-      max_logit,
-      exp.sum(axis=axis),
-      (targets * logits).sum(axis=axis),
-      targets.sum(axis=axis),
+      max_logit, exp.sum(axis=axis), (targets * logits).sum(axis=axis), targets.sum(axis=axis),
       jnp.max(tile.cosines, axis=axis, where=negative, initial=-jnp.inf),
     )
 

@@ -27,11 +27,8 @@ from cc_jax.objectives.tile_stats import LOWEST, CosineSums, Samples, Stats, Til
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def tiled(
-  pair_loss: PairLoss,
-  key_exchange: KeyExchange,
-  x: Float[Array, "g n d"],
-  y: Float[Array, "g n d"],
-  embed: Float[Array, "n e"] | None,
+  pair_loss: PairLoss, key_exchange: KeyExchange, x: Float[Array, "g n d"],
+  y: Float[Array, "g n d"], embed: Float[Array, "n e"] | None,
   subject_ids: Int[Array, " n"] | None,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
   """(loss, metrics) as `infonce.naive` has them; the metrics carry no gradient.

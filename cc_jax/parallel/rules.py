@@ -79,8 +79,7 @@ def param_shardings(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
 def abstract_params(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
   """Abstract arrays with their shardings: arguments to compile for without any data."""
   return jax.tree.map(
-    lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-    tree,
+    lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree,
     param_shardings(tree, mesh),
   )
 

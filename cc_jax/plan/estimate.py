@@ -136,8 +136,7 @@ def make_plan(program: AbstractProgram, slice_: Slice) -> CompiledPlan | Overflo
     images=program.images,
     memory=Memory(
       {name: chip_bytes(tree) for name, tree in program.parts.items()},
-      max(0, stats.argument_size_in_bytes - hlo_program.argument_bytes),
-      stats.temp_size_in_bytes,
+      max(0, stats.argument_size_in_bytes - hlo_program.argument_bytes), stats.temp_size_in_bytes,
       max(0, stats.output_size_in_bytes - stats.alias_size_in_bytes),
       stats.generated_code_size_in_bytes,
     ),

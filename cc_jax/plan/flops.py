@@ -36,8 +36,7 @@ def convolution_flops(i: Instruction, lhs: Shape, rhs: Shape) -> int:
   pairs = 1
   for label in (c for c in out_labels if c.isdigit()):
     pairs *= _position_pairs(
-      size_in=lhs.dims[lhs_labels.index(label)],
-      size_out=out.dims[out_labels.index(label)],
+      size_in=lhs.dims[lhs_labels.index(label)], size_out=out.dims[out_labels.index(label)],
       kernel=rhs.dims[rhs_labels.index(label)],
       **{key: values[int(label)] for key, values in window.items()},
     )

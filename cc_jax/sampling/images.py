@@ -53,14 +53,9 @@ def to_uint8(pixels: Any) -> np.ndarray:
 
 
 def grid(
-  images: Sequence[Any],
-  captions: Sequence[str] | None = None,
-  *,
-  columns: int | None = None,
-  scale: float = 1.0,
-  column_headings: Sequence[str] | None = None,
-  row_headings: Sequence[str] | None = None,
-  title: str = "",
+  images: Sequence[Any], captions: Sequence[str] | None = None, *, columns: int | None = None,
+  scale: float = 1.0, column_headings: Sequence[str] | None = None,
+  row_headings: Sequence[str] | None = None, title: str = "",
 ) -> Image.Image:
   """Lays pictures out row by row, each with its caption beneath.
 

@@ -30,11 +30,8 @@ ADAPTER = ASSETS / "subjects3d-adapter.safetensors"
 
 
 def load(
-  checkpoint: str | os.PathLike | None = None,
-  base: str | os.PathLike | None = None,
-  *,
-  lora: Sequence[tuple[str | os.PathLike, float]] = (),
-  mesh: jax.sharding.Mesh | None = None,
+  checkpoint: str | os.PathLike | None = None, base: str | os.PathLike | None = None, *,
+  lora: Sequence[tuple[str | os.PathLike, float]] = (), mesh: jax.sharding.Mesh | None = None,
   dtype: Any = jnp.float32,
 ) -> Pipeline:
   """A pipeline ready to draw.
@@ -86,13 +83,8 @@ class Pipeline:
   """Draws with a base and perhaps an adapter; `load` makes one."""
 
   def __init__(
-    self,
-    base: Base,
-    adapter: Adapter | None = None,
-    *,
-    source: str = "",
-    mesh: jax.sharding.Mesh | None = None,
-    dtype: Any = jnp.float32,
+    self, base: Base, adapter: Adapter | None = None, *, source: str = "",
+    mesh: jax.sharding.Mesh | None = None, dtype: Any = jnp.float32,
   ):
     """`source` names the adapter's file; for `mesh` and `dtype` see `load`."""
     self.base, self.adapter, self.source = base, adapter, source

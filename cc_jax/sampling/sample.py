@@ -73,10 +73,7 @@ def bundle(base: Any) -> nnx.Module:
 
 
 def sample_images(
-  merge: Callable[[Any], Any],
-  params: Any,
-  inputs: SamplerInputs,
-  config: SamplingConfig,
+  merge: Callable[[Any], Any], params: Any, inputs: SamplerInputs, config: SamplingConfig,
   tick: Callable[[], None] | None = None,
 ) -> SamplerOutput:
   """Noise -> images; pure.
@@ -113,8 +110,7 @@ def sample_images(
   latents, states = integrate(
     denoise, inputs.noise, inputs.table,
     image=None if inputs.image is None else images_to_latents(model.vae, inputs.image),
-    noise_fn=_fresh_noise(inputs.noise) if config.adds_noise else None,
-    return_inputs=True,
+    noise_fn=_fresh_noise(inputs.noise) if config.adds_noise else None, return_inputs=True,
   )
   images = latents_to_images(model.vae, latents)
   if not config.maps:

@@ -65,8 +65,7 @@ class Checkpoints:
       self._orbax = ocp.training.Checkpointer(
         self._folder,
         context=ocp.Context(async_options=ocp.options.AsyncOptions(timeout_secs=SAVE_TIMEOUT)),
-        preservation_policy=policy,
-        cleanup_tmp_directories=True,
+        preservation_policy=policy, cleanup_tmp_directories=True,
       )
     except Exception as error:
       raise UserError(

@@ -27,12 +27,8 @@ LAYERED = ("anchors", "positives")  # the batch is their second axis
 
 
 def contrastive_embeddings(
-  model: CustomContrast,
-  objective: ml_collections.ConfigDict,
-  batch: Batch,
-  features: Float[Array, "b p c"],
-  embed: Float[Array, "b e"],
-  t: Int[Array, " b"],
+  model: CustomContrast, objective: ml_collections.ConfigDict, batch: Batch,
+  features: Float[Array, "b p c"], embed: Float[Array, "b e"], t: Int[Array, " b"],
 ) -> Embeddings:
   """Encodes references and positives as far as the contrastive losses need them, at the same t.
 
@@ -60,35 +56,24 @@ def contrastive_embeddings(
 
 
 def compare_embeddings(
-  objective: ml_collections.ConfigDict,
-  embeddings: Embeddings,
-  subject_ids: Int[Array, " b"],
+  objective: ml_collections.ConfigDict, embeddings: Embeddings, subject_ids: Int[Array, " b"],
   backend: ContrastiveBackend,
 ) -> tuple[Float[Array, ""], Metrics]:
   """λ_cscl L_CSCL + λ_macl L_MACL over the global batch's embeddings."""
   total, metrics = jnp.zeros(()), {}
   if objective.lambda_cscl:
     value, more = cscl(
-      embeddings.visual_cls,
-      embeddings.textual_cls,
-      temperature=objective.cscl_temperature,
-      subject_ids=subject_ids,
-      backend=backend,
+      embeddings.visual_cls, embeddings.textual_cls, temperature=objective.cscl_temperature,
+      subject_ids=subject_ids, backend=backend,
     )
     total = total + objective.lambda_cscl * value
     metrics |= {"loss/cscl": value, **prefix_keys("cscl", more)}
   if objective.lambda_macl:
     value, more = macl(
-      embeddings.anchors,
-      embeddings.positives,
-      embeddings.embed,
-      temperature=objective.macl_temperature,
-      scaling=objective.macl_scaling,
-      soft_temperature=objective.macl_soft_temperature,
-      symmetric=objective.macl_symmetric,
-      pooling=objective.macl_pooling,
-      subject_ids=subject_ids,
-      backend=backend,
+      embeddings.anchors, embeddings.positives, embeddings.embed,
+      temperature=objective.macl_temperature, scaling=objective.macl_scaling,
+      soft_temperature=objective.macl_soft_temperature, symmetric=objective.macl_symmetric,
+      pooling=objective.macl_pooling, subject_ids=subject_ids, backend=backend,
     )
     total = total + objective.lambda_macl * value
     metrics |= {"loss/macl": value, **prefix_keys("macl", more)}

@@ -64,9 +64,7 @@ class Run:
 
 
 def train(
-  config: ml_collections.ConfigDict,
-  workdir: epath.PathLike,
-  callbacks: Callbacks = NO_CALLBACKS,
+  config: ml_collections.ConfigDict, workdir: epath.PathLike, callbacks: Callbacks = NO_CALLBACKS,
   profile_steps: tuple[int, int] = (0, 0),
 ) -> TrainState:
   """Trains until config.train.steps, from the latest checkpoint in `workdir` if there is one.

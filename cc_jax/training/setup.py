@@ -38,8 +38,7 @@ def adapter_configs(config: ml_collections.ConfigDict) -> tuple[MFIEncoderConfig
 def base_options(config: ml_collections.ConfigDict) -> dict[str, Any]:
   """Arguments of `load_base`: dtypes of compute and storage, the image encoder."""
   return dict(
-    dtype=jnp.dtype(config.train.dtype),
-    param_dtype=jnp.dtype(config.train.base_dtype),
+    dtype=jnp.dtype(config.train.dtype), param_dtype=jnp.dtype(config.train.base_dtype),
     image_encoder=config.encoder.image_encoder or None,
   )
 
@@ -66,12 +65,8 @@ def make_batches(
 ) -> Iterator[dict[str, np.ndarray]]:
   """This process's rows of every batch from step `start` on."""
   return data_pipeline.make_loader(
-    config.data,
-    base.tokenizers[0],
-    batch_size=config.train.batch_size,
-    seed=seed,
-    start_step=start,
-    rows=local_rows(mesh, config.train.batch_size),
+    config.data, base.tokenizers[0], batch_size=config.train.batch_size, seed=seed,
+    start_step=start, rows=local_rows(mesh, config.train.batch_size),
     s_words=config.encoder.s_words,
   )
 

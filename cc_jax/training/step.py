@@ -39,10 +39,8 @@ class TrainState(NamedTuple):
 def init_state(trainable: Params, config: ml_collections.ConfigDict) -> TrainState:
   """The state before the first step; the EMA starts as a copy of the weights."""
   return TrainState(
-    trainable=trainable,
-    opt_state=optimizer.make_optimizer(config.train).init(trainable),
-    ema=jax.tree.map(jnp.copy, trainable),
-    step=jnp.zeros((), jnp.int32),
+    trainable=trainable, opt_state=optimizer.make_optimizer(config.train).init(trainable),
+    ema=jax.tree.map(jnp.copy, trainable), step=jnp.zeros((), jnp.int32),
     bad_steps=jnp.zeros((), jnp.int32),
   )
 
@@ -84,8 +82,7 @@ def update(
 
   good = jnp.isfinite(metrics["loss"]) & jnp.isfinite(gradient_norm)
   kept = jax.tree.map(
-    lambda new, old: jnp.where(good, new, old),
-    (trainable, opt_state, ema),
+    lambda new, old: jnp.where(good, new, old), (trainable, opt_state, ema),
     (state.trainable, state.opt_state, state.ema),
   )
   bad_steps = jnp.where(good, 0, state.bad_steps + 1)
@@ -115,6 +112,5 @@ def make_train_step(
   return jax.jit(
     lambda state, frozen, batch, seed: train_step(context, state, frozen, batch, seed),
     in_shardings=(of_state, of_frozen, batch_sharding(mesh), replicated_sharding(mesh)),
-    out_shardings=(of_state, replicated_sharding(mesh)),
-    donate_argnums=0,
+    out_shardings=(of_state, replicated_sharding(mesh)), donate_argnums=0,
   )

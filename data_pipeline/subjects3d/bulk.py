@@ -105,8 +105,7 @@ def render_many(
     parts = _by_processes(factors, rows, resolution, processes)
   out = renderer.Rendered(
     np.empty((n, resolution, resolution, 3), np.uint8),
-    np.empty((n, resolution, resolution), np.uint8),
-    np.empty((n, 4), np.float32),
+    np.empty((n, resolution, resolution), np.uint8), np.empty((n, 4), np.float32),
   )
   with tqdm(total=n, desc="rendering", unit=" images", disable=not progress) as bar:
     for rendered_rows, pictures in parts:

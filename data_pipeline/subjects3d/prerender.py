@@ -28,15 +28,8 @@ class Pictures(NamedTuple):
 
 
 def prerender(
-  folder: str | Path,
-  count: int,
-  *,
-  seed: int,
-  split: str = "train",
-  calm_ratio: float = 0.0,
-  plain_ratio: float = 0.0,
-  recombine: bool = False,
-  processes: int | None = None,
+  folder: str | Path, count: int, *, seed: int, split: str = "train", calm_ratio: float = 0.0,
+  plain_ratio: float = 0.0, recombine: bool = False, processes: int | None = None,
   resolution: int = 64,
 ) -> Pictures:
   """Renders `count` pictures of random subjects of `split` into `folder`, or opens existing ones.
@@ -69,10 +62,8 @@ def prerender(
   coverage = fields.pop("coverage")
   return Pictures(
     images=np.load(folder / "images.npy", mmap_mode="r"),
-    masks=np.load(folder / "masks.npy", mmap_mode="r"),
-    coverage=coverage,
-    factors=factors_lib.Factors(**fields),
-    calm=np.arange(count) < round(count * calm_ratio),
+    masks=np.load(folder / "masks.npy", mmap_mode="r"), coverage=coverage,
+    factors=factors_lib.Factors(**fields), calm=np.arange(count) < round(count * calm_ratio),
   )
 
 

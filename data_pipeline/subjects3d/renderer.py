@@ -90,11 +90,7 @@ def _batches(factors: Factors, batch: int, per_class: bool):
 
 
 def render(
-  factors: Factors,
-  *,
-  resolution: int = 64,
-  batch: int | None = None,
-  steps: int = MARCH_STEPS,
+  factors: Factors, *, resolution: int = 64, batch: int | None = None, steps: int = MARCH_STEPS,
   per_class: bool | None = None,
 ) -> Rendered:
   """Renders one picture per row of `factors`; a row's picture does not depend on the others.
@@ -116,8 +112,7 @@ def render(
   placing = shapes.placing(factors)
   out = Rendered(
     np.empty((n, resolution, resolution, 3), np.uint8),
-    np.empty((n, resolution, resolution), np.uint8),
-    np.empty((n, 4), np.float32),
+    np.empty((n, resolution, resolution), np.uint8), np.empty((n, 4), np.float32),
   )
 
   def padded(rows):
