@@ -22,7 +22,7 @@ from cc_jax.bases.base import Base, load_base
 from cc_jax.customcontrast.model import CustomContrast
 from cc_jax.diffusion.schedule import NoiseSchedule
 from cc_jax.errors import UserError
-from cc_jax.lab.scoring import compare_with_base, contact_sheet, draw_trials, evaluate_base
+from cc_jax.lab.trial_scores import compare_with_base, contact_sheet, draw_trials, evaluate_base
 from cc_jax.lab.trials import check_split, make_trials
 from cc_jax.parallel.distributed import set_cpu_devices
 from cc_jax.parallel.mesh import make_mesh

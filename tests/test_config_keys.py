@@ -23,7 +23,6 @@ from cc_jax.bases.tokenizer import load_tokenizer
 from cc_jax.customcontrast.injection import InjectionConfig
 from cc_jax.customcontrast.mfi_encoder import MFIEncoderConfig
 from cc_jax.errors import UserError
-from cc_jax.lab import scoring
 from cc_jax.training import loop, setup, step
 
 ROOT = Path(__file__).parent.parent
@@ -128,7 +127,7 @@ def unread_by_training(config, workdir, monkeypatch):
     return tiny.batches(tokenizer, batch_size, start=start_step)
 
   monkeypatch.setattr(data_pipeline, "make_loader", make_loader)
-  monkeypatch.setattr(scoring, "encode_prompts", lambda *_, **__: None)
+  monkeypatch.setattr(trial_scores, "encode_prompts", lambda *_, **__: None)
   monkeypatch.setattr(loop, "compile_step", compile_step)
   monkeypatch.setattr(setup, "make_prompt_sensitivity", lambda *_: lambda *_: {"gap/class": 0.0})
   monkeypatch.setattr(evaluate, "ImageSampler", Sampler)

@@ -7,7 +7,7 @@ import pytest
 from cc_jax.errors import UserError
 from cc_jax.evaluate import score_test_subjects
 from cc_jax.lab import judge as judging
-from cc_jax.lab.scoring import score_images
+from cc_jax.lab.trial_scores import score_images
 from cc_jax.lab.trials import base_prompts, make_trials
 from data_pipeline.subjects3d import factors as world
 

@@ -21,7 +21,7 @@ from cc_jax.lab import fingerprint as lab_fingerprint
 from cc_jax.lab import judge, runs
 from cc_jax.lab import pictures as lab_pictures
 from cc_jax.lab import results as results_module
-from cc_jax.lab import scorer as lab_scores
+from cc_jax.lab import run_scores as lab_scores
 from cc_jax.lab.arms import (
   ALL_SEEDS,
   arm_config,

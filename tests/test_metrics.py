@@ -6,7 +6,7 @@ import scipy.stats
 
 from cc_jax.lab import judge as judge_lib
 from cc_jax.lab import leakage
-from cc_jax.lab.scoring import subject_fidelity, text_control
+from cc_jax.lab.trial_scores import subject_fidelity, text_control
 from cc_jax.lab.trials import Trials, make_interventions
 from cc_jax.metrics import features
 from cc_jax.metrics.statistics import at_equal, hierarchical_bootstrap

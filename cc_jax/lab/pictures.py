@@ -18,7 +18,7 @@ from matplotlib.lines import Line2D
 from PIL import Image
 
 from cc_jax.errors import UserError
-from cc_jax.lab.scorer import embed, make_views
+from cc_jax.lab.run_scores import embed, make_views
 from cc_jax.lab.trials import Trials, make_interventions, make_trials
 from cc_jax.metrics import features
 from cc_jax.sampling.images import grid

@@ -16,7 +16,7 @@ from cc_jax.errors import UserError
 from cc_jax.lab.arms import arm_config, changes_of, find_arm, first_phase, list_runs
 from cc_jax.lab.fingerprint import fingerprint, is_done
 from cc_jax.lab.results import read_result, result_file, write_result
-from cc_jax.lab.scorer import Scorer, of_base
+from cc_jax.lab.run_scores import Scorer, of_base
 from cc_jax.training.loop import Callbacks, train
 
 

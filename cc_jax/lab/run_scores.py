@@ -19,7 +19,7 @@ from cc_jax.customcontrast.model import CustomContrast
 from cc_jax.diffusion.schedule import NoiseSchedule
 from cc_jax.lab import judge as judge_lib
 from cc_jax.lab import leakage
-from cc_jax.lab.scoring import draw_trials, prompt_agreement, subject_fidelity, text_control
+from cc_jax.lab.trial_scores import draw_trials, prompt_agreement, subject_fidelity, text_control
 from cc_jax.lab.trials import (
   Interventions,
   Trials,
