@@ -17,7 +17,7 @@ import ml_collections
 from absl import flags
 
 import data_pipeline
-from cc_jax import errors
+from cc_jax import cli
 from cc_jax.bases.base import Base, load_base
 from cc_jax.customcontrast.model import CustomContrast
 from cc_jax.diffusion.schedule import NoiseSchedule
@@ -112,4 +112,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-  errors.run(main, define_flags)
+  cli.run(main, define_flags)

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import ml_collections
 from absl import flags
 
-from cc_jax import errors
+from cc_jax import cli
 from cc_jax.diffusion.samplers import SAMPLERS
 from cc_jax.errors import UserError
 from cc_jax.models.params import DTYPES
@@ -151,4 +151,4 @@ def _parse_lora(text: str) -> tuple[str, float]:
 
 
 if __name__ == "__main__":
-  errors.run(main, define_flags)
+  cli.run(main, define_flags)

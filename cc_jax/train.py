@@ -16,7 +16,7 @@ from absl import flags
 from etils import epath
 from ml_collections import config_flags
 
-from cc_jax import errors
+from cc_jax import cli
 from cc_jax.errors import UserError
 from cc_jax.evaluate import draw_validation_grid, score_test_subjects
 from cc_jax.training.loop import Callbacks, train
@@ -55,4 +55,4 @@ def define_flags() -> None:
 
 
 if __name__ == "__main__":
-  errors.run(main, define_flags)
+  cli.run(main, define_flags)

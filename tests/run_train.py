@@ -32,7 +32,7 @@ import tiny  # noqa: E402
 from ml_collections import config_flags  # noqa: E402
 
 import data_pipeline  # noqa: E402
-from cc_jax import errors  # noqa: E402
+from cc_jax import cli  # noqa: E402
 from cc_jax.training import loop, telemetry  # noqa: E402
 
 KILL, _, AT = os.environ.get("KILL", "").partition(":")
@@ -100,4 +100,4 @@ if __name__ == "__main__":
   base, workdir = sys.argv[1:3]
   del sys.argv[1:3]
   _CONFIG = config_flags.DEFINE_config_dict("config", tiny.tiny_config(base))
-  errors.run(main)
+  cli.run(main)

@@ -241,10 +241,10 @@ def test_a_bucket_that_does_not_answer(tmp_path):
   with socket.create_server(("localhost", 0)) as silent:
     proxy = f"http://localhost:{silent.getsockname()[1]}"
     body = """
-    from cc_jax import errors
+    from cc_jax import cli
     from cc_jax.training import checkpoint
     checkpoint.ANSWER_TIMEOUT = 3
-    errors.run(lambda argv: checkpoint.Checkpoints("gs://nobody/run/checkpoints", keep=1))
+    cli.run(lambda argv: checkpoint.Checkpoints("gs://nobody/run/checkpoints", keep=1))
     """
     proxies = {key: proxy for key in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY")}
     done = subprocess.run(

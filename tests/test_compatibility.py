@@ -13,15 +13,15 @@ import tiny
 from PIL import Image
 
 import data_pipeline
-from cc_jax.customcontrast.adapter_file import load_adapter
-from cc_jax.errors import (
+from cc_jax.cli import (
   ORIGINAL_KEYS,
   RENAMED_KEYS,
-  UserError,
   flatten_config,
   refuse_old_names,
   with_current_names,
 )
+from cc_jax.customcontrast.adapter_file import load_adapter
+from cc_jax.errors import UserError
 from cc_jax.models import remat
 from cc_jax.sampling.pipeline import load
 from cc_jax.training.checkpoint import config_changes, jsonable
@@ -115,9 +115,9 @@ def command(tmp_path, *arguments, text=""):
   code = """if True:
     from absl import flags
     from ml_collections import config_flags
-    from cc_jax import errors
+    from cc_jax import cli
     define = lambda: config_flags.DEFINE_config_file("config", "configs/subjects3d.py")
-    errors.run(lambda argv: print(flags.FLAGS.config.data.reference_ratio), define)"""
+    cli.run(lambda argv: print(flags.FLAGS.config.data.reference_ratio), define)"""
   arguments = [a.replace("MINE", str(file)) for a in arguments]
   done = subprocess.run(
     [sys.executable, "-c", code, *arguments], capture_output=True, text=True, cwd=ROOT, timeout=100)

@@ -185,11 +185,11 @@ def test_a_process_that_never_calls_is_an_error_in_time():
   script = """if True:
     import sys
     import ml_collections
-    from cc_jax import errors
+    from cc_jax import cli
     from cc_jax.parallel import distributed
     distributed.JOIN_TIMEOUT = 3
     config = ml_collections.ConfigDict({"processes": 2})
-    errors.run(lambda argv: distributed.initialize_distributed(config))
+    cli.run(lambda argv: distributed.initialize_distributed(config))
   """
   alone = {"JAX_COORDINATOR_ADDRESS": f"localhost:{free_port()}"}
   alone |= {"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1"}

@@ -3,8 +3,7 @@
 from typing import Any
 
 from cc_jax.bases.ldm_names import PREFIXES, UNET, VAE, Checkpoint, Shapes, count, tower_keys
-from cc_jax.errors import UserError
-from cc_jax.text import first_names
+from cc_jax.errors import UserError, first_names
 
 # Where the tokenizers are, which no single file holds.
 _REPOSITORIES = {

@@ -18,10 +18,9 @@ from typing import Any
 import numpy as np
 
 from cc_jax.bases.weights import Convert
-from cc_jax.errors import UserError
+from cc_jax.errors import UserError, first_names
 from cc_jax.models.clip_layers import tower_name
 from cc_jax.models.unet_config import UNetConfig
-from cc_jax.text import first_names
 
 Shapes = Mapping[str, tuple[int, ...]]
 Entries = dict[str, tuple[str, Convert | None]]

@@ -22,9 +22,8 @@ from pathlib import Path
 import numpy as np
 
 from cc_jax.bases.weights import TensorWrapper, open_tensors
-from cc_jax.errors import UserError
+from cc_jax.errors import UserError, first_names
 from cc_jax.models.clip_layers import tower_name
-from cc_jax.text import first_names
 
 # Ends of keys, and which factor they are; `mid` is the kernel of a convolution in three factors.
 _FACTORS = (

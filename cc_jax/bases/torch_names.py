@@ -18,8 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from cc_jax.errors import UserError
-from cc_jax.text import first_names
+from cc_jax.errors import UserError, first_names
 
 
 def torch_name(path: Iterable[str | int]) -> str:

@@ -18,8 +18,7 @@ from safetensors.numpy import save
 from cc_jax.customcontrast.injection import InjectionConfig
 from cc_jax.customcontrast.mfi_encoder import MFIEncoderConfig
 from cc_jax.customcontrast.param_groups import is_trainable
-from cc_jax.errors import UserError, one_line
-from cc_jax.text import first_names
+from cc_jax.errors import UserError, first_names, one_line
 
 FORMAT = "cc_jax.adapter"
 FORMAT_VERSION = 1

@@ -23,7 +23,7 @@ from absl import flags
 from etils import epath
 from ml_collections import config_flags
 
-from cc_jax import errors
+from cc_jax import cli
 from cc_jax.errors import UserError
 from cc_jax.lab.arms import chosen_arms, fast_arms
 from cc_jax.lab.pictures import pictures
@@ -106,4 +106,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-  errors.run(main, define_flags)
+  cli.run(main, define_flags)

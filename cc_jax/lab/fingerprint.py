@@ -7,7 +7,8 @@ from typing import Any
 
 import ml_collections
 
-from cc_jax.errors import ORIGINAL_KEYS, UserError, flatten_config
+from cc_jax.cli import ORIGINAL_KEYS, flatten_config
+from cc_jax.errors import UserError
 from cc_jax.lab import judge
 from cc_jax.lab.results import read_result
 from configs import subjects3d

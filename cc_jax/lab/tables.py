@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from cc_jax.errors import with_current_names
+from cc_jax.cli import with_current_names
 from cc_jax.lab import comparison
 from cc_jax.lab.comparison import BASE, METHOD, MOVES, PROBED, SELF, Arms, Result, over_seeds
 from cc_jax.lab.trials import reference_factors

@@ -1,7 +1,7 @@
 """What the sharding rules lead to: a table, and a check that nothing is replicated by mistake."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -11,7 +11,6 @@ from cc_jax.errors import UserError
 from cc_jax.models.params import flatten
 from cc_jax.parallel.mesh import AXES
 from cc_jax.parallel.rules import axes_in_use, find_rule
-from cc_jax.text import align_table
 
 MAX_REPLICATED_RATIO = 0.02  # of the bytes that RULES should shard
 
@@ -67,3 +66,13 @@ def describe_sharding(parts: Mapping[str, Any], mesh: Mesh | AbstractMesh) -> st
   size, local = (sum(row[i] for row in groups.values()) / 2**20 for i in (1, 2))
   rows.append(("all", "", "", "", f"{size:,.1f}", f"{local:,.1f}"))
   return align_table(rows, left=3)
+
+
+def align_table(rows: Sequence[Sequence[str]], left: int) -> str:
+  """A table in plain text; the first `left` columns are flush left, numbers flush right."""
+  widths = [max(map(len, column)) for column in zip(*rows)]
+  lines = []
+  for row in rows:
+    cells = [c.ljust(w) if i < left else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths))]
+    lines.append("  ".join(cells).rstrip())
+  return "\n".join(lines)

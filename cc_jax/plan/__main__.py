@@ -22,7 +22,7 @@ import jax
 from absl import flags
 from ml_collections import config_flags
 
-from cc_jax import errors
+from cc_jax import cli
 from cc_jax.errors import UserError
 from cc_jax.parallel.distributed import set_cpu_devices
 from cc_jax.plan.batch_search import largest_batch
@@ -100,4 +100,4 @@ def define_flags() -> None:
 
 
 if __name__ == "__main__":
-  errors.run(main, define_flags)
+  cli.run(main, define_flags)

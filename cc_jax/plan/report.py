@@ -7,10 +7,10 @@ from typing import Any
 import jax
 import numpy as np
 
+from cc_jax.parallel.report import align_table
 from cc_jax.plan.estimate import BANDWIDTH_RATIO, TOLERANCE, CompiledPlan, all_bytes, chip_bytes
 from cc_jax.plan.lower import AbstractProgram
 from cc_jax.plan.topology import Slice
-from cc_jax.text import align_table
 
 _LABELS = {"average": "EMA"}  # of parts whose name in --json is another
 

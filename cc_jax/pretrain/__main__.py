@@ -16,7 +16,8 @@ import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
-from cc_jax import errors
+from cc_jax import cli
+from cc_jax.errors import UserError
 from cc_jax.parallel.distributed import set_cpu_devices
 from cc_jax.parallel.mesh import make_mesh
 from cc_jax.pretrain.batches import train_tokenizer
@@ -42,7 +43,7 @@ def run(config: ml_collections.ConfigDict, workdir: Path) -> None:
   """Runs the stages of `config.stages` in `workdir`. Raises UserError for an unknown stage."""
   for stage in config.stages:
     if stage not in STAGES:
-      raise errors.UserError(f"no pretraining stage {stage!r}; there are {', '.join(STAGES)}")
+      raise UserError(f"no pretraining stage {stage!r}; there are {', '.join(STAGES)}")
   world = config.world
   mesh = make_mesh(config.mesh, _common_batch(config))
   pictures = prerender(
@@ -70,4 +71,4 @@ def define_flags() -> None:
 
 
 if __name__ == "__main__":
-  errors.run(main, define_flags)
+  cli.run(main, define_flags)

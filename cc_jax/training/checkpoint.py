@@ -20,7 +20,8 @@ import ml_collections
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
-from cc_jax.errors import UserError, flatten_config, with_current_names
+from cc_jax.cli import flatten_config, with_current_names
+from cc_jax.errors import UserError
 from cc_jax.models.params import flatten
 
 FORMAT = 1

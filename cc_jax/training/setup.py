@@ -18,11 +18,12 @@ from jax.sharding import Mesh
 import data_pipeline
 from cc_jax.bases.base import Base, abstract_base
 from cc_jax.bases.files import ASSETS
+from cc_jax.cli import flatten_config, refuse_old_names
 from cc_jax.customcontrast.build import build_customcontrast, eval_shape_only
 from cc_jax.customcontrast.injection import InjectionConfig
 from cc_jax.customcontrast.mfi_encoder import MFIEncoderConfig
 from cc_jax.diffusion.schedule import NoiseSchedule
-from cc_jax.errors import UserError, flatten_config, refuse_old_names
+from cc_jax.errors import UserError
 from cc_jax.models.params import DTYPES, Params
 from cc_jax.parallel.mesh import local_rows
 from cc_jax.training.context import StepContext
