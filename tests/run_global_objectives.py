@@ -24,7 +24,7 @@ from cc_jax.objectives import infonce  # noqa: E402
 from cc_jax.objectives.contrast import NAIVE_BACKEND, ContrastiveBackend  # noqa: E402
 from cc_jax.objectives.cscl import cscl  # noqa: E402
 from cc_jax.objectives.macl import SCALINGS, macl  # noqa: E402
-from cc_jax.objectives.pairs import PairLoss, clipped  # noqa: E402
+from cc_jax.objectives.pair_scaling import PairLoss, clipped  # noqa: E402
 from cc_jax.training.accumulation import merge_microbatches, split_microbatches
 from cc_jax.training.contrastive import Embeddings
 

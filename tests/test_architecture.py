@@ -4,6 +4,8 @@ import ast
 import functools
 from pathlib import Path
 
+from data_pipeline.subjects3d import factors
+
 ROOT = Path(__file__).parent.parent
 # Rooms of cc_jax; each imports only from rooms that come later, or from its own.
 ORDER = (
@@ -86,21 +88,27 @@ def test_rooms_import_downwards():
   assert wrong == []
 
 
-def test_tensorflow_and_the_rendered_world_stay_where_they_are():
+def test_tensorflow_stays_in_data_pipeline_which_stands_alone():
   for name, file in modules().items():
-    names = imports(file)
-    if not name.startswith("data_pipeline"):
-      assert not any(other.split(".")[0] == "tensorflow" for other in names), name
-    else:
-      assert not any(other.split(".")[0] == "cc_jax" for other in names), name
-    if not name.startswith(("data_pipeline", "cc_jax.lab")):
-      world = {other for other in names if other.startswith("data_pipeline.subjects3d")}
-      # Pretraining takes pictures and captions from there, and no name of a factor's value.
-      allowed = ("captions.", "prerender.") if name.startswith("cc_jax.pretrain") else ()
-      known = [other.removeprefix("data_pipeline.subjects3d.") for other in world]
-      assert all(f"{other}.".startswith(allowed) if allowed else False for other in known), (
-        name, known,
-      )  # fmt: skip
+    roots = {other.split(".")[0] for other in imports(file)}
+    forbidden = "cc_jax" if name.startswith("data_pipeline") else "tensorflow"
+    assert forbidden not in roots, name
+
+
+def test_only_data_pipeline_and_the_laboratory_know_the_rendered_world():
+  values = {*factors.SCENES, *factors.CLASSES, *factors.STYLES, *factors.COLORS, *factors.PATTERNS}
+  values -= {"plain", "none", "dots"}  # words of others, too
+  tables = ("SCENES", "CLASSES", "STYLES", "COLORS", "PATTERNS")
+  for name, file in modules().items():
+    if name.startswith(("data_pipeline", "cc_jax.lab", "configs")):
+      continue
+    for node in ast.walk(ast.parse(file.read_text())):
+      identifier = getattr(node, "attr", getattr(node, "id", getattr(node, "name", None)))
+      assert identifier not in tables, (name, identifier)
+      assert not (isinstance(node, ast.Constant) and node.value in values), (name, node.value)
+    # Pretraining takes its pictures, captions and likenesses from there.
+    if not name.startswith("cc_jax.pretrain"):
+      assert not any("subjects3d." in other for other in imports(file)), name
 
 
 def test_files_are_short_and_the_top_is_empty():

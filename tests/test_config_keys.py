@@ -23,6 +23,7 @@ from cc_jax.bases.tokenizer import load_tokenizer
 from cc_jax.customcontrast.injection import InjectionConfig
 from cc_jax.customcontrast.mfi_encoder import MFIEncoderConfig
 from cc_jax.errors import UserError
+from cc_jax.lab import trial_scores
 from cc_jax.training import loop, setup, step
 
 ROOT = Path(__file__).parent.parent

@@ -21,10 +21,10 @@ from cc_jax.customcontrast.mfi_encoder import MFIEncoderConfig
 from cc_jax.customcontrast.model import Conditioning, CustomContrast
 from cc_jax.customcontrast.param_groups import is_trainable, param_options
 from cc_jax.errors import UserError
-from cc_jax.models.abstract import abstract
 from cc_jax.models.clip_text import CLIPTextConfig, CLIPTextModel
 from cc_jax.models.clip_vision import CLIPVisionConfig, CLIPVisionModel
 from cc_jax.models.image_encoder import ImageEncoder
+from cc_jax.models.rngs import abstract
 from cc_jax.models.unet import UNet2DCondition, UNetConfig
 from cc_jax.training import optimizer
 from configs import sd15, subjects3d

@@ -33,7 +33,7 @@ from torch_parity import abstract, randomise
 from cc_jax.bases import ldm_configs, ldm_names
 from cc_jax.bases.base import abstract_base, load_base
 from cc_jax.bases.files import ASSETS, resolve_base
-from cc_jax.bases.lora import Lora
+from cc_jax.bases.lora_files import Lora
 from cc_jax.bases.save import save_base
 from cc_jax.bases.tokenizer import train_tokenizer
 from cc_jax.bases.torch_names import torch_shapes
@@ -45,7 +45,7 @@ from cc_jax.diffusion.samplers import SAMPLERS, step_table
 from cc_jax.diffusion.schedule import NoiseSchedule
 from cc_jax.errors import UserError
 from cc_jax.models.clip_text import CLIPTextConfig, CLIPTextModel
-from cc_jax.models.keys import StatelessRngs
+from cc_jax.models.rngs import StatelessRngs
 from cc_jax.models.unet import UNet2DCondition, cross_attention_layers
 from cc_jax.models.unet_config import UNetConfig
 from cc_jax.models.vae import AutoencoderKL, AutoencoderKLConfig

@@ -19,8 +19,8 @@ from flax import nnx
 from torch_parity import named_as_ours, relative_error, to_nchw, to_nhwc
 
 from cc_jax.bases.torch_names import from_torch
-from cc_jax.models.abstract import abstract
 from cc_jax.models.clip_text import CLIPTextConfig, CLIPTextModel
+from cc_jax.models.rngs import abstract
 from cc_jax.models.unet import UNet2DCondition, UNetConfig
 from cc_jax.models.vae import AutoencoderKL, AutoencoderKLConfig
 

@@ -28,7 +28,7 @@ from cc_jax.customcontrast.mfi_encoder import MFIEncoderConfig
 from cc_jax.customcontrast.model import CustomContrast
 from cc_jax.diffusion.schedule import NoiseSchedule
 from cc_jax.errors import UserError
-from cc_jax.models.abstract import abstract
+from cc_jax.models.rngs import abstract
 from cc_jax.sampling import images as pictures
 from cc_jax.sampling.images import METADATA
 from cc_jax.sampling.pipeline import BASE, load

@@ -21,7 +21,7 @@ from cc_jax.errors import UserError
 from cc_jax.objectives.contrast import NAIVE_BACKEND, ContrastiveBackend, contrast
 from cc_jax.objectives.cscl import cscl
 from cc_jax.objectives.macl import POOLINGS, SCALINGS, macl
-from cc_jax.objectives.pairs import PairLoss
+from cc_jax.objectives.pair_scaling import PairLoss
 from cc_jax.training import step
 
 KINDS = ("tiled", "ring")

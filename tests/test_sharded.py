@@ -20,8 +20,12 @@ from cc_jax.customcontrast.build import build_customcontrast, eval_shape_only
 from cc_jax.errors import UserError
 from cc_jax.parallel.distributed import initialize_distributed
 from cc_jax.parallel.mesh import AXES, make_mesh, replicated_sharding
-from cc_jax.parallel.report import check_sharding, describe_sharding, unexpectedly_replicated
 from cc_jax.parallel.rules import abstract_params, param_spec
+from cc_jax.parallel.sharding_report import (
+  check_sharding,
+  describe_sharding,
+  unexpectedly_replicated,
+)
 from cc_jax.plan import estimate as cost
 from cc_jax.plan.lower import AbstractProgram
 from cc_jax.plan.report import state_table

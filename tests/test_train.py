@@ -43,7 +43,6 @@ from cc_jax.training.accumulation import (
   split_microbatches,
 )
 from cc_jax.training.checkpoint import Checkpoints
-from cc_jax.training.context import to_unit_range
 from cc_jax.training.contrastive import Embeddings, compare_embeddings, contrastive_embeddings
 from cc_jax.training.loop import Callbacks, train
 from cc_jax.training.losses import diffusion_objective, sample_latents, subject_weights, total_loss
@@ -51,6 +50,7 @@ from cc_jax.training.noise import keep_conditions, sample_step_noise, sample_tim
 from cc_jax.training.parameter_table import parameter_table
 from cc_jax.training.prompt_sensitivity import relative_rise, wrong_nouns, wrong_phrases
 from cc_jax.training.setup import adapter_configs, base_options, make_step_context, step_seed
+from cc_jax.training.step_context import to_unit_range
 from cc_jax.training.telemetry import read_log
 
 ROOT = Path(__file__).parent.parent

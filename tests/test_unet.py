@@ -14,9 +14,9 @@ from torch_parity import TOLERANCE, assert_same, randomise, relative_error
 from cc_jax.bases.base import load_module
 from cc_jax.bases.torch_names import from_torch, torch_name, torch_shapes
 from cc_jax.errors import UserError
-from cc_jax.models.abstract import abstract
 from cc_jax.models.attention import Attention
 from cc_jax.models.layers import GroupNorm, LayerNorm
+from cc_jax.models.rngs import abstract
 from cc_jax.models.unet import UNet2DCondition, UNetConfig, cross_attention_layers
 
 torch.set_num_threads(2)

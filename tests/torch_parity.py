@@ -7,7 +7,7 @@ import torch
 from flax import nnx
 
 from cc_jax.bases.torch_names import to_torch, torch_shapes
-from cc_jax.models.keys import StatelessRngs
+from cc_jax.models.rngs import StatelessRngs
 
 TOLERANCE = 1e-4
 

@@ -18,15 +18,14 @@ from flax import nnx
 from cc_jax.bases import ldm_names
 from cc_jax.bases.download import find_file
 from cc_jax.bases.files import BaseFiles, locate_base, read_config
-from cc_jax.bases.lora import Lora, Merged
+from cc_jax.bases.lora_files import Lora, Merged
 from cc_jax.bases.tokenizer import load_tokenizer
 from cc_jax.bases.torch_names import torch_shapes
 from cc_jax.bases.weights import Sharding, load_weights
 from cc_jax.errors import UserError
-from cc_jax.models.abstract import abstract
 from cc_jax.models.clip_text import CLIPTextModel
 from cc_jax.models.image_encoder import ImageEncoder
-from cc_jax.models.keys import StatelessRngs
+from cc_jax.models.rngs import StatelessRngs, abstract
 from cc_jax.models.unet import UNet2DCondition
 from cc_jax.models.vae import AutoencoderKL
 

@@ -19,8 +19,8 @@ from cc_jax.customcontrast.injection import InjectionConfig
 from cc_jax.customcontrast.mfi_encoder import MFIEncoderConfig
 from cc_jax.customcontrast.model import CustomContrast
 from cc_jax.customcontrast.param_groups import is_trainable
-from cc_jax.models.keys import StatelessRngs
 from cc_jax.models.params import Params
+from cc_jax.models.rngs import StatelessRngs
 
 
 def split_params(model: CustomContrast) -> tuple[nnx.GraphDef, Params, Params]:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
-from cc_jax.diffusion import paths, solvers
+from cc_jax.diffusion import solvers, timesteps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Sampler:
   name: str
   scheduler_class: str  # 'default' means this sampler where the scheduler config names the class
   solver: Callable[..., solvers.Calls]  # (schedule, path, steps=, eta=, skip=)
-  path: Callable[..., paths.Path]  # (schedule, steps, spacing)
+  path: Callable[..., timesteps.Path]  # (schedule, steps, spacing)
   _: dataclasses.KW_ONLY
   spacing: str = "leading"  # timestep_spacing where the config states none
   # Values that we implement, the default first. An option that is not listed is either read in full
@@ -47,43 +47,44 @@ _MULTISTEP = {**_NO_THRESHOLDING, **_FINAL_SIGMAS, **_NO_BETA_SIGMAS, "use_flow_
 
 _EULER = Sampler(
   "euler", "EulerDiscreteScheduler", partial(solvers.euler, fresh_share=0.0),
-  partial(paths.interpolated, sigma_range=True), spacing="linspace", scales_noise=True,
+  partial(timesteps.interpolated, sigma_range=True), spacing="linspace", scales_noise=True,
   options={**_FINAL_SIGMAS, **_NO_BETA_SIGMAS,
            "interpolation_type": ("linear",), "timestep_type": ("discrete",)})
 _DPM_SOLVER = Sampler(
   "dpmsolver++", "DPMSolverMultistepScheduler", partial(solvers.dpm_solver, fresh_share=0.0),
-  partial(paths.interpolated, multistep=True, dpm=True), spacing="linspace",
+  partial(timesteps.interpolated, multistep=True, dpm=True), spacing="linspace",
   # diffusers reads other solvers' types as midpoint.
   options={**_MULTISTEP, "variance_type": (None,), "solver_order": (2, 1),
            "solver_type": ("midpoint", "heun", "logrho", "bh1", "bh2")})
 
 REGISTRY = {sampler.name: sampler for sampler in (
   Sampler(
-    "ddim", "DDIMScheduler", solvers.ddim, partial(paths.strided, set_alpha_to_one=True),
+    "ddim", "DDIMScheduler", solvers.ddim, partial(timesteps.strided, set_alpha_to_one=True),
     options=_NO_THRESHOLDING, clips_x0=True, takes_eta=True),
   Sampler(
-    "ddpm", "DDPMScheduler", solvers.ddpm, paths.consecutive, clips_x0=True,
+    "ddpm", "DDPMScheduler", solvers.ddpm, timesteps.consecutive, clips_x0=True,
     options={**_NO_THRESHOLDING,
              "variance_type": ("fixed_small", "fixed_small_log", "fixed_large")}),
   Sampler(
-    "pndm", "PNDMScheduler", solvers.pndm, partial(paths.strided, set_alpha_to_one=False),
+    "pndm", "PNDMScheduler", solvers.pndm, partial(timesteps.strided, set_alpha_to_one=False),
     options={"skip_prk_steps": (True,), "prediction_type": ("epsilon", "v_prediction")},
     class_defaults={"skip_prk_steps": False}, divides_by_alpha=True),
   Sampler(
-    "lcm", "LCMScheduler", solvers.lcm, partial(paths.consecutive, lcm=True),
+    "lcm", "LCMScheduler", solvers.lcm, partial(timesteps.consecutive, lcm=True),
     options=_NO_THRESHOLDING, clips_x0=True),
   _EULER,
   dataclasses.replace(
     _EULER, name="euler_ancestral", scheduler_class="EulerAncestralDiscreteScheduler",
     solver=partial(solvers.euler, fresh_share=1.0), options={},
-    path=partial(paths.interpolated, respaces=False, ends_at_zero=True)),
+    path=partial(timesteps.interpolated, respaces=False, ends_at_zero=True)),
   dataclasses.replace(
     _EULER, name="heun", scheduler_class="HeunDiscreteScheduler", solver=solvers.heun,
-    path=partial(paths.interpolated, ends_at_zero=True), options=_NO_BETA_SIGMAS, clips_x0=True),
+    path=partial(timesteps.interpolated, ends_at_zero=True), options=_NO_BETA_SIGMAS,
+    clips_x0=True),
   _DPM_SOLVER,
   Sampler(
     "unipc", "UniPCMultistepScheduler", solvers.unipc,
-    partial(paths.interpolated, multistep=True, sigma_range=True), spacing="linspace",
+    partial(timesteps.interpolated, multistep=True, sigma_range=True), spacing="linspace",
     # diffusers reads other solvers' types as bh2.
     options={**_MULTISTEP, "predict_x0": (True,), "solver_p": (None,), "solver_order": (2, 1, 3),
              "solver_type": ("bh2", "bh1", "midpoint", "heun", "logrho")}),

@@ -17,9 +17,9 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 from cc_jax.diffusion import solvers
-from cc_jax.diffusion.paths import Path, spacing_of
 from cc_jax.diffusion.registry import REGISTRY, Sampler
 from cc_jax.diffusion.schedule import NoiseSchedule
+from cc_jax.diffusion.timesteps import Path, spacing_of
 from cc_jax.errors import UserError
 
 SAMPLERS = tuple(REGISTRY)

@@ -2,7 +2,7 @@
 
 All of our samplers are linear in the state x, the network's prediction, the x_0 that it implies,
 fresh noise and a few tensors of memory. So a sampler is a path (timesteps and noise levels,
-paths.py) and, for every call of the network, a matrix. DDPM, Euler, Euler ancestral and
+timesteps.py) and, for every call of the network, a matrix. DDPM, Euler, Euler ancestral and
 DPM-Solver++ even share one step, `_x0_step`, along different paths.
 
 The state is always x = alpha x_0 + sigma noise with alpha² + sigma² = 1, what the network sees.
@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cc_jax.diffusion.paths import Path
+from cc_jax.diffusion.timesteps import Path
 
 # Columns of a matrix: a call's inputs. Its rows are the outputs: the next state and memory.
 STATE, PREDICTION, X0, NOISE, MEMORY = range(5)

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 from cc_jax.errors import UserError
 from cc_jax.objectives.infonce import naive
 from cc_jax.objectives.key_exchange import AllGather, Ring
-from cc_jax.objectives.pairs import PairLoss
+from cc_jax.objectives.pair_scaling import PairLoss
 from cc_jax.objectives.tiled import tiled
 
 KINDS = ("auto", "naive", "tiled", "ring")

@@ -4,7 +4,7 @@ from jaxtyping import Array, Float, Int
 
 from cc_jax.objectives.contrast import NAIVE_BACKEND, ContrastiveBackend, contrast
 from cc_jax.objectives.infonce import check_temperature
-from cc_jax.objectives.pairs import PairLoss
+from cc_jax.objectives.pair_scaling import PairLoss
 
 
 def cscl(

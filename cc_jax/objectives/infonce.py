@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from cc_jax.errors import UserError
-from cc_jax.objectives.pairs import PairLoss, clipped
+from cc_jax.objectives.pair_scaling import PairLoss, clipped
 
 
 def l2_normalize(x: Float[Array, "*n d"]) -> Float[Array, "*n d"]:

@@ -6,7 +6,7 @@ from jaxtyping import Array, Float, Int
 from cc_jax.errors import UserError
 from cc_jax.objectives.contrast import NAIVE_BACKEND, ContrastiveBackend, contrast
 from cc_jax.objectives.infonce import check_temperature
-from cc_jax.objectives.pairs import SCALINGS, PairLoss
+from cc_jax.objectives.pair_scaling import SCALINGS, PairLoss
 
 POOLINGS = ("mean", "per_token")
 

@@ -7,7 +7,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from cc_jax.objectives.infonce import l2_normalize
-from cc_jax.objectives.pairs import PairLoss, clipped
+from cc_jax.objectives.pair_scaling import PairLoss, clipped
 
 # Stands for minus infinity, whose difference with itself would be NaN.
 LOWEST = -1e30

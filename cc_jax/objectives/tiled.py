@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from cc_jax.objectives.infonce import l2_normalize
 from cc_jax.objectives.key_exchange import KeyExchange
-from cc_jax.objectives.pairs import PairLoss
+from cc_jax.objectives.pair_scaling import PairLoss
 from cc_jax.objectives.tile_stats import LOWEST, CosineSums, Samples, Stats, Tile, product
 
 

@@ -20,9 +20,9 @@ from cc_jax.parallel.rules import abstract_params
 from cc_jax.plan.topology import Slice
 from cc_jax.sampling.prompts import Prompts
 from cc_jax.sampling.sample import SamplerInputs, SamplingConfig, guidance_branches, sample_images
-from cc_jax.training.context import StepContext
 from cc_jax.training.setup import build_abstract, make_step_context
 from cc_jax.training.step import init_state, make_train_step
+from cc_jax.training.step_context import StepContext
 from data_pipeline.example import SIGNATURE
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from cc_jax.parallel.report import align_table
+from cc_jax.parallel.sharding_report import align_table
 from cc_jax.plan.estimate import BANDWIDTH_RATIO, TOLERANCE, CompiledPlan, all_bytes, chip_bytes
 from cc_jax.plan.lower import AbstractProgram
 from cc_jax.plan.topology import Slice

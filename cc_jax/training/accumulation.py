@@ -7,7 +7,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from cc_jax.models.params import Params
-from cc_jax.training.context import Batch, Metrics, StepContext, to_unit_range
 from cc_jax.training.contrastive import (
   LAYERED,
   Embeddings,
@@ -16,6 +15,7 @@ from cc_jax.training.contrastive import (
 )
 from cc_jax.training.losses import diffusion_objective
 from cc_jax.training.noise import sample_step_noise
+from cc_jax.training.step_context import Batch, Metrics, StepContext, to_unit_range
 
 
 def accumulate_gradients(

@@ -10,7 +10,7 @@ from cc_jax.customcontrast.model import CustomContrast
 from cc_jax.objectives.contrast import ContrastiveBackend
 from cc_jax.objectives.cscl import cscl
 from cc_jax.objectives.macl import macl
-from cc_jax.training.context import Batch, Metrics, prefix_keys, to_unit_range
+from cc_jax.training.step_context import Batch, Metrics, prefix_keys, to_unit_range
 
 
 class Embeddings(NamedTuple):

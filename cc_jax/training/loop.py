@@ -21,13 +21,13 @@ from cc_jax.errors import UserError
 from cc_jax.models.params import Params
 from cc_jax.parallel.distributed import initialize_distributed, set_cpu_devices
 from cc_jax.parallel.mesh import gather_to_host, make_mesh, shard_batch
-from cc_jax.parallel.report import check_sharding, describe_sharding
 from cc_jax.parallel.rules import init_sharded, param_sharding_fn, shard_params, shards_params
+from cc_jax.parallel.sharding_report import check_sharding, describe_sharding
 from cc_jax.training import setup
 from cc_jax.training.checkpoint import Checkpoints, config_changes, jsonable
-from cc_jax.training.context import StepContext
 from cc_jax.training.preemption import EXIT_CODE, Preemption
 from cc_jax.training.step import TrainState, init_state, make_train_step
+from cc_jax.training.step_context import StepContext
 from cc_jax.training.telemetry import Profile, Telemetry
 
 Callback = Callable[[ml_collections.ConfigDict, Base, CustomContrast, epath.Path], None]

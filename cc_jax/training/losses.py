@@ -11,9 +11,9 @@ from cc_jax.customcontrast.model import CustomContrast
 from cc_jax.models.params import Params
 from cc_jax.models.vae import images_to_latents
 from cc_jax.objectives.diffusion import diffusion_loss, min_snr_weights
-from cc_jax.training.context import Batch, Metrics, StepContext, prefix_keys, to_unit_range
 from cc_jax.training.contrastive import compare_embeddings, contrastive_embeddings
 from cc_jax.training.noise import StepNoise, sample_step_noise
+from cc_jax.training.step_context import Batch, Metrics, StepContext, prefix_keys, to_unit_range
 
 
 def sample_latents(vae: nnx.Module, images: Array, keys: Array) -> Float[Array, "b h w c"]:

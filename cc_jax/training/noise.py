@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import ml_collections
 from jaxtyping import Array, Bool, Int
 
-from cc_jax.training.context import StepContext
+from cc_jax.training.step_context import StepContext
 
 
 class StepNoise(NamedTuple):

@@ -5,7 +5,7 @@ import ml_collections
 
 from cc_jax.customcontrast.param_groups import group_by_module
 from cc_jax.diffusion.schedule import NoiseSchedule
-from cc_jax.parallel.report import align_table
+from cc_jax.parallel.sharding_report import align_table
 from cc_jax.training.setup import build_abstract
 from cc_jax.training.step import init_state
 

@@ -17,9 +17,9 @@ from jaxtyping import Array, Bool, Float
 from cc_jax.models.params import Params
 from cc_jax.objectives.diffusion import per_sample_mse
 from cc_jax.parallel.mesh import replicated_sharding, shard_batch
-from cc_jax.training.context import Batch, StepContext, to_unit_range
 from cc_jax.training.losses import denoise
 from cc_jax.training.noise import StepNoise
+from cc_jax.training.step_context import Batch, StepContext, to_unit_range
 
 NOISE_LEVEL = 0.85  # t / T: so noisy that the picture itself tells little
 NumpyBatch = dict[str, np.ndarray]

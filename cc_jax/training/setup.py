@@ -26,8 +26,8 @@ from cc_jax.diffusion.schedule import NoiseSchedule
 from cc_jax.errors import UserError
 from cc_jax.models.params import DTYPES, Params
 from cc_jax.parallel.mesh import local_rows
-from cc_jax.training.context import StepContext
 from cc_jax.training.prompt_sensitivity import make_prompt_sensitivity, wrong_nouns, wrong_phrases
+from cc_jax.training.step_context import StepContext
 from data_pipeline.tokens import empty_prompt
 
 

@@ -22,8 +22,8 @@ from cc_jax.parallel.mesh import batch_sharding, replicated_sharding
 from cc_jax.parallel.rules import param_shardings, shards_params
 from cc_jax.training import optimizer
 from cc_jax.training.accumulation import accumulate_gradients
-from cc_jax.training.context import Batch, Metrics, StepContext
 from cc_jax.training.losses import total_loss
+from cc_jax.training.step_context import Batch, Metrics, StepContext
 
 
 class TrainState(NamedTuple):

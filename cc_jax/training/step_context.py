@@ -16,7 +16,7 @@ from cc_jax.errors import UserError
 from cc_jax.models.params import Params
 from cc_jax.models.remat import check_policies, set_policies
 from cc_jax.objectives.contrast import ContrastiveBackend
-from cc_jax.objectives.pairs import PairLoss
+from cc_jax.objectives.pair_scaling import PairLoss
 from cc_jax.parallel.fsdp import all_gather_on_use, remat_all_gathers
 from cc_jax.parallel.mesh import batch_sharding
 from cc_jax.parallel.rules import shards_params

@@ -1,6 +1,12 @@
-"""Random keys for initialising modules, without the state of nnx.Rngs."""
+"""Initialising modules: random keys without the state of nnx.Rngs, and without any arrays."""
+
+from collections.abc import Callable
+from typing import TypeVar
 
 import jax
+from flax import nnx
+
+Module = TypeVar("Module", bound=nnx.Module)
 
 
 class StatelessRngs:
@@ -17,3 +23,8 @@ class StatelessRngs:
   def params(self) -> jax.Array:
     self._count += 1
     return jax.random.fold_in(self._key, self._count)
+
+
+def abstract(construct: Callable[[StatelessRngs], Module]) -> Module:
+  """The module that `construct(rngs)` makes, with shapes and dtypes in place of its arrays."""
+  return nnx.eval_shape(lambda: construct(StatelessRngs(0)))
