@@ -69,8 +69,8 @@ def make_triple(
   # Both are always drawn, so that options of one do not change the random numbers of the other.
   positive_u, reference_u = rng.random(3), rng.random(3)
   low, high = config.positive_ratio
-  share = low + (high - low) * positive_u[0]
-  positive = _place_at(images[0], masks[0], size, share, positive_u[1:])
+  ratio = low + (high - low) * positive_u[0]
+  positive = _place_at(images[0], masks[0], size, ratio, positive_u[1:])
   reference = show_reference(images[1], masks[1], config, reference_u)
   target, target_mask = square(images[2], masks[2], size)
   return dict(positive=positive, reference=reference, target=target, target_mask=target_mask)
@@ -87,47 +87,47 @@ def show_reference(
   `u` are three uniform numbers in [0, 1) for size, x and y where these are random; 0.5 each is the
   middle. Raises DataError for an empty mask or shapes that do not fit.
   """
-  size, place = config.image_size, config.reference_layout
-  if place in ("in_place", "frame"):
+  size, layout = config.image_size, config.reference_layout
+  if layout in ("in_place", "frame"):
     mask = _checked_mask(image, mask)
-    if place == "in_place":
+    if layout == "in_place":
       alpha = mask[..., None].astype(np.uint32)
       image = ((image * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
     return square(image, mask, size)[0]
-  if place == "random":
+  if layout == "random":
     low, high = config.positive_ratio
     return _place_at(image, mask, size, low + (high - low) * u[0], u[1:])
   jitter = config.reference_jitter
-  share = min(1.0, config.reference_ratio * (1 + jitter * (2 * u[0] - 1)))
-  return _place_at(image, mask, size, share, 0.5 + jitter * (u[1:] - 0.5))
+  ratio = min(1.0, config.reference_ratio * (1 + jitter * (2 * u[0] - 1)))
+  return _place_at(image, mask, size, ratio, 0.5 + jitter * (u[1:] - 0.5))
 
 
 def segment_reference(
     image: UInt8[np.ndarray, "h w c"],
     mask: UInt8[np.ndarray, "h w"] | None = None,
-    share: float = 0.8,
+    ratio: float = 0.8,
     size: int = 64,
-    place: str = "centred",
+    layout: str = "centred",
 ) -> UInt8[np.ndarray, "s s 3"]:
-  """A reference as training shows it: on white, centred, longer side = `share` of the canvas.
+  """A reference as training shows it: on white, centred, longer side = `ratio` of the canvas.
 
   `image` is RGB or RGBA; `mask` takes precedence over the alpha channel. Without either (a fully
   opaque alpha channel does not count) the uncut picture is fitted into the canvas. For adapters
-  trained on references at another `place` (of `PLACES`) the result is the picture's largest square:
+  trained on references at another `layout` (of `PLACES`) the result is the picture's largest square:
   cut out ('in_place', and 'random' too, without randomness) or with its background ('frame').
   Raises DataError for an empty mask, a fully transparent picture, or shapes that do not fit.
   """
   image, alpha = split_alpha(image)
   mask = alpha if mask is None else mask
-  if place != "centred":
+  if layout != "centred":
     # Where there is an alpha channel, the background's colours mean nothing.
-    with_background = mask is None or (place == "frame" and alpha is None)
+    with_background = mask is None or (layout == "frame" and alpha is None)
     config = TripleConfig(size, reference_layout="frame" if with_background else "in_place")
     mask = np.full(image.shape[:2], 255, np.uint8) if mask is None else mask
     return show_reference(image, mask, config, np.full(3, 0.5))
   if mask is None:
-    return place_on_white(image, np.full(image.shape[:2], 255, np.uint8), size, share=1.0)
-  return place_on_white(image, mask, size, share)
+    return place_on_white(image, np.full(image.shape[:2], 255, np.uint8), size, ratio=1.0)
+  return place_on_white(image, mask, size, ratio)
 
 
 def split_alpha(
@@ -147,23 +147,23 @@ def place_on_white(
     image: UInt8[np.ndarray, "h w 3"],
     mask: UInt8[np.ndarray, "h w"],
     size: int,
-    share: float,
+    ratio: float,
     centre: tuple[float, float] = (0.5, 0.5),
 ) -> UInt8[np.ndarray, "s s 3"]:
   """Composes the subject, by its soft alpha `mask`, onto a white square canvas.
 
-  The longer side of the mask's bounding box becomes `share` of the canvas and its centre is placed
+  The longer side of the mask's bounding box becomes `ratio` of the canvas and its centre is placed
   at `centre` (x, y as fractions of the canvas), both with subpixel accuracy. Raises DataError for
   an empty mask or shapes that do not fit.
   """
   mask = _checked_mask(image, mask)
-  return _place(image, mask, bounding_box(mask), size, share, centre)
+  return _place(image, mask, bounding_box(mask), size, ratio, centre)
 
 
-def _place(image, mask, box: tuple[int, int, int, int], size: int, share: float, centre):
+def _place(image, mask, box: tuple[int, int, int, int], size: int, ratio: float, centre):
   """`place_on_white` with a checked mask and its bounding box."""
   x0, y0, x1, y1 = box
-  side = max(x1 - x0, y1 - y0) / share  # of the canvas, in pixels of the picture
+  side = max(x1 - x0, y1 - y0) / ratio  # of the canvas, in pixels of the picture
   left = (x0 + x1) / 2 - centre[0] * side
   top = (y0 + y1) / 2 - centre[1] * side
   # Only the part under the canvas is composed, with a margin for the support of the filter.
@@ -218,13 +218,13 @@ def bounding_box(mask: UInt8[np.ndarray, "h w"]) -> tuple[int, int, int, int]:
   return int(xs[0]), int(ys[0]), int(xs[-1]) + 1, int(ys[-1]) + 1
 
 
-def _place_at(image, mask, size: int, share: float, position: np.ndarray) -> np.ndarray:
+def _place_at(image, mask, size: int, ratio: float, position: np.ndarray) -> np.ndarray:
   """`position` (x, y) in [0, 1] moves the subject from one edge of the canvas to the other."""
   mask = _checked_mask(image, mask)
   x0, y0, x1, y1 = box = bounding_box(mask)
-  extent = share * np.array([x1 - x0, y1 - y0]) / max(x1 - x0, y1 - y0)
+  extent = ratio * np.array([x1 - x0, y1 - y0]) / max(x1 - x0, y1 - y0)
   x, y = extent / 2 + position * (1 - extent)
-  return _place(image, mask, box, size, share, (x, y))
+  return _place(image, mask, box, size, ratio, (x, y))
 
 
 def _checked_mask(image: np.ndarray, mask: np.ndarray) -> np.ndarray:

@@ -35,6 +35,7 @@ from cc_jax.sampling.pipeline import BASE, load
 from cc_jax.sampling.prompts import encode_prompts
 from cc_jax.sampling.sample import bundle
 from cc_jax.sampling.sampler import ImageSampler
+from configs import subjects3d
 from data_pipeline.errors import DataError
 
 STEPS = 3
@@ -499,3 +500,12 @@ def test_pictures_are_clipped_rounded_and_laid_on_white():
   clear[0, 0] = (10, 20, 30, 255)
   image = np.asarray(pictures.to_image(clear))
   assert image[0, 0].tolist() == [10, 20, 30] and image[1, 1].tolist() == [255, 255, 255]
+
+
+def test_references_are_displayed_as_in_training():
+  data = subjects3d.get_config().data
+  data.update(reference_ratio=0.5, reference_layout="in_place", image_size=32)
+  assert pictures.reference_display(data) == dict(ratio=0.5, size=32, layout="in_place")
+  notes = {"reference_share": "0.5", "reference_place": "frame"}  # as adapter files name them
+  assert pictures.reference_display(notes, 64) == dict(ratio=0.5, size=64, layout="frame")
+  assert pictures.reference_display({}, 64) == dict(ratio=0.8, size=64, layout="centred")

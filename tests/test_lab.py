@@ -641,7 +641,7 @@ def test_features_are_those_of_the_layers(small, trained):
 
 
 def test_views_are_the_same_for_all_subjects_when_a_colour_stands_for_a_view():
-  how = dict(share=0.8, size=64, place="in_place")
+  how = dict(ratio=0.8, size=64, layout="in_place")
   references, factors = lab_scores.make_views("validation", 2, 4, same=True, **how)
   assert references.shape == (8, 64, 64, 3)
   assert list(factors.subject_id) == [factors.subject_id[0]] * 4 + [factors.subject_id[4]] * 4

@@ -263,7 +263,7 @@ def test_leakage_of_the_references_themselves_is_one():
 
   The judge is not perfect, nor is a disc the subject: what a copy reaches is the measure's scale.
   """
-  what = make_interventions("test", 40, place="frame")
+  what = make_interventions("test", 40, layout="frame")
   judge, _ = judge_lib.load_judge()
   copied = leakage.measure(judge, what.references, what.references, what.factors)
   still = {name: what.references["start"] for name in what.references}

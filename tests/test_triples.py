@@ -159,7 +159,7 @@ def extent(image):
 
 def test_reference_is_centred_at_its_share():
   image, mask = box_picture()
-  out = triples.segment_reference(image, mask, share=0.8, size=64)
+  out = triples.segment_reference(image, mask, ratio=0.8, size=64)
   # Longer side 0.8 * 64 = 51.2, the other half of it, the middle in the middle.
   np.testing.assert_allclose(extent(out), [6.4, 19.2, 57.6, 44.8], atol=0.35)
   np.testing.assert_array_equal(out[24:40, 12:52], np.broadcast_to((200, 0, 0), (16, 40, 3)))
@@ -169,14 +169,14 @@ def test_reference_is_centred_at_its_share():
 
 def test_reference_of_a_subject_that_the_picture_cuts():
   image, mask = box_picture(box=(0, 0, 10, 40))
-  out = triples.segment_reference(image, mask, share=0.5, size=64)
+  out = triples.segment_reference(image, mask, ratio=0.5, size=64)
   np.testing.assert_allclose(extent(out), [28, 16, 36, 48], atol=0.35)
 
 
 def test_soft_alpha_is_composed_on_white():
   image, mask = box_picture(32, 32, (0, 0, 32, 32))
   mask[8:16] = 51  # a fifth
-  out = triples.place_on_white(image, mask, size=32, share=1.0)
+  out = triples.place_on_white(image, mask, size=32, ratio=1.0)
   np.testing.assert_array_equal(out[0], image[0])
   np.testing.assert_array_equal(out[12], np.broadcast_to((244, 204, 204), (32, 3)))
 
@@ -184,7 +184,7 @@ def test_soft_alpha_is_composed_on_white():
 def test_shrinking_is_antialiased():
   image, mask = box_picture(256, 256, (0, 0, 256, 256))
   image[:, ::2] = 0  # stripes of one pixel: red and black
-  out = triples.place_on_white(image, mask, size=32, share=1.0)
+  out = triples.place_on_white(image, mask, size=32, ratio=1.0)
   assert np.all(np.abs(out[4:-4, 4:-4, 0].astype(int) - 100) <= 2)
 
 
@@ -294,16 +294,16 @@ def test_references_are_segmented_as_training_showed_them():
     config = triples.TripleConfig(32, reference_layout=place)
     wanted = triples.show_reference(image, mask, config, np.full(3, 0.5))
     np.testing.assert_array_equal(
-      triples.segment_reference(image, mask, size=32, place=place), wanted)
+      triples.segment_reference(image, mask, size=32, layout=place), wanted)
     if place == "in_place":  # what training placed anywhere stays where it is
       np.testing.assert_array_equal(
-        triples.segment_reference(image, mask, size=32, place="random"), wanted)
+        triples.segment_reference(image, mask, size=32, layout="random"), wanted)
       assert (wanted[-4:] == 255).all() and not np.array_equal(
         wanted, triples.segment_reference(image, mask, size=32))
   # Nothing is known of what lies under an alpha channel.
   rgba = np.dstack([image, mask])
-  np.testing.assert_array_equal(triples.segment_reference(rgba, size=32, place="frame"),
-                                triples.segment_reference(rgba, size=32, place="in_place"))
+  np.testing.assert_array_equal(triples.segment_reference(rgba, size=32, layout="frame"),
+                                triples.segment_reference(rgba, size=32, layout="in_place"))
 
 
 def test_pictures_that_cannot_be_used():

@@ -176,12 +176,12 @@ def of_base(config: ml_collections.ConfigDict, base: Base) -> dict:
 
 @functools.lru_cache(4)
 def make_views(
-  split: str, count: int, views: int, *, same: bool = False, share: float, size: int, place: str,
+  split: str, count: int, views: int, *, same: bool = False, ratio: float, size: int, layout: str,
 ) -> tuple[UInt8[np.ndarray, "n h w 3"], world.Factors]:
   """Several references of each subject, one after another, and their factors.
 
   `same`: view k shows all subjects alike (pose, place, size, light), for pictures in which a colour
-  stands for a view. `share`, `size`, `place`: see `trials.make_trials`.
+  stands for a view. `ratio`, `size`, `layout`: see `trials.make_trials`.
   """
   subjects, rng = choose_subjects(split, count)
   rng = np.random.Generator(np.random.Philox(key=[_SEED, int(rng.integers(2**31))]))
@@ -192,7 +192,7 @@ def make_views(
     factors = factors._replace(
       **{name: np.tile(getattr(factors, name)[:views], count) for name in irrelevant})
   rendered = render_many(factors, resolution=size, progress=False)
-  return show_references(rendered, share=share, size=size, place=place), factors
+  return show_references(rendered, ratio=ratio, size=size, layout=layout), factors
 
 
 def embed(

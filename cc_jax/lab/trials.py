@@ -47,15 +47,15 @@ def check_split(split: str) -> None:
     raise UserError(f"--split={split} is unknown; use one of {', '.join(world.SPLITS)}")
 
 
-def make_trials(split: str, count: int, *, share: float = 0.8, size: int = 64,
-                place: str = "centred", styled: int = 0, hatted: int = 0,
+def make_trials(split: str, count: int, *, ratio: float = 0.8, size: int = 64,
+                layout: str = "centred", styled: int = 0, hatted: int = 0,
                 rounds: int = 1) -> Trials:
   """`count` subjects of a split, as evenly over the classes as possible; always the same ones.
 
   Args:
     rounds: how often each subject comes, every time with another reference and prompt: the trials
       of one round after those of another, [rounds * count]. The first is the same with any number.
-    share, size, place: how references are shown (`cc_jax.sampling.images.reference_display`).
+    ratio, size, layout: how references are shown (`cc_jax.sampling.images.reference_display`).
     styled: every so many prompts, one asks for a sketch or a watercolour besides; 0 = none.
     hatted: every so many prompts, one asks for a hat of some colour besides, which no reference
       wears; 0 = none.
@@ -63,7 +63,7 @@ def make_trials(split: str, count: int, *, share: float = 0.8, size: int = 64,
   Raises:
     UserError: the split has fewer subjects.
   """
-  display = dict(share=share, size=size, place=place)
+  display = dict(ratio=ratio, size=size, layout=layout)
   parts = [_make_round(split, count, index, styled, hatted, display) for index in range(rounds)]
   *columns, factors, visible = zip(*parts)
   joined = [sum(column, ()) if isinstance(column[0], tuple) else np.concatenate(column)
@@ -130,13 +130,13 @@ def _generator(stream: int) -> np.random.Generator:
 
 
 def show_references(
-  rendered, *, share: float, size: int, place: str
+  rendered, *, ratio: float, size: int, layout: str
 ) -> UInt8[np.ndarray, "n s s 3"]:
   """Rendered pictures (`data_pipeline.subjects3d.renderer.Rendered`) as references.
 
-  `share`, `size`, `place`: see `make_trials`; 'random' is shown in place, so nothing is random.
+  `ratio`, `size`, `layout`: see `make_trials`; 'random' is shown in place, so nothing is random.
   """
-  config = TripleConfig(size, share, reference_layout="in_place" if place == "random" else place)
+  config = TripleConfig(size, ratio, reference_layout="in_place" if layout == "random" else layout)
   middle = np.full(3, 0.5)
   pairs = zip(rendered.image, rendered.mask)
   return np.stack([show_reference(image, mask, config, middle) for image, mask in pairs])
@@ -152,8 +152,8 @@ class Interventions(NamedTuple):
 
 
 def make_interventions(
-  split: str, count: int, *, moves: Sequence[str] = tuple(leakage.MOVES), share: float = 0.8,
-  size: int = 64, place: str = "in_place",
+  split: str, count: int, *, moves: Sequence[str] = tuple(leakage.MOVES), ratio: float = 0.8,
+  size: int = 64, layout: str = "in_place",
 ) -> Interventions:
   """`count` subjects, the same as those of `make_trials`, for `leakage.measure`.
 
@@ -163,7 +163,7 @@ def make_interventions(
   start = leakage.start(rng, subjects)
   views = {"start": start} | {name: leakage.moved(start, name) for name in moves}
   rendered = render_many(world.concatenate(list(views.values())), resolution=size, progress=False)
-  shown = show_references(rendered, share=share, size=size, place=place)
+  shown = show_references(rendered, ratio=ratio, size=size, layout=layout)
   requested = start._replace(scene=leakage.asked_scene(rng, start).astype(start.scene.dtype))
   prompts = [caption(rng, requested.take(i), mention=("scene",)).text for i in range(count)]
   return Interventions(

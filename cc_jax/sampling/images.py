@@ -139,12 +139,12 @@ def save(image: Image.Image, path: Any, settings: Mapping[str, Any] | None = Non
 
 
 def read_reference(
-  reference: Any, mask: Any = None, *, share: float = 0.8, size: int = 64, place: str = "centred"
+  reference: Any, mask: Any = None, *, ratio: float = 0.8, size: int = 64, layout: str = "centred"
 ) -> UInt8[np.ndarray, "s s 3"]:
-  """A reference as training shows it: cut out, on white, centred, its longer side `share` of it.
+  """A reference as training shows it: cut out, on white, centred, its longer side `ratio` of it.
 
   Warns, with what would help, if neither a mask nor an alpha channel says where the subject is.
-  `place`: see `data_pipeline.triples.segment_reference`.
+  `layout`: see `data_pipeline.triples.segment_reference`.
 
   Raises:
     UserError: a file is missing, empty or no picture; nothing of the subject is opaque; the
@@ -154,14 +154,14 @@ def read_reference(
   pixels = np.asarray(to_rgb_or_rgba(_open(reference, name)))
   if mask is not None:
     mask = np.asarray(_open(mask, _name(mask, "the mask")).convert("L"))
-  elif place != "frame" and split_alpha(pixels)[1] is None:
+  elif layout != "frame" and split_alpha(pixels)[1] is None:
     warnings.warn(
       f"{name} is used whole, background included, which the drawing may copy: a PNG with a "
       "transparent background, or a --mask that is white on the subject, would help",
       stacklevel=2,
     )
   try:
-    return segment_reference(pixels, mask, share=share, size=size, place=place)
+    return segment_reference(pixels, mask, ratio=ratio, size=size, layout=layout)
   except DataError as error:
     raise UserError(f"{name}: {error}") from error
 
@@ -169,11 +169,16 @@ def read_reference(
 def reference_display(settings: Mapping[str, Any], size: int | None = None) -> dict[str, Any]:
   """How a training shows its references: arguments of `read_reference`.
 
-  `settings`: config.data, or the notes of an adapter file, which name no size of their own.
+  `settings`: config.data; with `size`, the notes of an adapter file, which name none, lack what is
+  as by default, and keep the names of the first version.
   """
-  return dict(share=float(settings.get("reference_share", 0.8)),
-              size=size or settings["image_size"],
-              place=settings.get("reference_place", "centred"))
+  if size is None:
+    ratio, layout, size = (settings[key] for key in
+                           ("reference_ratio", "reference_layout", "image_size"))
+  else:
+    ratio = float(settings.get("reference_share", 0.8))
+    layout = settings.get("reference_place", "centred")
+  return dict(ratio=ratio, size=size, layout=layout)
 
 
 def read_start(
