@@ -20,7 +20,7 @@ OPAQUE = 128  # a pixel belongs to the subject from this alpha on
 # frame; cut out, at a random size and position like positives; or the complete frame with its
 # background. The last three are for the laboratory: they decide whether the encoder learns of size,
 # position and scene.
-PLACES = ("centred", "in_place", "random", "frame")
+LAYOUTS = ("centred", "in_place", "random", "frame")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,10 +46,10 @@ class TripleConfig:
       raise DataError(f"data.reference_jitter={config.reference_jitter} must lie in [0, 1)")
     if not 0 < low <= high <= 1:
       raise DataError(f"data.positive_ratio={(low, high)} must be a range inside (0, 1]")
-    if config.reference_layout not in PLACES:
+    if config.reference_layout not in LAYOUTS:
       raise DataError(
           f"data.reference_layout={config.reference_layout!r} is unknown; use one of "
-          f"{', '.join(PLACES)}"
+          f"{', '.join(LAYOUTS)}"
       )
     return config
 
@@ -82,7 +82,7 @@ def show_reference(
     config: TripleConfig,
     u: np.ndarray,
 ) -> UInt8[np.ndarray, "s s 3"]:
-  """A frame as the encoder sees it: config.reference_layout says how (`PLACES`).
+  """A frame as the encoder sees it: config.reference_layout says how (`LAYOUTS`).
 
   `u` are three uniform numbers in [0, 1) for size, x and y where these are random; 0.5 each is the
   middle. Raises DataError for an empty mask or shapes that do not fit.
@@ -113,8 +113,8 @@ def segment_reference(
 
   `image` is RGB or RGBA; `mask` takes precedence over the alpha channel. Without either (a fully
   opaque alpha channel does not count) the uncut picture is fitted into the canvas. For adapters
-  trained on references at another `layout` (of `PLACES`) the result is the picture's largest square:
-  cut out ('in_place', and 'random' too, without randomness) or with its background ('frame').
+  trained with another `layout` (of `LAYOUTS`) the result is the picture's largest square: cut out
+  ('in_place', and 'random' too, without randomness) or with its background ('frame').
   Raises DataError for an empty mask, a fully transparent picture, or shapes that do not fit.
   """
   image, alpha = split_alpha(image)

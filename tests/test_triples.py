@@ -235,7 +235,7 @@ def test_places_of_the_reference():
     place: triples.make_triple(
       sampling.row_rng(0, 0, 0), [image] * 3, [mask] * 3,
       triples.TripleConfig(50, 0.8, 0.0, (0.4, 0.6), place))
-    for place in triples.PLACES
+    for place in triples.LAYOUTS
   }
   for row in rows.values():
     np.testing.assert_array_equal(row["positive"], rows["centred"]["positive"])
