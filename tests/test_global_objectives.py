@@ -16,13 +16,13 @@ import pytest
 import run_global_objectives as eight
 import tiny
 
-from cc_jax import train
 from cc_jax.errors import UserError
 from cc_jax.objectives.contrast import NAIVE_BACKEND, ContrastiveBackend, contrast
 from cc_jax.objectives.cscl import cscl
 from cc_jax.objectives.macl import POOLINGS, SCALINGS, macl
 from cc_jax.objectives.pair_scaling import PairLoss
-from cc_jax.training import step
+from cc_jax.training.contrastive import compare_embeddings, contrastive_embeddings
+from cc_jax.training.setup import build_abstract, make_step_context
 
 KINDS = ("tiled", "ring")
 
@@ -146,7 +146,7 @@ def test_auto_goes_by_memory():
 
 @pytest.mark.parametrize("pooling", POOLINGS)
 def test_the_log_says_what_the_step_computes(tiny_folder, monkeypatch, pooling):
-  """Method.describe_contrast knows the sizes without tracing the step."""
+  """StepContext.describe_contrast knows the sizes without tracing the step."""
   calls = []
 
   def choose(backend, pair_loss, *sizes):
@@ -156,20 +156,21 @@ def test_the_log_says_what_the_step_computes(tiny_folder, monkeypatch, pooling):
   config = tiny.tiny_config(
     tiny_folder, objective__macl_pooling=pooling, encoder__contrast_head=6 * (pooling == "mean")
   )
-  config, base, (definition, trainable, frozen) = train.without_weights(config)
-  method = train.make_method(config, definition, base)
+  config, base, (definition, trainable, frozen) = build_abstract(config)
+  context = make_step_context(config, definition, base)
   mesh = jax.make_mesh((1, 1, 1), ("data", "fsdp", "tensor"))
   monkeypatch.setattr(ContrastiveBackend, "choose", choose)
-  lines = method.describe_contrast(mesh, trainable, frozen)
+  lines = context.describe_contrast(mesh, trainable, frozen)
   assert [line.split(":")[0] for line in lines] == ["cscl", "macl"]
 
   def contrastive(trainable, frozen):
-    model, n = method.model(trainable, frozen), config.train.batch_size
+    model, n = context.model(trainable, frozen), config.train.batch_size
     pixels, t = jnp.zeros((n, tiny.IMAGE, tiny.IMAGE, 3)), jnp.zeros(n, jnp.int32)
     batch = {"positive": pixels, "subject_id": t}
-    backend = dataclasses.replace(method, mesh=mesh).contrast
-    features = model.image_features(pixels)
-    return step.contrastive(model, config.objective, batch, *features, t, backend)
+    backend = dataclasses.replace(context, mesh=mesh).contrast
+    features, embed = model.image_features(pixels)
+    embeddings = contrastive_embeddings(model, config.objective, batch, features, embed, t)
+    return compare_embeddings(config.objective, embeddings, batch["subject_id"], backend)
 
   jax.eval_shape(contrastive, trainable, frozen)
   assert len(calls) == 4 and calls[:2] == calls[2:]
