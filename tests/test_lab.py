@@ -630,7 +630,7 @@ def test_features_are_those_of_the_layers(small, trained):
   rng = np.random.default_rng(0)
   pictures = rng.integers(0, 256, (3, 64, 64, 3), np.uint8)
   assert pipe.shown == reference_display(config.run.data)
-  assert pipe.shown["place"] == "in_place"
+  assert pipe.shown["layout"] == "in_place"
   pooled, flat = lab_scores.embed(model, pictures, 500, batch=2)
   seen, _ = model.image_features(jax.numpy.asarray(pictures, jax.numpy.float32) / 255)
   tokens = model.mfi_encoder.textual(seen, jax.numpy.full(3, 500))[1]
