@@ -101,12 +101,21 @@ def refuse_old_names(flat: Mapping[str, Any]) -> None:
       raise UserError(f"config.{key} is {value!r}; that policy is now called {now!r}")
 
 
+def original_value(key: str, value: Any) -> Any:
+  """The value of a key as it was written at commit 0d5bef4."""
+  return _translate(key, value, {new: old for old, new in RENAMED_REMAT.items()})
+
+
 def _current_value(key: str, value: Any) -> Any:
+  return _translate(key, value, RENAMED_REMAT)
+
+
+def _translate(key: str, value: Any, words: Mapping[str, str]) -> Any:
   if ".remat_" not in key:
     return value
   if isinstance(value, list | tuple):
-    return type(value)(RENAMED_REMAT.get(word, word) for word in value)
-  return RENAMED_REMAT.get(value, value)
+    return type(value)(words.get(word, word) for word in value)
+  return words.get(value, value)
 
 
 def _stop(message: str) -> None:

@@ -158,3 +158,9 @@ def test_old_keys_in_python_and_old_words(tmp_path):
     remat.check_policies("train.remat_unet", ["products"])
   with pytest.raises(UserError, match="run.data.reference_place is now run.data.reference_layout"):
     refuse_old_names({"run.data.reference_place": "frame"})
+
+
+def test_renamed_remat_policies_are_hashed_under_their_first_name():
+  assert original_value("train.remat_unet", ("dots", "full")) == ("products", "full")
+  assert original_value("run.train.remat_text", "dots") == "products"
+  assert original_value("data.name", "dots") == "dots"

@@ -189,6 +189,14 @@ def test_folders_that_are_no_image_encoder(published, tiny_folder):
     load_base(tiny_folder, image_encoder=folder)
 
 
+def test_a_config_without_architectures_goes_by_its_model_type(published, tiny_folder):
+  folder, _ = published
+  config = json.loads((folder / "config.json").read_text())
+  kind = config.pop("architectures")[0]
+  (folder / "config.json").write_text(json.dumps(config))
+  assert load_base(tiny_folder, image_encoder=folder).image_encoder.config.architecture == kind
+
+
 def test_preprocessing_of_the_first_dino(published, tiny_folder):
   """facebook/dino-vits16 has a plain size, no crop, and PIL's bilinear filter."""
   folder, _ = published

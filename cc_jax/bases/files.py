@@ -245,10 +245,14 @@ def _image_encoder_folder(name: str | Path) -> Path:
 
 
 def _image_encoder_class(folder: Path) -> type[ImageEncoder]:
-  """What the folder's config.json says; without a word of it, CLIP's."""
+  """What config.json says by its architectures, else by its model_type; without both, CLIP's."""
   with _named_in_errors(folder / "config.json") as file:
-    names = read_json(file).get("architectures") or NETWORKS[CLIPVisionModel].architectures
-    return network_class("image_encoder", names[0])
+    values = read_json(file)
+    if names := values.get("architectures"):
+      return network_class("image_encoder", names[0])
+    classes = (cls for cls in NETWORKS if issubclass(cls, ImageEncoder))
+    kind = values.get("model_type")
+    return next((cls for cls in classes if kind in cls.model_types), CLIPVisionModel)
 
 
 def read_config(folder: Path, cls: type[nnx.Module]) -> Any:

@@ -7,7 +7,7 @@ from typing import Any
 
 import ml_collections
 
-from cc_jax.cli import ORIGINAL_KEYS, flatten_config
+from cc_jax.cli import ORIGINAL_KEYS, flatten_config, original_value
 from cc_jax.errors import UserError
 from cc_jax.lab import judge
 from cc_jax.lab.results import read_result
@@ -45,7 +45,7 @@ def fingerprint(config: ml_collections.ConfigDict, base_hash: str) -> str:
     first_name = ORIGINAL_KEYS.get(key, key)
     free = key in _FREE or key.startswith("mesh.")
     if not free and (first_name in values or value != defaults.get(key)):
-      values[first_name] = value
+      values[first_name] = original_value(key, value)
   for key, value in values.items():
     section, _, field = key.rpartition(".")
     shared.setdefault(section, {})[field] = value

@@ -75,9 +75,10 @@ def processor_from_dict(
   crop = crop.get("height") if isinstance(crop, dict) else crop
   known = isinstance(edge, int) and isinstance(crop, int) and edge >= crop
   if not known or not (any_size or crop == size):
+    wanted = "one size in whole pixels" if any_size else f"{size} x {size} pixels"
     raise UserError(
       f"size {values.get('size')} and crop_size {values.get('crop_size')} do not give the image "
-      f"encoder its {size} x {size} pixels"
+      f"encoder {wanted}"
     )
   mean, std = (tuple(values.get(f"image_{key}", default[key])) for key in ("mean", "std"))
   method = _METHODS[values.get("resample", 3)]

@@ -104,6 +104,7 @@ class CLIPVisionModel(ImageEncoder):
   """The image encoder; see `cc_jax.models.clip_pixels` for its preprocessing."""
 
   normalisation = CLIP_PROCESSOR
+  model_types = ("clip_vision_model",)
 
   def __init__(
     self, config: CLIPVisionConfig, *, dtype=jnp.float32, param_dtype=jnp.float32, rngs: nnx.Rngs

@@ -249,6 +249,7 @@ class Dino(ImageEncoder):
   """The image encoder of DINO or DINOv2, as `config.architecture` says."""
 
   normalisation = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}  # ImageNet's
+  model_types = ("vit", "dinov2")
   any_size = True
 
   def __init__(

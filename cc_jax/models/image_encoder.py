@@ -26,6 +26,7 @@ class ImageEncoder(nnx.Module):
 
   config: Any
   normalisation: ClassVar[Mapping[str, Any]]  # mean and std of its training
+  model_types: ClassVar[tuple[str, ...]]  # in config.json, where no architectures are named
   has_class_token: ClassVar[bool] = True  # it is token 0 of the hidden states
   any_size: ClassVar[bool] = False  # takes other sizes than config.image_size
 
