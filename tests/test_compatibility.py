@@ -17,6 +17,7 @@ from cc_jax.cli import (
   ORIGINAL_KEYS,
   RENAMED_KEYS,
   flatten_config,
+  original_value,
   refuse_old_names,
   with_current_names,
 )
