@@ -302,10 +302,12 @@ def test_values_of_subjects_are_packed_and_read_again(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("folder, split, file", [
   ("cut_outs", "validation", "tables.md"), ("cut_outs", "test", "tables-test.md"),
-  ("rounds", "test", "rounds/tables-test.md")])
+  ("rounds", "test", "rounds/tables-test.md"),
+  ("photographs", "validation", "photographs/tables.md")])
 def test_committed_tables_are_those_of_the_committed_results(folder, split, file):
   written = (COMMITTED.parents[1] / "docs" / "lab" / file).read_text()
-  assert tables(load_results(COMMITTED / folder, split), split, "cut_outs") == written
+  setting = "photographs" if folder == "photographs" else "cut_outs"
+  assert tables(load_results(COMMITTED / folder, split), split, setting) == written
 
 
 def test_tables_and_figures_of_known_results(tmp_path):
