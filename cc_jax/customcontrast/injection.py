@@ -9,7 +9,7 @@ import numpy as np
 from flax import nnx, struct
 from jaxtyping import Array, Float
 
-from cc_jax.customcontrast import settings
+from cc_jax.customcontrast import config_section
 from cc_jax.customcontrast.location import TimestepLocation
 from cc_jax.errors import UserError
 from cc_jax.models.params import ParamOptions
@@ -31,7 +31,7 @@ class InjectionConfig:
   @classmethod
   def from_config(cls, values: Mapping[str, Any]) -> "InjectionConfig":
     """Reads config.injection (or an adapter file's copy of it) strictly; raises UserError."""
-    config = settings.build(cls, values, section="injection", choices=_CHOICES)
+    config = config_section.build(cls, values, section="injection", choices=_CHOICES)
     if config.low_rank < 0:
       raise UserError(f"config.injection.low_rank is {config.low_rank}; use 0 for full rank")
     if config.location_width < 1:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from cc_jax.customcontrast import settings
+from cc_jax.customcontrast import config_section
 from cc_jax.customcontrast.qformer import TextualQformer, VisualQformer
 from cc_jax.customcontrast.tv_fusion import TVFusion
 from cc_jax.errors import UserError
@@ -50,7 +50,7 @@ class MFIEncoderConfig:
   @classmethod
   def from_config(cls, values: Mapping[str, Any]) -> "MFIEncoderConfig":
     """Reads config.encoder (or an adapter file's copy of it) strictly; raises UserError."""
-    config = settings.build(cls, values, section="encoder", choices=_CHOICES)
+    config = config_section.build(cls, values, section="encoder", choices=_CHOICES)
     for name in ("width", "depth", "heads", "visual_queries", "textual_queries", "s_words"):
       if getattr(config, name) < 1:
         raise UserError(f"config.encoder.{name} is {getattr(config, name)}; it must be at least 1")
