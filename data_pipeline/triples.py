@@ -14,8 +14,8 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from data_pipeline.errors import DataError
+from data_pipeline.images import OPAQUE
 
-OPAQUE = 128  # a pixel belongs to the subject from this alpha on
 # How a reference is shown: cut out on white and centred; cut out, at its size and position in the
 # frame; cut out, at a random size and position like positives; or the complete frame with its
 # background. The last three are for the laboratory: they decide whether the encoder learns of size,
@@ -212,8 +212,9 @@ def bounding_box(mask: UInt8[np.ndarray, "h w"]) -> tuple[int, int, int, int]:
   xs, ys = np.flatnonzero(opaque.any(0)), np.flatnonzero(opaque.any(1))
   if len(xs) == 0:
     raise DataError(
-        "the mask (or alpha channel) is empty: no pixel of the subject is opaque; "
-        "give a picture in which the subject's pixels are opaque"
+        "the mask (or alpha channel) is empty: no pixel of the subject is opaque (its values are "
+        f"{mask.min(initial=255)} to {mask.max(initial=0)}, the subject's are {OPAQUE} to 255); "
+        "give one that is white, or opaque, on the subject"
     )
   return int(xs[0]), int(ys[0]), int(xs[-1]) + 1, int(ys[-1]) + 1
 

@@ -424,8 +424,9 @@ def test_image_features(default, x):
     expected.append(centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-5))
   np.testing.assert_allclose(features, np.concatenate(expected, axis=-1), atol=1e-4)
   np.testing.assert_allclose(embed, out.image_embeds, atol=1e-5)
-  big = jnp.repeat(jnp.repeat(x["pixels"][:, :1, :1], 20, axis=1), 20, axis=2)  # one colour
-  small = jnp.repeat(jnp.repeat(x["pixels"][:, :1, :1], 8, axis=1), 8, axis=2)
+  color = jnp.rint(x["pixels"][:, :1, :1] * 255) / 255  # resizing rounds to bytes
+  big = jnp.repeat(jnp.repeat(color, 20, axis=1), 20, axis=2)
+  small = jnp.repeat(jnp.repeat(color, 8, axis=1), 8, axis=2)
   np.testing.assert_allclose(get(big)[0], get(small)[0], atol=1e-3)
 
 

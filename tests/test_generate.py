@@ -384,8 +384,8 @@ MISTAKES = {
   "base missing": (dict(base="{}/none"), "is no folder"),
   "base without adapter": (dict(base="{}/base", checkpoint=None), "give --checkpoint"),
   "reference missing": (dict(reference="{}/none.png"), "none.png is missing"),
-  "reference no picture": (dict(reference="{}/words.png"), "no picture"),
-  "reference cut off": (dict(reference="{}/half.png"), "no picture"),
+  "reference no picture": (dict(reference="{}/words.png"), "not a picture"),
+  "reference cut off": (dict(reference="{}/half.png"), "half.png cannot be read"),
   "reference empty": (dict(reference="{}/nothing.png"), "empty file"),
   "reference transparent": (dict(reference="{}/transparent.png"), "transparent.png: .*empty"),
   "mask of another size": (

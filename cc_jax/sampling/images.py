@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 
 from cc_jax.errors import UserError
 from data_pipeline.errors import DataError
-from data_pipeline.images import has_alpha, open_image, to_rgb_or_rgba
+from data_pipeline.images import OPAQUE, read_image, read_pair
 from data_pipeline.triples import segment_reference, split_alpha
 
 METADATA = "cc_jax"  # the PNG text entry with a picture's settings, as JSON
@@ -28,20 +28,23 @@ _PAPER, _INK = "white", "black"
 def to_image(picture: Any) -> Image.Image:
   """A PIL image, uint8 [h, w, 3 or 4] or float [h, w, 3] in [0, 1] (clipped), as an RGB image.
 
-  An alpha channel is laid on white.
+  An alpha channel is laid on white, a PIL image turned as its metadata says.
 
   Raises:
     ValueError: an array of another shape.
+    DataError: a PIL image whose values have no known scale.
   """
-  if not isinstance(picture, Image.Image):
-    pixels = np.asarray(picture)
-    if pixels.ndim != 3 or pixels.shape[-1] not in (3, 4):
-      raise ValueError(f"a picture has the shape [h, w, 3 or 4], not {list(pixels.shape)}")
-    if pixels.dtype != np.uint8:
-      pixels = to_uint8(pixels)
-    picture = Image.fromarray(pixels)
-  if has_alpha(picture):
-    picture = picture.convert("RGBA")
+  if isinstance(picture, Image.Image):
+    return _on_white(read_image(picture))
+  pixels = np.asarray(picture)
+  if pixels.ndim != 3 or pixels.shape[-1] not in (3, 4):
+    raise ValueError(f"a picture has the shape [h, w, 3 or 4], not {list(pixels.shape)}")
+  return _on_white(pixels if pixels.dtype == np.uint8 else to_uint8(pixels))
+
+
+def _on_white(pixels: UInt8[np.ndarray, "h w c"]) -> Image.Image:
+  picture = Image.fromarray(pixels)
+  if picture.mode == "RGBA":
     paper = Image.new("RGBA", picture.size, _PAPER)
     picture = Image.alpha_composite(paper, picture)
   return picture.convert("RGB")
@@ -143,17 +146,23 @@ def read_reference(
 ) -> UInt8[np.ndarray, "s s 3"]:
   """A reference as training shows it: cut out, on white, centred, its longer side `ratio` of it.
 
-  Warns, with what would help, if neither a mask nor an alpha channel says where the subject is.
-  `layout`: see `data_pipeline.triples.segment_reference`.
+  `reference` and `mask`: what `data_pipeline.images.read_pair` takes. Warns, with what would help,
+  if neither a mask nor an alpha channel says where the subject is. `layout`: see
+  `data_pipeline.triples.segment_reference`.
 
   Raises:
-    UserError: a file is missing, empty or no picture; nothing of the subject is opaque; the
-      mask has another size.
+    UserError: a file is missing, empty or no picture; values of no known scale; nothing of the
+      subject is opaque; the mask has another size.
   """
   name = _name(reference, "the reference")
-  pixels = np.asarray(to_rgb_or_rgba(_open(reference, name)))
+  pixels, mask = _read(reference, name, mask)
   if mask is not None:
-    mask = np.asarray(_open(mask, _name(mask, "the mask")).convert("L"))
+    if layout != "frame" and mask.min() >= OPAQUE:
+      warnings.warn(
+        f"{name} is used whole, background included: its mask has the values {mask.min()} to "
+        f"{mask.max()}, which is the subject everywhere; make it black where the subject is not",
+        stacklevel=2,
+      )
   elif layout != "frame" and split_alpha(pixels)[1] is None:
     warnings.warn(
       f"{name} is used whole, background included, which the drawing may copy: a PNG with a "
@@ -186,30 +195,27 @@ def read_start(
 ) -> UInt8[np.ndarray, "h w 3"]:
   """A picture to start drawing from: its largest centred part of that shape, resized; on white.
 
+  `image`: what `data_pipeline.images.read_image` takes.
+
   Raises:
-    UserError: a file is missing, empty or no picture.
+    UserError: a file is missing, empty or no picture; values of no known scale.
   """
-  image = to_image(_open(image, _name(image, name)))
-  return np.asarray(ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS))
+  pixels, _ = _read(image, _name(image, name))
+  return np.asarray(ImageOps.fit(_on_white(pixels), (width, height), Image.Resampling.LANCZOS))
 
 
-def _open(picture: Any, name: str) -> Image.Image:
-  """A path, PIL image or uint8 array as a PIL image, turned as its camera says."""
-  if isinstance(picture, Image.Image):
-    return picture
-  if isinstance(picture, np.ndarray):
-    return Image.fromarray(picture)
-  path = Path(picture)
-  if not path.is_file():
-    raise UserError(f"{name} is missing; check the path")
-  if path.stat().st_size == 0:
-    raise UserError(f"{name} is an empty file; save the picture again")
+def _read(
+  picture: Any, name: str, mask: Any = None
+) -> tuple[UInt8[np.ndarray, "h w c"], UInt8[np.ndarray, "h w"] | None]:
+  """`data_pipeline.images.read_pair`, with its errors as UserErrors."""
+  mask_name = _name(mask, "the mask")
+  for source, what in ((picture, name), (mask, mask_name)):
+    if isinstance(source, str | os.PathLike) and not Path(source).exists():
+      raise UserError(f"{what} is missing; check the path")
   try:
-    return open_image(path)
+    return read_pair(picture, mask, name, mask_name)
   except DataError as error:
-    raise UserError(
-      f"{name} is no picture that can be read ({error.__cause__}); give a PNG or JPEG file"
-    ) from error
+    raise UserError(str(error)) from error
 
 
 def _name(picture: Any, default: str) -> str:

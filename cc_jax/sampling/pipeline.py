@@ -143,9 +143,9 @@ class Pipeline:
       prompt: a sentence; with references it must contain the class noun, after which S+ goes.
       class_noun: what the subject is, in one or several words. Several subjects in one picture
         have a list of nouns, in the order of the prompt, and a list of references for each.
-      references: one picture or several of one subject (paths, PIL images, uint8 [h, w, 3 or 4]),
-        used together in any order. A mask, or an alpha channel, cuts the subject out. None: the
-        base draws alone.
+      references: one picture or several of one subject (paths, PIL images, or arrays [h, w, 3 or 4]
+        of 0 to 255 or floats in [0, 1]), used together in any order. A mask, or an alpha channel,
+        cuts the subject out. None: the base draws alone.
       masks: one per reference (path, PIL image, array; None where there is none).
       scale: how much of the subject: 0 draws with the base, 1 is as in training; or [L] numbers
         per cross-attention layer, or [steps, L].
@@ -252,7 +252,7 @@ class Pipeline:
 
 def _as_list(pictures: Any) -> list[Any]:
   """One picture or several or None, as a list."""
-  single = isinstance(pictures, str | os.PathLike | Image.Image | np.ndarray)
+  single = isinstance(pictures, str | os.PathLike | Image.Image) or hasattr(pictures, "__array__")
   return [pictures] if single else list(pictures or ())
 
 

@@ -31,7 +31,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from data_pipeline import images, sampling, triples
 from data_pipeline.errors import DataError
@@ -52,12 +51,10 @@ class Frame:
 
   def load(self) -> tuple[np.ndarray, np.ndarray]:
     """Picture uint8 [h, w, 3] and mask uint8 [h, w]; raises DataError naming the file."""
-    picture = images.read_image(self.picture)
-    if self.mask is not None:
-      mask = images.read_mask(self.mask)
-    elif np.all(picture[..., -1] == 255):
-      raise _no_mask(self.picture)
-    else:
+    picture, mask = images.read_pair(self.picture, self.mask)
+    if mask is None:
+      if np.all(picture[..., 3:] == 255):
+        raise _no_mask(self.picture)
       mask = picture[..., 3]
     picture = picture[..., :3]
     triples.check_frame(picture, mask, str(self.picture))
@@ -128,7 +125,7 @@ def _read_subject(folder: Path) -> Subject:
     if name not in captions:
       raise DataError(f"{file} has no caption; add one to {folder / 'captions.json'}")
     mask = next((files[m] for m in masks if Path(m).stem == f"{file.stem}_mask"), None)
-    if mask is None and not _has_alpha(file):
+    if mask is None and not images.file_has_alpha(file):
       raise _no_mask(file)
     is_reference = references is None or name in references
     frames.append(Frame(file, mask, captions[name], is_reference))
@@ -157,14 +154,6 @@ def _read_captions(file: Path) -> dict:
   if unknown:
     raise DataError(f"{file} has the unknown key {unknown[0]!r}; it may have {sorted(known)}")
   return metadata
-
-
-def _has_alpha(file: Path) -> bool:
-  try:
-    with Image.open(file) as image:
-      return images.has_alpha(image)
-  except OSError:
-    raise DataError(f"{file} is not a picture that can be read; give a PNG or JPEG") from None
 
 
 def _no_mask(file: Path) -> DataError:

@@ -136,8 +136,9 @@ class SubjectRecord:
   def frame(self, f: int) -> tuple[np.ndarray, np.ndarray]:
     """Picture uint8 [h, w, 3] and mask uint8 [h, w]."""
     name = f"{self._name}, frame {f}"
-    image = images.read_image(self._features["frames"].bytes_list.value[f], name)[..., :3]
-    mask = images.read_mask(self._features["masks"].bytes_list.value[f], f"{name}, mask")
+    picture, mask = (self._features[key].bytes_list.value[f] for key in ("frames", "masks"))
+    image, mask = images.read_pair(picture, mask, name, f"{name}, mask")
+    image = image[..., :3]
     triples.check_frame(image, mask, name)
     return image, mask
 
