@@ -1,8 +1,8 @@
 """Pictures and masks from files, encoded bytes, PIL images and arrays: one reader for all doors.
 
-A picture becomes uint8 RGB, or RGBA where it has transparency, turned as its metadata says. Greys
-of 16 bits and floats in [0, 1] are scaled to 8 bits; what has no known scale is refused. A mask
-becomes uint8 [h, w], 255 = subject. Of files with several frames the first one counts.
+A picture becomes uint8 RGB, or RGBA where it has transparency, turned as its metadata says, that of
+a PIL image too. Greys of 16 bits and floats in [0, 1] are scaled to 8 bits; what has no known scale
+is refused. A mask becomes uint8 [h, w], 255 = subject. Of several frames the first one counts.
 """
 
 import contextlib
@@ -183,11 +183,8 @@ def _pixels(image: Image.Image | np.ndarray, name: str) -> np.ndarray:
   with _pillow_errors(image, name):
     if image.mode == "La":
       image = image.convert("LA")
-    if has_alpha(image):
-      return np.array(image.convert("RGBA"))
-    if image.mode in ("1", "L"):
-      return np.array(image.convert("L"))
-    return np.array(image.convert("RGB"))
+    mode = "RGBA" if has_alpha(image) else "L" if image.mode in ("1", "L") else "RGB"
+    return np.array(image if image.mode == mode else image.convert(mode))
 
 
 def _to_8_bits(values: np.ndarray, name: str, sixteen_bits: bool = False) -> np.ndarray:
