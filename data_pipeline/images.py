@@ -135,16 +135,15 @@ def _mask_of_colors(pixels: np.ndarray, name: str) -> UInt8[np.ndarray, "h w"]:
   brightest = pixels.max(-1)
   if np.max(brightest - pixels.min(-1)) < _GREY_SPREAD:
     return brightest
-  colors = np.unique(pixels.astype(np.uint32) @ np.array([65536, 256, 1], np.uint32))
-  if len(colors) <= _FLAT_COLORS:
+  if Image.fromarray(pixels).getcolors(_FLAT_COLORS):  # None if there are more
     mask = np.where(brightest > 0, np.uint8(255), np.uint8(0))
   else:
     mask = (brightest.astype(np.uint32) * 255 // brightest.max()).astype(np.uint8)
   if mask.min() >= OPAQUE:
-    seen = ", ".join(f"#{color:06x}" for color in colors[[0, -1]])
     raise DataError(
-        f"{name} has colours, from {seen[:7]} to {seen[-7:]}, and no black, so what is not the "
-        "subject is unknown; save the mask white on the subject and black elsewhere"
+        f"{name} has colours and no black (the brightest channel is {brightest.min()} to "
+        f"{brightest.max()}), so what is not the subject is unknown; save it white on the subject, "
+        "black elsewhere"
     )
   return mask
 
