@@ -1,6 +1,7 @@
 """What every command does: flags, a user's mistake in one line, config keys that were renamed."""
 
 import importlib.machinery
+import importlib.util
 import re
 import sys
 import sysconfig
@@ -124,7 +125,9 @@ def _check_config_file(argv: Sequence[str]) -> None:
     raise UserError(
       f"--config={name} is no file; give a config file, such as configs/subjects3d.py")
   try:
-    module = importlib.machinery.SourceFileLoader("user_config", name).load_module()
+    loader = importlib.machinery.SourceFileLoader("user_config", name)
+    module = importlib.util.module_from_spec(importlib.util.spec_from_loader("user_config", loader))
+    loader.exec_module(module)
     if not hasattr(module, "get_config"):
       raise UserError(f"{name} has no function get_config(); it must return the config")
     config = module.get_config(*arguments)

@@ -172,9 +172,10 @@ def _wrong_data(config: Mapping[str, Any]) -> str | None:
 
 def _wrong_objective(config: Mapping[str, Any]) -> str | None:
   names = ("drop_text", "drop_image", "drop_both")
-  drops = [config["objective"][name] for name in names]
-  if sum(drops) > 1:
-    return f"config.objective.{', '.join(names)} are {drops}; they must sum to at most 1"
+  drops = {name: config["objective"][name] for name in names}
+  if sum(drops.values()) > 1:
+    text = ", ".join(f"config.objective.{name}={share}" for name, share in drops.items())
+    return f"{text}: they must sum to at most 1"
   return None
 
 
@@ -224,7 +225,8 @@ def check_with_base(
       f"a multiple of {factor}, such as {max(1, round(size / factor)) * factor}"
     )
   blocks = 2 * len(unet.block_out_channels) + 1
-  check_policies("config.train.remat_unet", config.train.remat_unet, blocks)
+  remat = config.train.remat_unet
+  check_policies(f"config.train.remat_unet={shown(tuple(remat))}", remat, blocks)
   sample = config.sample
   try:
     step_table(NoiseSchedule.from_config(scheduler), steps=sample.steps, sampler=sample.sampler)
