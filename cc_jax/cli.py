@@ -94,6 +94,8 @@ def parse_flags(argv: Sequence[str], define: Callable[[], None]) -> list[str]:
     raise
   except Exception as error:
     _check_config_file(argv)
+    if not isinstance(error, _OF_COMMAND_LINES):
+      raise  # our mistake
     raise UserError(_command_line_mistake(error, argv)) from error
 
 
@@ -154,6 +156,9 @@ def _place(error: Exception, file: str) -> str:
   return file
 
 
+# What absl and ml_collections raise for overrides.
+_OF_COMMAND_LINES = (
+  flags.Error, AttributeError, LookupError, TypeError, ValueError, OSError, RequiredValueError)
 _WANTED = {  # words of the flag parsers' errors -> what a key takes
   "invalid literal for int": "a whole number",
   "could not convert string to float": "a number",

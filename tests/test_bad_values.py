@@ -460,6 +460,14 @@ def test_whole_numbers_are_fine_where_numbers_are_meant():
   assert gate == 1.0 and isinstance(gate, float)
 
 
+def test_a_section_that_is_none():
+  """P27: in Python nothing guards a section."""
+  config = ml_collections.ConfigDict(subjects3d.get_config().to_dict() | {"train": 3})
+  with pytest.raises(UserError, match="config.train is 3; it must be a section with steps, batch"):
+    train(config, "nowhere")
+  assert not Path("nowhere").exists()
+
+
 def test_keys_that_came_later_may_be_missing():
   """Sections of older configs, whose defaults mean what they did."""
   config = subjects3d.get_config()

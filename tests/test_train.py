@@ -604,7 +604,7 @@ def test_a_workdir_that_cannot_be_written(setup, tmp_path):
     ("objective.cscl_frame", "other", "same_frame, cross_frame"),
     ("objective.drop_text", 0.95, "sum to at most 1"),
     ("objective.timestep_shift", 0.0, "must be positive"),
-    ("objective.subject_weight", -1.0, "not negative"),
+    ("objective.subject_weight", -1.0, "not be negative"),
     ("mesh.data", 3, "mesh.data=3, mesh.fsdp=1, mesh.tensor=1, but there are"),
     ("objective.contrast", "other", "auto, naive, tiled, ring"),
     ("objective.tile", 0, "objective.tile is 0"),

@@ -57,7 +57,7 @@ RULES = {
   "data.image_size": whole(8),
   "data.reference_ratio": real(above=0, high=1),
   "data.reference_jitter": real(0, below=1),
-  "data.positive_ratio": several(real(above=0, high=1), count=2),
+  "data.positive_ratio": note(several(real(above=0, high=1), count=2), "such as (0.4, 0.9)"),
   "data.reference_layout": one_of(*triples.LAYOUTS),
   "data.frames": one_of(*sampling.FRAMES),
   "data.caption_drop_detail_prob": real(0, 1),
