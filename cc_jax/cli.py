@@ -1,13 +1,20 @@
 """What every command does: flags, a user's mistake in one line, config keys that were renamed."""
 
+import importlib.machinery
+import importlib.util
 import re
 import sys
+import sysconfig
+import traceback
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+import ml_collections
 from absl import app, flags, logging
+from ml_collections.config_dict import RequiredValueError
 
-from cc_jax.errors import UserError, one_line
+from cc_jax.errors import UserError, expand_user, one_line
 from data_pipeline.errors import DataError
 
 # Config keys that had another name at commit 0d5bef4: dotted key of then -> today's.
@@ -57,23 +64,137 @@ def run(main: Callable[[Sequence[str]], None], define: Callable[[], None] = lamb
 
   def parse(argv: Sequence[str]) -> list[str]:
     try:
-      overrides = re.findall(r"^--?config\.([\w.]+)", "\n".join(argv), re.MULTILINE)
-      refuse_old_names(dict.fromkeys(overrides))
-      define()
-      rest = flags.FLAGS(list(argv))
-      if "config" in flags.FLAGS:
-        # A file that cannot be read fails when its config is used for the first time.
-        refuse_old_names(flatten_config(flags.FLAGS.config.to_dict()))
-      return rest
-    except (AttributeError, KeyError) as error:
-      # ml_collections' error for an unknown key, quoted twice: 'stepz' Did you mean "steps" ...?
-      text = one_line(error).replace("\\n", " ")
-      key, _, hint = text.replace("\\", "").replace("'", "").partition(" ")
-      _stop(f"the config has no key {key}. {hint or 'The config file lists all keys.'}")
-    except (UserError, flags.Error, TypeError, ValueError, OSError, SyntaxError) as error:
-      _stop(one_line(error))
+      return parse_flags(argv, define)
+    except UserError as error:
+      _stop(str(error))
 
   app.run(wrapped, flags_parser=parse)
+
+
+def parse_flags(argv: Sequence[str], define: Callable[[], None]) -> list[str]:
+  """Defines flags and parses them; returns what is left of `argv`.
+
+  `~` is the home folder, in flags and in texts of the config. Raises UserError for a mistake on the
+  command line or inside the config file.
+  """
+  argv = [_with_home(argument) for argument in argv]
+  try:
+    refuse_old_names(dict.fromkeys(_overrides(argv)))
+    define()
+    rest = flags.FLAGS(argv)
+    if "config" in flags.FLAGS:
+      config = flags.FLAGS.config
+      values = flatten_config(config.to_dict())  # a file that cannot be read fails here
+      refuse_old_names(values)
+      texts = {key: value for key, value in values.items() if isinstance(value, str)}
+      config.update_from_flattened_dict(
+        {key: expand_user(value) for key, value in texts.items() if value.startswith("~")})
+    return rest
+  except UserError:
+    raise
+  except Exception as error:
+    _check_config_file(argv)
+    if not isinstance(error, _OF_COMMAND_LINES):
+      raise  # our mistake
+    raise UserError(_command_line_mistake(error, argv)) from error
+
+
+def _with_home(argument: str) -> str:
+  """A flag whose value begins with `~`: a shell leaves that in the middle of a word as it is."""
+  if not argument.startswith("-"):  # the value of the flag before, which a program gave unexpanded
+    return expand_user(argument)
+  flag, is_given, value = argument.partition("=")
+  return flag + is_given + expand_user(value)
+
+
+def _overrides(argv: Sequence[str]) -> list[str]:
+  """Dotted keys of the config that the command line sets."""
+  return re.findall(r"^--?(?:no)?config\.([\w.]+)", "\n".join(argv), re.MULTILINE)
+
+
+def _check_config_file(argv: Sequence[str]) -> None:
+  """Raises UserError, with file and line, if --config names a file that makes no config.
+
+  ml_collections reports mistakes in the file and in flags by the same exceptions: the file is read
+  again, alone.
+  """
+  text = "\n".join(argv)
+  given = re.findall(r"^--?config(?:=|\n)(.*)$", text, re.MULTILINE)
+  if not given:
+    return
+  name, *arguments = given[-1].split(":", 1)
+  if not Path(name).is_file():
+    raise UserError(
+      f"--config={name} is no file; give a config file, such as configs/subjects3d.py")
+  try:
+    loader = importlib.machinery.SourceFileLoader("user_config", name)
+    module = importlib.util.module_from_spec(importlib.util.spec_from_loader("user_config", loader))
+    loader.exec_module(module)
+    if not hasattr(module, "get_config"):
+      raise UserError(f"{name} has no function get_config(); it must return the config")
+    config = module.get_config(*arguments)
+  except UserError:
+    raise
+  except Exception as error:
+    where = _place(error, name)
+    raise UserError(
+      f"{where}: {type(error).__name__}: {one_line(error)}; mend the config file") from error
+  if not isinstance(config, ml_collections.ConfigDict):
+    raise UserError(
+      f"{name}: get_config() returns {type(config).__name__}; it must return an "
+      "ml_collections.ConfigDict")
+
+
+def _place(error: Exception, file: str) -> str:
+  """'file, line 3', of the config or what it imports; libraries are not where the mistake is."""
+  if isinstance(error, SyntaxError) and error.filename:
+    return f"{error.filename}, line {error.lineno}"
+  libraries = (*sysconfig.get_paths().values(), str(Path(__file__).parent), "<")
+  for frame in reversed(traceback.extract_tb(error.__traceback__)):
+    if not frame.filename.startswith(libraries):
+      return f"{frame.filename}, line {frame.lineno}"
+  return file
+
+
+# What absl and ml_collections raise for overrides.
+_OF_COMMAND_LINES = (
+  flags.Error, AttributeError, LookupError, TypeError, ValueError, OSError, RequiredValueError)
+_WANTED = {  # words of the flag parsers' errors -> what a key takes
+  "invalid literal for int": "a whole number",
+  "could not convert string to float": "a number",
+  "Non-boolean argument": "True or False",
+  "as tuple": "a tuple, such as '(1, 2)' in quotes",
+  "as a ConfigDict": "a section, such as '{\"key\": 1}'; single keys are set by --{flag}.KEY=VALUE",
+}
+
+
+def _command_line_mistake(error: Exception, argv: Sequence[str]) -> str:
+  """One line about an override that ml_collections or absl refused."""
+  words = one_line(error)
+  if isinstance(error, AttributeError | KeyError):
+    return _unknown_key(words.replace("\\n", " "), argv)
+  if isinstance(error, RequiredValueError):
+    return "a required_placeholder of the config has no value; give it one by --config.KEY=VALUE"
+  match = re.match(r"flag (--[\w.]+)=(.*?): ", words)
+  for sign, wanted in _WANTED.items():
+    if match and sign in words:
+      name = match[1].removeprefix("--") if match[1].startswith("--config.") else match[1]
+      return f"{name} is {match[2]!r}; it must be {wanted.replace('{flag}', name)}"
+  known = isinstance(error, flags.UnrecognizedFlagError) or words.startswith("Missing value")
+  return f"{words}; --help lists the flags" if known else words
+
+
+def _unknown_key(words: str, argv: Sequence[str]) -> str:
+  # 'stepz' Did you mean "steps" instead of "stepz"?, quoted once more; or, below a key that is no
+  # section: Attribute <class 'int'>.x does not exist ... Attempting to lookup: train.steps.x
+  words = words.replace("\\", "").replace("'", "").strip('"')
+  if ": " in words:
+    key = words.rpartition(": ")[2].strip()
+    return f"the config has no key {key}: {key.rpartition('.')[0]} is a value, not a section"
+  key, _, hint = words.partition(" ")
+  key = key.strip('"')
+  flag = next((f" in --config.{name}" for name in _overrides(argv) if key in name.split(".")), "")
+  return f"the config has no key {key}{flag}. {hint or 'The config file lists all keys.'}"
 
 
 def flatten_config(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -97,7 +218,7 @@ def refuse_old_names(flat: Mapping[str, Any]) -> None:
   for key, value in flat.items():
     if key in RENAMED_KEYS:
       raise UserError(f"the config key {key} is now {RENAMED_KEYS[key]}")
-    if (now := _current_value(key, value)) != value:
+    if (now := _current_value(key, value)) is not value and now != value:
       raise UserError(f"config.{key} is {value!r}; that policy is now called {now!r}")
 
 

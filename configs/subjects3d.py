@@ -12,7 +12,10 @@ import ml_collections
 
 
 def get_config() -> ml_collections.ConfigDict:
-  """The table of decisions. Every key is read by something; unknown keys are errors."""
+  """The table of decisions. Every key is read by something; unknown keys are errors.
+
+  What each may be is in cc_jax/training/config_checks.py.
+  """
   c = ml_collections.ConfigDict()
   c.seed = 0
   # A folder in the diffusers layout; 'subjects3d-base' ships with the package.
@@ -103,7 +106,7 @@ def get_config() -> ml_collections.ConfigDict:
   c.train.weight_decay = 0.01
   c.train.beta1 = 0.9
   c.train.beta2 = 0.99
-  c.train.clip_norm = 1.0
+  c.train.clip_norm = 1.0  # of the whole gradient; 0 = no clipping
   c.train.ema = 0.995
   c.train.dtype = "float32"  # compute: 'float32' | 'bfloat16'
   c.train.base_dtype = "float32"  # storage of the frozen base

@@ -11,9 +11,10 @@ import numpy as np
 
 from data_pipeline.errors import DataError
 
-__all__ = ["DataError", "context_phrases", "is_subjects3d", "load_subjects", "make_loader"]
+__all__ = ["DataError", "context_phrases", "is_subjects3d", "load_subjects", "make_loader",
+           "subjects_per_split"]
 
-_SOURCES = ("tfds", "render", "folder")
+SOURCES = ("tfds", "render", "folder")
 
 
 def make_loader(
@@ -63,8 +64,8 @@ def make_loader(
   from data_pipeline.example import Maker
 
   source = data_config.source
-  if source not in _SOURCES:
-    raise DataError(f"data.source={source!r} is unknown; choose one of {', '.join(_SOURCES)}")
+  if source not in SOURCES:
+    raise DataError(f"data.source={source!r} is unknown; choose one of {', '.join(SOURCES)}")
   if batch_size < 1 or batch_size % process_count:
     raise DataError(
         f"batch size {batch_size} cannot be split over {process_count} hosts; use a multiple"
@@ -105,6 +106,13 @@ def context_phrases(data_config) -> Sequence[str]:
   from data_pipeline.subjects3d.factors import SCENES
 
   return SCENES if is_subjects3d(data_config) else ()
+
+
+def subjects_per_split() -> dict[str, int]:
+  """The splits of the rendered world, and how many subjects each has."""
+  from data_pipeline.subjects3d import factors
+
+  return {split: len(factors.subjects(split).subject_id) for split in factors.SPLITS}
 
 
 def load_subjects(name: str, split: str, data_dir: str = "", *, source: str = "tfds", count=None):

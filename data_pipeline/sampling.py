@@ -8,7 +8,7 @@ from jaxtyping import Bool, Int
 from data_pipeline.errors import DataError
 
 _SUBJECTS, _TRIPLE = 0, 1  # domains of the random streams: the batch's subjects, one row's triple
-_GROUPS = ("class", "family")
+GROUPS = ("class", "family")
 # 'multi_view': target and reference are different frames (docs/method.md). 'self': the reference
 # is cut out of the target's frame, as in the training of earlier encoders; positives, targets,
 # captions and random numbers are those of 'multi_view', so that runs can be compared in pairs.
@@ -87,8 +87,8 @@ def _group_first(
 
 def check_group(table: SubjectTable, group: str, group_ratio: float) -> None:
   """Raises DataError when the batches that the config asks for cannot be drawn from `table`."""
-  if group not in _GROUPS:
-    raise DataError(f"data.group={group!r} is unknown; choose one of {', '.join(_GROUPS)}")
+  if group not in GROUPS:
+    raise DataError(f"data.group={group!r} is unknown; choose one of {', '.join(GROUPS)}")
   if not 0 <= group_ratio <= 1:
     raise DataError(f"data.group_ratio={group_ratio} must lie between 0 and 1")
   ids = table.class_id if group == "class" else table.family_id

@@ -42,6 +42,8 @@ def _typed(name: str, value: Any, kind: type) -> Any:
     if not good:
       raise UserError(f"{name} is {value!r}; it must be a tuple of integers")
     return tuple(value)
+  if kind is float and type(value) is int:
+    return float(value)
   if type(value) is not kind:
     raise UserError(f"{name} is {value!r}; it must be of type {kind.__name__}")
   return value

@@ -15,7 +15,7 @@ from cc_jax.errors import UserError
 from cc_jax.models.params import ParamOptions
 from cc_jax.models.unet import cross_attention_layers
 
-_CHOICES = {"form": ("complementary", "visual_only", "shared")}
+CHOICES = {"form": ("complementary", "visual_only", "shared")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +31,7 @@ class InjectionConfig:
   @classmethod
   def from_config(cls, values: Mapping[str, Any]) -> "InjectionConfig":
     """Reads config.injection (or an adapter file's copy of it) strictly; raises UserError."""
-    config = config_section.build(cls, values, section="injection", choices=_CHOICES)
+    config = config_section.build(cls, values, section="injection", choices=CHOICES)
     if config.low_rank < 0:
       raise UserError(f"config.injection.low_rank is {config.low_rank}; use 0 for full rank")
     if config.location_width < 1:

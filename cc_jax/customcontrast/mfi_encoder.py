@@ -16,7 +16,7 @@ from cc_jax.customcontrast.tv_fusion import TVFusion
 from cc_jax.errors import UserError
 from cc_jax.models.params import ParamOptions
 
-_CHOICES = {
+CHOICES = {
   "timestep_layer": ("fourier_mlp", "none"),
   "textual_cls": ("mean", "last"),
   "s_plus_space": ("per_layer", "shared", "none"),
@@ -50,7 +50,7 @@ class MFIEncoderConfig:
   @classmethod
   def from_config(cls, values: Mapping[str, Any]) -> "MFIEncoderConfig":
     """Reads config.encoder (or an adapter file's copy of it) strictly; raises UserError."""
-    config = config_section.build(cls, values, section="encoder", choices=_CHOICES)
+    config = config_section.build(cls, values, section="encoder", choices=CHOICES)
     for name in ("width", "depth", "heads", "visual_queries", "textual_queries", "s_words"):
       if getattr(config, name) < 1:
         raise UserError(f"config.encoder.{name} is {getattr(config, name)}; it must be at least 1")

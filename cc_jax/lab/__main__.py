@@ -26,6 +26,7 @@ from ml_collections import config_flags
 from cc_jax import cli
 from cc_jax.errors import UserError
 from cc_jax.lab.arms import chosen_arms, fast_arms
+from cc_jax.lab.config_checks import check_lab_config
 from cc_jax.lab.pictures import pictures
 from cc_jax.lab.report import report
 from cc_jax.lab.results import pack
@@ -59,6 +60,7 @@ def main(argv: Sequence[str]) -> None:
   del argv
   f = flags.FLAGS
   config = f.config
+  check_lab_config(config)
   subfolder = "" if config.setting == "cut_outs" else config.setting
   workdir = Path(f.workdir or Path("runs/lab", subfolder))
   results = workdir / "results" if f.fast else Path("results/lab", config.setting)
@@ -83,6 +85,7 @@ def main(argv: Sequence[str]) -> None:
   if f.suite == "report":
     report(results, figures, split=config.score.split, setting=config.setting)
     return
+  check_lab_config(config)  # again: flags have changed it
   set_cpu_devices(config.run.mesh, config.run.train.batch_size)
   use_compilation_cache(epath.Path(workdir))
   workdir.mkdir(parents=True, exist_ok=True)

@@ -31,6 +31,7 @@ from cc_jax.plan.lower import make_program
 from cc_jax.plan.measure import measure_program
 from cc_jax.plan.report import describe_measured, describe_plan, describe_refusal, state_table
 from cc_jax.plan.topology import find_slice
+from cc_jax.training.config_checks import check_config
 
 
 def main(argv: Sequence[str]) -> None:
@@ -40,6 +41,7 @@ def main(argv: Sequence[str]) -> None:
   config, what, local = args.config, args.what, args.topology == "local"
   if args.batch_per_chip < 0:
     raise UserError(f"--batch_per_chip={args.batch_per_chip}; it must be at least 1")
+  check_config(config)
   if local:
     set_cpu_devices(config.mesh, config.train.batch_size)
   elif jax.config.jax_platforms is None:

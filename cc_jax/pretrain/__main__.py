@@ -17,11 +17,11 @@ from absl import flags
 from ml_collections import config_flags
 
 from cc_jax import cli
-from cc_jax.errors import UserError
 from cc_jax.parallel.distributed import set_cpu_devices
 from cc_jax.parallel.mesh import make_mesh
 from cc_jax.pretrain.batches import train_tokenizer
 from cc_jax.pretrain.clip import train_clip
+from cc_jax.pretrain.config_checks import check_pretrain_config
 from cc_jax.pretrain.judge import train_judge
 from cc_jax.pretrain.unet import train_unet
 from cc_jax.pretrain.vae import train_vae
@@ -35,15 +35,14 @@ def main(argv: Sequence[str]) -> None:
   """Command line entry: runs the stages of --config in --workdir."""
   del argv
   config = flags.FLAGS.config
+  check_pretrain_config(config)
   set_cpu_devices(config.mesh, _common_batch(config))
   run(config, Path(flags.FLAGS.workdir))
 
 
 def run(config: ml_collections.ConfigDict, workdir: Path) -> None:
-  """Runs the stages of `config.stages` in `workdir`. Raises UserError for an unknown stage."""
-  for stage in config.stages:
-    if stage not in STAGES:
-      raise UserError(f"no pretraining stage {stage!r}; there are {', '.join(STAGES)}")
+  """Runs the stages of `config.stages` in `workdir`. Raises UserError for a bad config."""
+  check_pretrain_config(config)
   world = config.world
   mesh = make_mesh(config.mesh, _common_batch(config))
   pictures = prerender(

@@ -18,14 +18,13 @@ from jax.sharding import Mesh
 import data_pipeline
 from cc_jax.bases.base import Base, abstract_base
 from cc_jax.bases.files import ASSETS
-from cc_jax.cli import flatten_config, refuse_old_names
 from cc_jax.customcontrast.build import build_customcontrast, eval_shape_only
 from cc_jax.customcontrast.injection import InjectionConfig
 from cc_jax.customcontrast.mfi_encoder import MFIEncoderConfig
 from cc_jax.diffusion.schedule import NoiseSchedule
-from cc_jax.errors import UserError
-from cc_jax.models.params import DTYPES, Params
+from cc_jax.models.params import Params
 from cc_jax.parallel.mesh import local_rows
+from cc_jax.training.config_checks import check_config, check_with_base
 from cc_jax.training.prompt_sensitivity import make_prompt_sensitivity, wrong_nouns, wrong_phrases
 from cc_jax.training.step_context import StepContext
 from data_pipeline.tokens import empty_prompt
@@ -48,6 +47,7 @@ def make_step_context(
   config: ml_collections.ConfigDict, definition: nnx.GraphDef, base: Base
 ) -> StepContext:
   """What the step depends on besides arrays. Raises UserError for settings that contradict."""
+  check_with_base(config, base.unet.config, base.vae.config, base.scheduler_config)
   if base.tokenizers:
     empty = tuple(int(i) for i in empty_prompt(base.tokenizers[0]))
   else:  # known architectures have none (`build_abstract`), and a plan needs no words
@@ -82,25 +82,6 @@ def heldout_prompt_sensitivity(
   if scenes := data_pipeline.context_phrases(config.data):
     wrong["scene"] = wrong_phrases(batch, scenes, tokenizer, words)
   return make_prompt_sensitivity(context, mesh, batch, wrong)
-
-
-def check_config(config: ml_collections.ConfigDict) -> None:
-  """Raises UserError for values of config.train that make no sense; others check their own."""
-  refuse_old_names(flatten_config(config.to_dict()))
-  settings = config.train
-  for key in ("steps", "batch_size", "grad_accum_steps", "log_every", "max_bad_steps", "keep"):
-    if settings[key] < 1:
-      raise UserError(f"train.{key} is {settings[key]}; it must be at least 1")
-  intervals = ("save_every", "keep_every", "sample_every", "prompt_sensitivity_every")
-  for key in ("warmup_steps", "weight_decay", *intervals):
-    if settings[key] < 0:
-      raise UserError(f"train.{key} is {settings[key]}; it must not be negative")
-  for key in ("ema", "beta1", "beta2"):
-    if not 0 <= settings[key] < 1:
-      raise UserError(f"train.{key} is {settings[key]}; it must lie in [0, 1)")
-  for key in ("dtype", "base_dtype"):
-    if settings[key] not in DTYPES:
-      raise UserError(f"train.{key} is {settings[key]!r}; use one of {', '.join(DTYPES)}")
 
 
 def build_abstract(
