@@ -11,7 +11,6 @@ round down.
 import argparse
 import io
 import json
-import os
 import tempfile
 import time
 from pathlib import Path
@@ -22,6 +21,7 @@ from PIL import Image
 import data_pipeline
 from cc_jax.bases.tokenizer import train_tokenizer
 from configs.subjects3d import get_config
+from data_pipeline.cores import available_cores
 from data_pipeline.sources.tf_data import import_tensorflow
 from data_pipeline.subjects3d import captions, multi_view
 
@@ -93,7 +93,7 @@ def main() -> None:
       rates[source] = rate(loader, steps, args.batch_size)
       loader.close()
   base = next(iter(rates.values()))
-  print(f"{len(os.sched_getaffinity(0))} cores, batch {args.batch_size}, 64 x 64, best of {ROUNDS}")
+  print(f"{available_cores()} cores, batch {args.batch_size}, 64 x 64, best of {ROUNDS}")
   print(f"{'source':<22}{'triples/s':>10}{'of the baseline':>17}")
   for source, value in rates.items():
     print(f"{source:<22}{value:>10.0f}{value / base:>16.0%}")

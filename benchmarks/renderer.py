@@ -7,7 +7,6 @@ compilation included; on an accelerator in process too), with the device.
 from __future__ import annotations
 
 import argparse
-import os
 import platform
 import time
 from pathlib import Path
@@ -15,6 +14,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from data_pipeline.cores import available_cores
 from data_pipeline.subjects3d import bulk, factors, renderer
 
 
@@ -26,7 +26,7 @@ def device_name() -> str:
   info = Path("/proc/cpuinfo")
   lines = info.read_text().splitlines() if info.exists() else []
   names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-  cores = len(os.sched_getaffinity(0))
+  cores = available_cores()
   return f"{names[0] if names else platform.processor()}, {cores} cores"
 
 

@@ -3,6 +3,7 @@
 What needs several devices runs in a process of its own (run_plan.py).
 """
 
+import importlib.util
 import json
 import math
 import subprocess
@@ -415,8 +416,42 @@ def test_topologies():
   assert parse_topology("v5p:2x2x4") == (chips.find("v5p"), (2, 2, 4))
   assert chips.find("TPU v6 lite") is chips.find("v6e")
   for wrong in ("v5e", "v5e:4", "v7:4x4", "h100:8x1", "v5e:4x", ""):
-    with pytest.raises(UserError, match="is no slice; write one of v5e, v5p, v6e"):
+    with pytest.raises(UserError, match="is no slice; write one of v4, v5e, v5p, v6e"):
       parse_topology(wrong)
+
+
+# (slice, its devices, their hosts): smaller than a host of 2 x 2; a v4, whose cores are joined.
+SLICES = [("v5e:1x1", 1, 1), ("v6e:1x1", 1, 1), ("v5e:1x2", 2, 1), ("v5p:1x1x1", 1, 1),
+          ("v4:2x2x1", 4, 1), ("v4:2x2x2", 8, 2), ("v5e:2x4", 8, 2)]  # fmt: skip
+
+
+@pytest.mark.parametrize("name, devices, hosts", SLICES)
+def test_slices_of_all_sizes(name, devices, hosts, monkeypatch):  # P28
+  """As libtpu 0.0.42 answers; where it is not installed, a stand-in refuses what it refuses."""
+  from jax.experimental import topologies
+
+  def stand_in(
+    topology_name="", platform="", *, chips_per_host_bounds=(2, 2, 1), chip_config_name=""
+  ):
+    sides = [int(side) for side in topology_name.split(":")[1].split("x")]
+    if any(side % host for side, host in zip(sides, chips_per_host_bounds)):
+      raise RuntimeError("Topology layout is not divisible by chips_per_host_bounds")
+    cores = 2 if topology_name.startswith("v4") and chip_config_name != "megacore" else 1
+    count, host = math.prod(sides) * cores, math.prod(chips_per_host_bounds)
+    chips_ = [SimpleNamespace(process_index=n // host) for n in range(count)]
+    return SimpleNamespace(devices=chips_)
+
+  if importlib.util.find_spec("libtpu") is None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: True)
+    monkeypatch.setattr(topologies, "get_topology_desc", stand_in)
+  found = find_slice(name, "float32").devices
+  assert len(found) == devices and len({device.process_index for device in found}) == hosts
+
+
+def test_a_slice_without_libtpu(monkeypatch):
+  monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+  with pytest.raises(UserError, match="v5e:1x1 needs libtpu.*pip install"):
+    find_slice("v5e:1x1", "float32")
 
 
 # Several devices.

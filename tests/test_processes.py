@@ -1,5 +1,6 @@
 """Several processes (gloo) against one that holds the same mesh, each in a process of its own."""
 
+import contextlib
 import json
 import os
 import re
@@ -33,10 +34,12 @@ FLAGS = {
 }
 
 
-def free_port():
-  with socket.socket() as free:
-    free.bind(("localhost", 0))
-    return free.getsockname()[1]
+def free_port(candidates=(0,)):
+  """A port that nobody has, among `candidates`; 0 stands for any."""
+  for port in candidates:
+    with contextlib.suppress(OSError), socket.socket() as free:
+      free.bind(("localhost", port))
+      return free.getsockname()[1]
 
 
 def start(base, workdir, *, count, environments=None, flags=None):
@@ -205,12 +208,87 @@ def test_a_process_that_never_calls_is_an_error_in_time():
   assert "error: 2 processes did not all join at localhost:" in done.stderr
 
 
-def test_a_process_that_is_missing_is_an_error_with_the_table(tiny_folder, tmp_path):
+# What launchers set: of process {i}, with a port of their choice. -> variables, processes.
+CLUSTERS = {
+  "slurm": (
+    dict(
+      SLURM_JOB_ID="{job}", SLURM_STEP_NODELIST="localhost", SLURM_NTASKS="2",
+      SLURM_STEP_NUM_TASKS="2", SLURM_PROCID="{i}", SLURM_LOCALID="0",
+    ),
+    2,
+  ),
+  "ompi": (
+    dict(
+      OMPI_MCA_orte_hnp_uri="{orte}.0;tcp://127.0.0.1:1", OMPI_COMM_WORLD_SIZE="2",
+      OMPI_COMM_WORLD_RANK="{i}", OMPI_COMM_WORLD_LOCAL_RANK="0",
+    ),
+    2,
+  ),
+  "gketpu": (
+    dict(
+      TPU_WORKER_HOSTNAMES="localhost", TPU_WORKER_ID="0", JAX_COORDINATOR_PORT="{port}",
+      TPU_SKIP_MDS_QUERY="1", MEGASCALE_COORDINATOR_ADDRESS="localhost", MEGASCALE_NUM_SLICES="1",
+      MEGASCALE_SLICE_ID="0",
+    ),
+    1,
+  ),
+  "jobset": (
+    dict(KUBERNETES_SERVICE_HOST="x", JOB_COMPLETION_INDEX="0", HOSTNAME="localhost",
+         JAX_COORDINATOR_ADDRESS="localhost:{port}"),
+    1,
+  ),
+  "nothing": ({}, 1),
+}  # fmt: skip
+JOIN = """if True:
+  import os, sys, types
+  import jax, ml_collections
+  from jax._src.clusters import cloud_tpu_cluster, k8s_cluster
+  # A TPU's machine and Kubernetes' service, as far as JAX asks them.
+  cloud_tpu_cluster.running_in_cloud_tpu_vm = "TPU_WORKER_ID" in os.environ
+  sys.modules["kubernetes"] = types.SimpleNamespace(
+    config=types.SimpleNamespace(load_incluster_config=lambda: None),
+    client=types.SimpleNamespace(CoreV1Api=object, BatchV1Api=object,
+                                 exceptions=types.SimpleNamespace(ApiException=RuntimeError)))
+  job = types.SimpleNamespace(spec=types.SimpleNamespace(parallelism=1))
+  k8s_cluster.K8sCluster._job = lambda: job
+  from cc_jax.parallel import distributed
+  distributed.JOIN_TIMEOUT = 60
+  table = distributed.initialize_distributed(ml_collections.ConfigDict({"processes": -1}))
+  print(jax.distributed.is_initialized(), jax.process_count(), jax.process_index(), table)
+"""
+
+
+@pytest.mark.parametrize("cluster", CLUSTERS)
+def test_the_cluster_says_how_many_there_are(cluster):  # C11, mesh.processes = -1
+  variables, count = CLUSTERS[cluster]
+  first = 65535 - 2**12 + 1  # JAX takes Slurm's and Open MPI's ports from here on
+  port = free_port(range(first + os.getpid() % 2**11, 65535))
+  job = port - first
+  processes = []
+  for i in range(count):
+    own = {k: v.format(i=i, job=job, orte=job * 2**12, port=port) for k, v in variables.items()}
+    processes.append(subprocess.Popen(
+      [sys.executable, "-c", JOIN], env={**os.environ, **own}, cwd=SCRIPT.parent.parent,
+      stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    ))  # fmt: skip
+  for i, out in enumerate(finish(processes)):
+    said = out.splitlines()[-count if count > 1 else -1 :]
+    if cluster == "nothing":
+      assert said == ["False 1 0 mesh.processes=-1: JAX found no cluster, so this is one process"]
+      continue
+    assert said[0].startswith(f"True {count} {i} process 0 on ")
+    assert [f"process {k} on " in line for k, line in enumerate(said)] == [True] * count
+
+
+def test_more_processes_than_the_config_says_are_an_error(tiny_folder, tmp_path):  # C11
+  """Before anything is read: each would take the workdir for its own."""
   alone = {"JAX_COORDINATOR_ADDRESS": f"localhost:{free_port()}"}
   alone |= {"JAX_NUM_PROCESSES": "1", "JAX_PROCESS_ID": "0"}
   flags = {"mesh.processes": 2}
   run = start(tiny_folder, tmp_path / "run", count=1, environments={0: alone}, flags=flags)
   _, err = run[0].communicate(timeout=300)
   assert run[0].returncode == 1, err
-  assert "error: 1 of 2 processes (mesh.processes) joined; start the others" in err
-  assert "process 0 on" in err and err.count("\n") == 1
+  assert err == (
+    "error: mesh.processes is 2, but JAX_NUM_PROCESSES says that 1 were started; set "
+    "mesh.processes=1, or -1 to take what the cluster says\n"
+  )

@@ -22,12 +22,14 @@ class Chip:
   source: str
 
 
-# Clocks: the TPUs' peak over 131,072 operations a cycle and matrix unit set (v5e 1 x, v5p 2 x,
-# v6e 4 x): docs/scale.md, "How the step time is estimated". v5p's memory is 95 GB on one page,
-# 95 GiB on another; XLA's own limit decides what fits. NVIDIA's tables give 1,979 TFLOP/s, with
-# sparsity and rounded: dense is half of it (989.4 in its Hopper white paper); NVLink's 900 GB/s is
-# the sum of both directions. Both rows are the SXM modules.
+# Clocks: the TPUs' peak over 131,072 operations a cycle and matrix unit set (v5e 1 x, v4 and v5p
+# 2 x, v6e 4 x): docs/scale.md, "How the step time is estimated". v5p's memory is 95 GB on one page,
+# 95 GiB on another; XLA's own limit decides what fits. v4's links, 6 of 50 GB/s, are from its paper
+# (arXiv 2304.01433). NVIDIA's tables give 1,979 TFLOP/s, with sparsity and rounded: dense is half
+# of it (989.4 in its Hopper white paper); NVLink's 900 GB/s is the sum of both directions. Both
+# rows are the SXM modules.
 CHIPS = (
+  Chip("v4", ("TPU v4",), 32 * 2**30, 275e12, 1200e9, 300e9, 1.05e9, f"{_CLOUD}v4"),
   Chip("v5e", ("TPU v5 lite", "TPU v5e"), 16 * 2**30, 197e12, 819e9, 200e9, 1.5e9,
        f"{_CLOUD}v5e"),
   Chip("v5p", ("TPU v5", "TPU v5p"), 95 * 2**30, 459e12, 2765e9, 600e9, 1.75e9,

@@ -1,5 +1,6 @@
 """The devices that a program is planned for: a TPU slice that is not there, or the local ones."""
 
+import importlib.util
 import os
 import re
 from collections.abc import Sequence
@@ -37,6 +38,20 @@ def parse_topology(name: str) -> tuple[Chip, tuple[int, ...]]:
   return chips.find(match[1]), tuple(int(side) for side in match[2].split("x"))
 
 
+def libtpu_options(chip: Chip, sides: Sequence[int]) -> dict[str, Any]:
+  """What libtpu must be told of a slice besides its name.
+
+  It takes a host to have 2 x 2 x 1 chips, and refuses slices that are smaller; and each of the two
+  cores of a v4 to be a device, which JAX on a v4 joins to one.
+  """
+  options: dict[str, Any] = {}
+  if min(sides[:2]) < 2:
+    options["chips_per_host_bounds"] = (min(2, sides[0]), min(2, sides[1]), 1)
+  if chip.name == "v4":
+    options["chip_config_name"] = "megacore"
+  return options
+
+
 def find_slice(name: str, dtype: str) -> Slice:
   """The devices of a topology; without a TPU programs can be compiled for them, not run.
 
@@ -52,9 +67,12 @@ def find_slice(name: str, dtype: str) -> Slice:
 
   os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # do not ask a cloud machine for its metadata
   os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+  if importlib.util.find_spec("libtpu") is None:
+    raise UserError(f"--topology={name} needs libtpu, TPUs' compiler; pip install -e '.[tpu]'")
   try:
-    devices = topologies.get_topology_desc(platform="tpu", topology_name=name).devices
+    options = libtpu_options(chip, sides)
+    description = topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
   except Exception as error:  # whatever the plugin raises
-    remedy = "is libtpu installed (pip install -e '.[tpu]')?"
+    remedy = "write the sides of a slice that can be rented, such as v5e:2x2 or v5p:2x2x1"
     raise UserError(f"--topology={name}: {one_line(error)[:200]}; {remedy}") from error
-  return Slice(devices, chip, sides)
+  return Slice(description.devices, chip, sides)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
+from data_pipeline.cores import available_cores
 from data_pipeline.errors import DataError
 from data_pipeline.example import SIGNATURE
 
@@ -95,7 +96,7 @@ def batches(
   first = start_step * len(rows)
   data = tf.data.Dataset.range(first, np.iinfo(np.int64).max)
   # Rows are partly Python, which runs in one thread at a time: more threads would only wait.
-  data = data.map(load, num_parallel_calls=min(16, os.cpu_count() or 1), deterministic=True)
+  data = data.map(load, num_parallel_calls=min(16, available_cores()), deterministic=True)
   data = data.batch(len(rows)).prefetch(2)
   options = tf.data.Options()
   options.deterministic = True

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from data_pipeline.cores import available_cores
 from data_pipeline.errors import DataError
 from data_pipeline.subjects3d import renderer
 from data_pipeline.subjects3d.factors import Factors
@@ -94,7 +95,7 @@ def render_many(
   """
   n = len(factors.class_id)
   if processes is None:
-    processes = len(os.sched_getaffinity(0)) if n >= _MIN_FOR_PROCESSES else 1
+    processes = available_cores() if n >= _MIN_FOR_PROCESSES else 1
   # Sorted by class, so that a process compiles the programs of few classes.
   rows = np.argsort(factors.class_id, kind="stable")
   if processes == 1 or jax.default_backend() != "cpu":

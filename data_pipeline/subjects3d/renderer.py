@@ -7,7 +7,6 @@ each of its taps.
 """
 
 import functools
-import os
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -16,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from data_pipeline.cores import available_cores
 from data_pipeline.errors import DataError
 from data_pipeline.subjects3d import sdf, shading, shapes
 from data_pipeline.subjects3d.factors import Factors
@@ -136,7 +136,7 @@ def render(
   # The first batch of each class without a compiled program: compiled in parallel, seconds each.
   uncompiled = [job for job in jobs if (job[0], resolution, batch) not in _COMPILED]
   uncompiled = list({job[0]: job for job in reversed(uncompiled)}.values())
-  with ThreadPoolExecutor(max(1, min(len(uncompiled), os.cpu_count() or 1))) as pool:
+  with ThreadPoolExecutor(max(1, min(len(uncompiled), available_cores()))) as pool:
     outputs = pool.map(render_subjects, uncompiled)
     for (class_id, rows), output in zip(uncompiled, outputs, strict=True):
       collect(rows, finish(rows, *output))
