@@ -378,9 +378,11 @@ def call(folder, **changes):
 
 MISTAKES = {
   "checkpoint missing": (dict(checkpoint="{}/none.safetensors"), "leave --checkpoint out"),
-  "training unfinished": (dict(checkpoint="{}/empty_run"), "has not finished"),
+  "training unfinished": (dict(checkpoint="{}/empty_run"), "has written no adapter yet"),
   "checkpoint truncated": (dict(checkpoint="{}/truncated.safetensors"), "truncated"),
-  "checkpoint of another base": (dict(checkpoint="{}/foreign.safetensors"), "trained on the base"),
+  "checkpoint of another base": (
+    dict(checkpoint="{}/foreign.safetensors", strict_base="true"),
+    r"trained on the base '.*/base' \(000000000000\), and .* has other weights; load that base"),
   "base missing": (dict(base="{}/none"), "is no folder"),
   "base without adapter": (dict(base="{}/base", checkpoint=None), "give --checkpoint"),
   "reference missing": (dict(reference="{}/none.png"), "none.png is missing"),
