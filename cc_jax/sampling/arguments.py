@@ -19,6 +19,13 @@ def as_path(name: str, value: Any) -> str | None:
   return expand_user(value)
 
 
+def as_text(name: str, value: Any) -> str | None:
+  """One text, or None."""
+  if not isinstance(value, str | None):
+    raise UserError(f"{name} is {_short(value)}; give one text")
+  return value
+
+
 def as_loras(lora: Any) -> list[tuple[str, float]]:
   """LoRA files with their scales, from one of either or a list."""
   if isinstance(lora, str | os.PathLike):
@@ -61,20 +68,12 @@ def as_integer(name: str, value: Any) -> int:
   raise UserError(f"{name} is {_short(value)}; give a whole number")
 
 
-def as_pixels(name: str, value: Any) -> tuple[int, int]:
-  """A pair of pixels: (height, width), or (top, left)."""
+def as_pixels(name: str, value: Any) -> tuple[int, int] | None:
+  """A pair of pixels, (height, width) or (top, left), or None."""
+  if value is None:
+    return None
   first, second = _pair(name, value)
   return as_integer(name, first), as_integer(name, second)
-
-
-def as_time_ids(
-  original_size: Any, crop: Any, target_size: Any, size: tuple[int, int]
-) -> tuple[int, ...]:
-  """SDXL's six size conditions; what is None is as for a picture of `size`, not cropped."""
-  given = (("original_size", original_size, size), ("crop", crop, (0, 0)),
-           ("target_size", target_size, size))
-  pairs = (default if value is None else as_pixels(name, value) for name, value, default in given)
-  return tuple(number for pair in pairs for number in pair)
 
 
 def as_prompts(prompt: Any) -> list[str]:

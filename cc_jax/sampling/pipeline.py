@@ -46,8 +46,8 @@ def load(
     base: a folder in the diffusers layout, a single .safetensors checkpoint, a hub id, or
       'subjects3d-base', the one that ships. None: the base that the adapter names. Another one of
       its family (a fine-tune, or a copy in another precision) is taken with a warning.
-    image_encoder: the folder or hub id of the one that the adapter was trained with, where it is
-      not where the adapter says.
+    image_encoder: the folder or hub id of the one that the adapter was trained with, if it is not
+      where the adapter says.
     lora: files and the scales with which they are merged into the base; a file alone has scale 1.
     strict_base: refuse every base but the very one that the adapter was trained on.
     mesh: several devices to draw on; the pictures of a call are sharded over them.
@@ -69,11 +69,12 @@ def load(
     loaded = load_base(base or adapter.base_name, dtype=dtype, param_dtype=dtype,
                        image_encoder=image_encoder, lora=lora)
   except UserError as error:
-    if adapter is None or base is not None:
+    if adapter is None or (base and image_encoder != adapter.encoder.image_encoder):
       raise
+    named = " and ".join(filter(None, (adapter.base_name, adapter.encoder.image_encoder)))
     raise UserError(
-      f"{error} ({file} names the base {adapter.base_name!r}; --base and --image_encoder take "
-      "parts from elsewhere)") from error
+      f"{error} ({file} was trained with {named}; where these are elsewhere, give --base and "
+      "--image_encoder)") from error
   return Pipeline(loaded, adapter, source=str(file or ""), strict_base=strict_base, mesh=mesh,
                   dtype=dtype)
 
@@ -163,7 +164,7 @@ class Pipeline:
         A list of sentences draws one picture of each.
       class_noun: what the subject is, in one or several words. Several subjects in one picture
         have a list of nouns, in the order of the prompt, and a list of references for each.
-      references: one picture or several of one subject (paths, PIL images or arrays [h, w, c]),
+      references: one picture or several of one subject (paths, PIL images, uint8 [h, w, 3 or 4]),
         used together in any order. A mask, or an alpha channel, cuts the subject out. None: the
         base draws alone.
       masks: one per reference (path, PIL image, array; None where there is none).
@@ -197,19 +198,19 @@ class Pipeline:
     seeds = arguments.as_seeds(seed, num_images, len(texts))
     texts = texts if len(texts) > 1 else texts * len(seeds)
     self._check_references(nouns, references)
-    if not isinstance(negative_prompt, str | None):
-      raise UserError(f"negative_prompt is {negative_prompt!r}; give one text for all pictures")
+    negative_prompt = arguments.as_text("negative_prompt", negative_prompt)
     guidance = arguments.as_number("guidance", guidance)
     if image_guidance is not None:
       image_guidance = arguments.as_number("image_guidance", image_guidance)
     check_guidance(guidance, image_guidance)
     width, height = self._check_size(width, height)
-    time_ids = arguments.as_time_ids(original_size, crop, target_size, (height, width))
+    original_size = arguments.as_pixels("original_size", original_size)
+    target_size = arguments.as_pixels("target_size", target_size)
+    crop = arguments.as_pixels("crop", crop) or (0, 0)
     clip_skip = arguments.as_integer("clip_skip", clip_skip or 0)
     latent_size = (height // self.sampler.factor, width // self.sampler.factor)
-    if not isinstance(sampler, str | None):
-      raise UserError(f"sampler is a {type(sampler).__name__}; give its name, such as 'ddim'")
-    trajectory = dict(steps=arguments.as_integer("steps", steps), sampler=sampler or "default",
+    sampler = arguments.as_text("sampler", sampler) or "default"
+    trajectory = dict(steps=arguments.as_integer("steps", steps), sampler=sampler,
                       eta=arguments.as_number("eta", eta))
     if image is not None:
       trajectory["strength"] = arguments.as_number("strength", strength)
@@ -229,8 +230,8 @@ class Pipeline:
         prompts, negative, noise=self.sampler.noise(seeds, latent_size), image=start,
         references=subjects[0] if subjects else None, extra_subjects=subjects[1:],
         scale=scale, s_plus=s_plus, guidance=guidance, image_guidance=image_guidance,
-        time_ids=time_ids, clip_skip=clip_skip, maps=return_maps,
-        tick=self._tick if progress else None, **trajectory)
+        time_ids=(*(original_size or (height, width)), *crop, *(target_size or (height, width))),
+        clip_skip=clip_skip, maps=return_maps, tick=self._tick if progress else None, **trajectory)
       jax.effects_barrier()  # the last ticks
     images = [Image.fromarray(image) for image in images]
     return (images, self._maps_by_layer(maps, latent_size)) if return_maps else images
