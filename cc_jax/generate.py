@@ -1,4 +1,4 @@
-"""Draws a subject, given by reference pictures, as a sentence asks; or just draws a sentence.
+r"""Draws a subject, given by reference pictures, as a sentence asks; or just draws a sentence.
 
   python -m cc_jax.generate --reference=a.png --class_noun=teapot \
     --prompt="a teapot on the beach" --out=out.png
@@ -93,8 +93,8 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
   number("clip_skip", 0, "Layers of the text encoders left out at the end.")
   for name, meaning in _PAIR_FLAGS.items():
     flags.DEFINE_list(name, [], meaning, flag_values=values)
-  text("dtype", "float32", " or ".join(DTYPES))
-  text("out", "out.png", "The picture.")
+  text("dtype", "float32", f"Of parameters and computation: {' or '.join(DTYPES)}.")
+  text("out", "out.png", "The PNG file to write.")
 
 
 def main(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> None:
