@@ -380,7 +380,7 @@ def call(folder, **changes):
 
 MISTAKES = {
   "checkpoint missing": (dict(checkpoint="{}/none.safetensors"), "leave --checkpoint out"),
-  "training unfinished": (dict(checkpoint="{}/empty_run"), "has written no adapter yet"),
+  "training without a save": (dict(checkpoint="{}/empty_run"), "has saved yet"),
   "checkpoint truncated": (dict(checkpoint="{}/truncated.safetensors"), "truncated"),
   "checkpoint of another base": (
     dict(checkpoint="{}/foreign.safetensors", strict_base="true"),
