@@ -1,9 +1,12 @@
-"""Draws a subject, given by reference pictures, as a sentence asks; or just draws a sentence.
+r"""Draws a subject, given by reference pictures, as a sentence asks; or just draws a sentence.
 
   python -m cc_jax.generate --reference=a.png --class_noun=teapot \
     --prompt="a teapot on the beach" --out=out.png
 
-and in Python:
+With an adapter of your own: --checkpoint=runs/first. With a fine-tune of its base: --base=FOLDER.
+Two subjects: --class_noun=vase,toy --reference=vase.png,toy.png --prompt="a vase beside a toy".
+
+In Python:
 
   from cc_jax import generate
   pipe = generate.load()
@@ -14,19 +17,19 @@ and in Python:
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import ml_collections
 from absl import flags
 
 from cc_jax import cli
 from cc_jax.diffusion.samplers import SAMPLERS
-from cc_jax.errors import UserError
+from cc_jax.errors import UserError, expand_user
 from cc_jax.models.params import DTYPES
 from cc_jax.parallel.mesh import make_mesh
+from cc_jax.sampling.arguments import as_nouns, as_prompts, as_seeds, pictures_by_subject
 from cc_jax.sampling.images import save
 from cc_jax.sampling.pipeline import Pipeline, load
 from cc_jax.sampling.sampler import check_guidance
@@ -53,19 +56,26 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     flags.DEFINE_string(name, default, meaning, flag_values=values)
 
   def files(name: str, meaning: str) -> None:
-    flags.DEFINE_list(name, [], meaning, flag_values=values)
+    flags.DEFINE_multi_string(name, [], meaning, flag_values=values)
 
   def number(name: str, default: float | None, meaning: str) -> None:
     define = flags.DEFINE_integer if isinstance(default, int) else flags.DEFINE_float
     define(name, default, meaning, flag_values=values)
 
   text("prompt", "", "What to draw, for example 'a teapot on the beach'.")
-  files("reference", "Pictures of one subject, a.png[,b.png]; none draws with the base alone.")
-  files("mask", "A picture per reference, white on the subject.")
+  files("reference", "Pictures of one subject: a.png,b.png. A name with a comma in it has a "
+        "--reference of its own. None draws with the base alone.")
+  files("mask", "A picture per reference, white on the subject: a.png,b.png; nothing where there "
+        "is none: ,b.png.")
   text("class_noun", None, "What the subject is: a word of the prompt. Several subjects, in its "
        "order: vase,toy, with --reference=vase.png,toy.png, and a.png+b.png for two of one.")
   text("checkpoint", None, "An adapter, or a training's workdir; the shipped adapter by default.")
-  text("base", None, "A folder in the diffusers layout; the adapter's base by default.")
+  text("base", None, "A folder in the diffusers layout, a .safetensors file or a hub id: the base "
+       "that the adapter was trained on, or one of its family; the adapter's own by default.")
+  flags.DEFINE_bool("strict_base", False, "Refuse every base but the adapter's very own.",
+                    flag_values=values)
+  text("image_encoder", None, "The folder or hub id of the image encoder that the adapter was "
+       "trained with, where it is not where the adapter says.")
   number("scale", 1.0, "How much of the subject; 0 draws with the base alone.")
   number("guidance", 5.0, "Classifier-free guidance; 1 = none.")
   number("image_guidance", None, "The image's own guidance, apart from the prompt's.")
@@ -82,15 +92,15 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
   files("lora", "LoRA files to merge into the base, a.safetensors[:0.8][,b.safetensors].")
   number("clip_skip", 0, "Layers of the text encoders left out at the end.")
   for name, meaning in _PAIR_FLAGS.items():
-    files(name, meaning)
-  text("dtype", "float32", " or ".join(DTYPES))
-  text("out", "out.png", "The picture.")
+    flags.DEFINE_list(name, [], meaning, flag_values=values)
+  text("dtype", "float32", f"Of parameters and computation: {' or '.join(DTYPES)}.")
+  text("out", "out.png", "The PNG file to write.")
 
 
 def main(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> None:
   """The command."""
   del argv
-  out = _check_out(values.out)
+  outputs = _check_outputs(values.out, values.seed, values.num_images)
   if values.dtype not in DTYPES:
     raise UserError(f"--dtype={values.dtype} is unknown; use {' or '.join(DTYPES)}")
   if values.steps < 1:
@@ -99,20 +109,31 @@ def main(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> None:
   arguments = {name: getattr(values, name) for name in _PIPELINE_FLAGS}
   arguments |= {name: _parse_pair(name, getattr(values, name))
                 for name in _PAIR_FLAGS if getattr(values, name)}
-  references, masks = values.reference, values.mask
+  reference, mask = (split_files(files) for files in (values.reference, values.mask))
+  references, masks = reference, [file or None for file in mask]
   if "," in (values.class_noun or ""):
     arguments["class_noun"] = [noun.strip() for noun in values.class_noun.split(",")]
-    references, masks = ([one.split("+") for one in files] for files in (references, masks))
-  pipe = load(values.checkpoint, values.base, lora=[_parse_lora(text) for text in values.lora],
-              mesh=data_mesh(values.num_images), dtype=jnp.dtype(values.dtype))
+    references = [_split_subject(files) for files in reference]
+    masks = [[file or None for file in _split_subject(files)] if files else None for files in mask]
+  # What needs no base is found before it is loaded.
+  as_prompts(values.prompt)
+  as_seeds(values.seed, values.num_images)
+  shown = pictures_by_subject(references, masks or None, as_nouns(arguments["class_noun"]))
+  for file in [file for subjects in shown for files in subjects for file in files]:
+    if file is not None and not _is_file(file):
+      raise UserError(f"{file} is missing; check the path")
+  lora = split_files(values.lora, lambda text: _is_file(_parse_lora(text)[0]))
   with warnings.catch_warnings():
     warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
-    images = pipe(references=references, masks=masks, progress=True, **arguments)
-  for seed, image in enumerate(images, values.seed):
-    path = out if len(images) == 1 else out.with_name(f"{out.stem}-{seed}.png")
+    pipe = load(
+      values.checkpoint, values.base, image_encoder=values.image_encoder,
+      lora=[_parse_lora(text) for text in lora], strict_base=values.strict_base,
+      mesh=data_mesh(values.num_images), dtype=values.dtype)
+    images = pipe(references=references, masks=masks or None, progress=True, **arguments)
+  for seed, (path, image) in enumerate(zip(outputs, images, strict=True), values.seed):
     settings = arguments | dict(
-      seed=seed, num_images=1, reference=values.reference, mask=values.mask, dtype=values.dtype,
-      lora=values.lora, checkpoint=pipe.source, base=pipe.base.name, base_hash=pipe.base.hash,
+      seed=seed, num_images=1, reference=reference, mask=mask, dtype=values.dtype,
+      lora=lora, checkpoint=pipe.source, base=pipe.base.name, base_hash=pipe.base.hash,
     )  # fmt: skip
     save(image, path, settings)
     print(path)
@@ -124,15 +145,49 @@ def data_mesh(num_images: int) -> jax.sharding.Mesh | None:
   return make_mesh(ml_collections.ConfigDict({"data": size}), size) if size > 1 else None
 
 
-def _check_out(out: str) -> Path:
-  path = Path(out)
+def _check_outputs(out: str, seed: int, num_images: int) -> list[Path]:
+  """Where the pictures go; the files of an earlier run stay until their successors are complete."""
+  path = Path(expand_user(out))
   if path.suffix.lower() != ".png":
     raise UserError(f"--out={out} is no .png file; pictures are written as PNG only")
   if not path.parent.is_dir():
     raise UserError(f"--out={out}: the folder {path.parent} does not exist; make it first")
-  if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
-    raise UserError(f"--out={out} cannot be written; choose another path")
-  return path
+  paths = [path]
+  if num_images > 1:
+    paths = [path.with_name(f"{path.stem}-{seed + k}.png") for k in range(num_images)]
+  for one in paths:
+    writable = os.access(path.parent, os.W_OK) and (not one.exists() or os.access(one, os.W_OK))
+    if one.is_dir() or not writable:
+      raise UserError(f"--out={out}: {one} cannot be written; choose another path")
+  return paths
+
+
+def split_files(
+  values: Sequence[str], is_file: Callable[[str], bool] | None = None
+) -> list[str]:
+  """The files of a flag that may be repeated: each value is a file, or several with commas between.
+
+  An empty name stays, where a reference has no mask; a flag that is empty altogether names none.
+  """
+  if list(values) == [""]:
+    return []
+  names = []
+  for value in values:
+    try:
+      split = [] if (is_file or _is_file)(value) else flags.ListParser().parse(value)
+    except ValueError as error:  # a quote that is not closed: this is a line of CSV
+      raise UserError(f"{value!r} is no list of files; write a.png,b.png") from error
+    names += split or [value]
+  return names
+
+
+def _split_subject(value: str) -> list[str]:
+  """'a.png+b.png': two pictures of one subject, unless that is a file's name."""
+  return [value] if _is_file(value) else value.split("+")
+
+
+def _is_file(name: str) -> bool:
+  return os.path.isfile(expand_user(name))
 
 
 def _parse_pair(name: str, parts: Sequence[str]) -> tuple[int, int]:

@@ -30,6 +30,7 @@ from cc_jax.diffusion.schedule import NoiseSchedule
 from cc_jax.errors import UserError
 from cc_jax.models.rngs import abstract
 from cc_jax.sampling import images as pictures
+from cc_jax.sampling import pipeline
 from cc_jax.sampling.images import METADATA
 from cc_jax.sampling.pipeline import BASE, load
 from cc_jax.sampling.prompts import encode_prompts
@@ -372,15 +373,18 @@ def call(folder, **changes):
     checkpoint=folder / "run", reference=f"{folder}/cut.png,{folder}/other.png", class_noun=NOUN,
     prompt=PROMPT, steps=STEPS, out=folder / "out.png",
   ) | changes  # fmt: skip
-  values(["generate", *(f"--{k}={v}" for k, v in given.items() if v is not None)])
+  given = {k: v if isinstance(v, list) else [v] for k, v in given.items() if v is not None}
+  values(["generate", *(f"--{k}={v}" for k, several in given.items() for v in several)])
   generate.main([], values)
 
 
 MISTAKES = {
   "checkpoint missing": (dict(checkpoint="{}/none.safetensors"), "leave --checkpoint out"),
-  "training unfinished": (dict(checkpoint="{}/empty_run"), "has not finished"),
+  "training without a save": (dict(checkpoint="{}/empty_run"), "has saved yet"),
   "checkpoint truncated": (dict(checkpoint="{}/truncated.safetensors"), "truncated"),
-  "checkpoint of another base": (dict(checkpoint="{}/foreign.safetensors"), "trained on the base"),
+  "checkpoint of another base": (
+    dict(checkpoint="{}/foreign.safetensors", strict_base="true"),
+    r"trained on the base '.*/base' \(000000000000\), and .* has other weights; load that base"),
   "base missing": (dict(base="{}/none"), "is no folder"),
   "base without adapter": (dict(base="{}/base", checkpoint=None), "give --checkpoint"),
   "reference missing": (dict(reference="{}/none.png"), "none.png is missing"),
@@ -391,7 +395,12 @@ MISTAKES = {
   "mask of another size": (
     dict(reference="{}/whole.png", mask="{}/small_mask.png"), r"\[23, 20\].*\[24, 20\]"
   ),
-  "masks too few": (dict(mask="{}/mask.png"), "1 masks for 2 references"),
+  "masks too few": (dict(mask="{}/mask.png"), "1 masks for 2 references; .*,b.png"),
+  "masks too many": (dict(mask=["{}/mask.png"] * 3), "3 masks for 2 references"),
+  "mask missing": (dict(mask=",{}/none.png"), "none.png is missing"),
+  "mask no picture": (dict(mask=",{}/words.png"), "words.png"),
+  "an open quote in a list": (dict(reference='"a.png'), "is no list of files; write a.png,b.png"),
+  "a home that is not there": (dict(reference="~nobody-here/a.png"), "~nobody-here/a.png is missi"),
   "noun not in prompt": (dict(class_noun="rocket"), "does not contain the class noun 'rocket'"),
   "noun not given": (dict(class_noun=None), "--class_noun"),
   "no prompt": (dict(prompt=None), "--prompt"),
@@ -414,6 +423,10 @@ MISTAKES = {
   "eta of another sampler": (dict(eta=0.5, sampler="euler"), "an option of ddim"),
   "layers skipped that are not there": (dict(clip_skip=2), "clip_skip is 2 .* use 0 to 1"),
   "crop no pair": (dict(crop="5"), "--crop=5 is no pair"),
+  "image encoder missing": (dict(image_encoder="{}/none"), "none/config.json is missing"),
+  "image no picture": (dict(image="{}/words.png"), "no picture|not a picture"),
+  "original size no numbers": (dict(original_size="64,wide"), "original_size=64,wide is no pair"),
+  "too many pictures for their seeds": (dict(seed=2**31 - 1, num_images=2), "is out of range"),
   "lora missing": (dict(lora="{}/none.safetensors:0.5"), "none.safetensors"),
   "dtype unknown": (dict(dtype="float8"), "float32 or bfloat16"),
   "out in no folder": (dict(out="{}/none/out.png"), "does not exist"),
@@ -426,14 +439,262 @@ MISTAKES = {
 def test_mistakes_are_one_line_with_a_remedy(folder, mistake):
   changes, message = MISTAKES[mistake]
   (folder / "folder.png").mkdir(exist_ok=True)
-  changes = {k: v.format(folder) if isinstance(v, str) else v for k, v in changes.items()}
+  put = lambda v: v.format(folder) if isinstance(v, str) else v  # noqa: E731
+  changes = {k: [put(one) for one in v] if isinstance(v, list) else put(v)
+             for k, v in changes.items()}  # fmt: skip
+  out = folder / "out.png"
+  out.write_text("an earlier picture")
+  before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
   with pytest.raises((UserError, DataError), match=message) as caught:
     call(folder, **changes)
   assert "\n" not in str(caught.value)
-  assert not (folder / "out.png").exists()
+  assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
+
+
+# Arguments of the Python interface that are wrong: P18.
+WRONG = {
+  "no prompts": (dict(prompt=[]), "no prompt"),
+  "a prompt of bytes": (dict(prompt=b"a duck"), "prompt is b'a duck' .bytes.; give"),
+  "an empty one among prompts": (dict(prompt=[PROMPT, " "]), "no prompt"),
+  "None among prompts": (dict(prompt=[PROMPT, None]), "no prompt"),
+  "prompts in a dict": (dict(prompt={PROMPT: 1}), "prompt is .* .dict."),
+  "two prompts, three pictures": (dict(prompt=[PROMPT] * 2, num_images=3), "2 prompts for 3 pict"),
+  "two prompts, three seeds": (dict(prompt=[PROMPT] * 2, seed=[1, 2, 3]), "one for each prompt"),
+  "a noun among prompts missing": (dict(prompt=[PROMPT, "a car"]), "'a car' does not contain"),
+  "a noun that is a number": (dict(class_noun=3), "class_noun is 3 .int."),
+  "None among nouns": (dict(class_noun=["teddy bear", None]), "class_noun is None"),
+  "negative prompts": (dict(negative_prompt=["a", "b"]), "negative_prompt is .*; give one text"),
+  "references in a dict": (dict(references={"a.png": 1}), "reference is .* .dict."),
+  "None among references": (dict(references=[None]), "a reference is None .* give a path, a PIL"),
+  "a reference of bytes": (dict(references=b"png"), "reference is b'png' .bytes."),
+  "a list in a list": (dict(references=[["a.png"], ["b.png"]]), "a reference is .'a.png'. .list."),
+  "a mask that is a number": (dict(masks=[None, 3]), "a mask is 3 .int."),
+  "a mask too many": (dict(masks=[None] * 3), "3 masks for 2 references"),
+  "an image list": (dict(image=["a.png"]), "image is .'a.png'. .list."),
+  "width as text": (dict(width="16"), "width is '16' .str.; give a whole number"),
+  "height of half a pixel": (dict(height=16.5), "height is 16.5 .float."),
+  "no width": (dict(width=0), "width 0 is no multiple of 2; use 2"),
+  "no seed": (dict(seed=None), "seed is None .NoneType."),
+  "seed as text": (dict(seed="7"), "seed is '7' .str."),
+  "half a seed": (dict(seed=0.5), "seed is 0.5 .float."),
+  "a negative seed of numpy": (dict(seed=np.int64(-1)), "seed -1 is out of range"),
+  "a negative one among seeds": (dict(seed=[0, -1]), "is out of range"),
+  "half a picture": (dict(num_images=1.5), "num_images is 1.5"),
+  "steps as text": (dict(steps="20"), "steps is '20'"),
+  "guidance as text": (dict(guidance="5"), "guidance is '5' .str.; give a number"),
+  "guidance nan": (dict(guidance=float("nan")), "guidance nan"),
+  "a guidance for each": (dict(guidance=[5.0, 6.0]), "guidance is .5.0, 6.0. .list."),
+  "strength as text": (dict(image=np.zeros((4, 4, 3), np.uint8), strength="1"), "strength is '1'"),
+  "eta None": (dict(eta=None), "eta is None"),
+  "a scheduler for a sampler": (dict(sampler=DDIMScheduler), "sampler is .* give one text"),
+  "scale of another shape": (dict(scale=np.ones((5, 77))), "nor 4 numbers .one per layer."),
+  "scale a dict": (dict(scale={"up": 1}), "scale .* is no number"),
+  "scale None": (dict(scale=None), "scale nan makes no sense"),
+  "crop of three": (dict(crop=(1, 2, 3)), "crop is .1, 2, 3. .tuple.; give a pair"),
+  "a size of half pixels": (dict(original_size=(1.5, 2)), "original_size is 1.5"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mistake", WRONG)
+def test_wrong_arguments_are_one_line(pipe, references, mistake):
+  """P18."""
+  changes, message = WRONG[mistake]
+  given = dict(prompt=PROMPT, class_noun=NOUN, references=references, steps=STEPS) | changes
+  with pytest.raises((UserError, DataError), match=message) as caught:
+    pipe(**given)
+  assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
+
+
+def test_wrong_arguments_of_load_are_one_line(folder):
+  for given, message in (
+    (dict(checkpoint=5), "checkpoint is 5 .int.; give a path"),
+    (dict(base=["a"]), "base is .'a'. .list."),
+    (dict(checkpoint=folder / "run", dtype="float99"), "dtype is 'float99' .*; use float32 or bfl"),
+    (dict(checkpoint=folder / "run", dtype=np.int32), "dtype is .*int32"),
+    (dict(checkpoint=folder / "run", lora=[("a", "b", "c")]), "lora is .* give a pair"),
+    (dict(checkpoint=folder / "run", lora=[("a", "strong")]), "the scale of a lora is 'strong'"),
+  ):  # fmt: skip
+    with pytest.raises(UserError, match=message):
+      load(**given)
+
+
+def sent(pipe, monkeypatch, *args, **given):
+  """What the sampler would be asked to draw, as keywords, and the prompts' texts."""
+  asked = {}
+
+  def sampler(prompts, negative, *, noise, **rest):
+    asked.update(rest, prompts=prompts, negative=negative, noise=noise)
+    return np.zeros((len(noise), 16, 16, 3), np.uint8), ()
+
+  for name in ("factor", "latent_size", "noise", "table", "layers"):
+    setattr(sampler, name, getattr(pipe.sampler, name))
+  with monkeypatch.context() as patch:
+    patch.setattr(pipe, "sampler", sampler)
+    asked["images"] = pipe(*args, **given)
+  return asked
+
+
+def test_arguments_in_the_types_that_people_have(pipe, folder, monkeypatch):
+  """P18: numbers of numpy and JAX, one picture or several in any container, several prompts."""
+  ask = functools.partial(sent, pipe, monkeypatch)
+  plain = ask(PROMPT, width=16, height=12, seed=3, num_images=2, steps=3, guidance=2.0)
+  typed = ask(
+    PROMPT, width=np.int64(16), height=jnp.int32(12), seed=np.uint8(3), num_images=np.int16(2),
+    steps=np.int32(3), guidance=np.float32(2.0), clip_skip=None)
+  np.testing.assert_array_equal(plain["noise"], typed["noise"])
+  assert (typed["steps"], typed["guidance"]) == (3, 2.0) and len(typed["images"]) == 2
+  given = ask(PROMPT, seed=jnp.asarray([3, 4]), height=12)
+  np.testing.assert_array_equal(plain["noise"], given["noise"])
+
+  # A list of prompts draws one picture of each, seeds counting up, as with diffusers.
+  other = "the teddy bear at night"
+  several = ask([PROMPT, other], NOUN, folder / "cut.png", seed=3, height=12)
+  np.testing.assert_array_equal(several["noise"], plain["noise"])
+  each = [ask(text, NOUN, folder / "cut.png") for text in (PROMPT, other)]
+  for row, single in enumerate(each):
+    for ids, own in zip(several["prompts"].ids, single["prompts"].ids):
+      np.testing.assert_array_equal(ids[row : row + 1], own)
+  assert several["references"].shape == (2, 1, 16, 16, 3)
+
+  cut = Image.open(folder / "cut.png")
+  pixels = np.asarray(cut)
+  expected = pipe.read_references([folder / "cut.png"])
+  for one in (str(folder / "cut.png"), cut, pixels, jnp.asarray(pixels), torch.tensor(pixels),
+              pixels[None], (cut,), iter([pixels]), [folder / "cut.png"]):  # fmt: skip
+    np.testing.assert_array_equal(pipe.read_references(one), expected)
+  both = ask(PROMPT, [NOUN], [[cut, cut]], [[None, None]])["references"]
+  np.testing.assert_array_equal(both[0], np.concatenate([expected] * 2))
+
+
+class Recorder:
+  """Stands for a loaded pipeline: notes what the command hands over, and draws a red square."""
+
+  source, base = "a file", dataclasses.make_dataclass("Base", ["name", "hash"])("a base", "1234")
+
+  def load(self, checkpoint, base, *, image_encoder, lora, **rest):
+    self.loaded = dict(checkpoint=checkpoint, base=base, image_encoder=image_encoder, lora=lora)
+    return self
+
+  def __call__(self, **given):
+    self.given = given
+    return [Image.new("RGB", (4, 4), "red")]
+
+
+@pytest.fixture
+def recorder(monkeypatch):
+  recorder = Recorder()
+  monkeypatch.setattr(generate, "load", recorder.load)
+  return recorder
+
+
+def test_the_home_folder_is_found(pipe, recorder, folder, monkeypatch, tmp_path):
+  """P21: '~' in every path, which a shell leaves as it is behind an equals sign."""
+  (tmp_path / "here").mkdir()
+  monkeypatch.chdir(tmp_path / "here")
+  (tmp_path / "home").symlink_to(folder)
+  monkeypatch.setenv("HOME", str(tmp_path / "home"))
+  call(folder, out="~/home.png", reference="~/cut.png,~/whole.png", mask=",~/mask.png",
+       image="~/whole.png", base="~/base", lora="~/a.safetensors:0.5")
+  assert Image.open(folder / "home.png").getpixel((0, 0)) == (255, 0, 0)
+  assert not list((tmp_path / "here").iterdir())
+
+  shown = pipe.read_references(recorder.given["references"], recorder.given["masks"])
+  cut = pipe.read_references(folder / "cut.png")
+  np.testing.assert_array_equal(shown, np.concatenate([cut, cut]))
+  asked = sent(pipe, monkeypatch, PROMPT, image=recorder.given["image"])
+  assert asked["image"].shape == (1, 16, 16, 3)
+  found = {}
+
+  def look(name, **parts):
+    found.update(parts, name=name)
+    raise UserError("enough")
+
+  monkeypatch.setattr(pipeline, "load_base", look)
+  with pytest.raises(UserError, match="enough"):
+    load("~/run", "~/base", image_encoder="~/clip", lora=recorder.loaded["lora"])
+  home = str(tmp_path / "home")
+  assert (found["name"], found["image_encoder"]) == (f"{home}/base", f"{home}/clip")
+  assert found["lora"] == [(f"{home}/a.safetensors", 0.5)]
+  with pytest.raises(UserError, match="enough"):
+    load("~/run", "~/base", lora=folder / "b.safetensors")
+  assert found["lora"] == [(f"{folder}/b.safetensors", 1.0)]
 
 
 # ---- the command
+
+
+def test_files_with_commas_and_plus_signs_in_their_names(tmp_path, monkeypatch):
+  """P20: what is a file is taken whole; a flag may be repeated; an empty name is no mask."""
+  monkeypatch.chdir(tmp_path)
+  for name in ("a.png", "b.png", "a,b.png", "a+b.png", "c:0.5"):
+    (tmp_path / name).write_text("")
+  split = generate.split_files
+  assert split(["a.png,b.png"]) == split(["a.png", "b.png"]) == ["a.png", "b.png"]
+  assert split(["a.png, b.png"]) == ["a.png", "b.png"]
+  assert split(["a,b.png"]) == ["a,b.png"]
+  assert split(["a,b.png", "a.png,b.png"]) == ["a,b.png", "a.png", "b.png"]
+  assert split(['"a,b.png",a.png']) == ["a,b.png", "a.png"]  # as before: a line of CSV
+  assert split([",b.png"]) == split(["", "b.png"]) == ["", "b.png"]
+  assert split(["a.png,"]) == ["a.png", ""]
+  assert split([]) == split([""]) == []
+
+
+def test_the_command_reads_references_and_masks_as_python_does(folder, pipe, recorder):
+  """P20: a mask for one of two references, and names with a comma or a plus sign."""
+  (folder / "a,b.png").write_bytes((folder / "whole.png").read_bytes())
+  (folder / "a+b.png").write_bytes((folder / "other.png").read_bytes())
+
+  def references(**flags):
+    call(folder, out=folder / "seen.png", **flags)
+    shown, cut, nouns = (recorder.given[k] for k in ("references", "masks", "class_noun"))
+    subjects = [(shown, cut)] if isinstance(nouns, str) else zip(shown, cut)
+    return [pipe.read_references(*pair) for pair in subjects]
+
+  cut, other = (pipe.read_references(folder / f"{name}.png") for name in ("cut", "other"))
+  both = np.concatenate([other, cut])
+  (found,) = references(reference=f"{folder}/other.png,{folder}/whole.png",
+                        mask=f",{folder}/mask.png")
+  np.testing.assert_array_equal(found, both)
+  (found,) = references(reference=[f"{folder}/other.png", f"{folder}/a,b.png"],
+                        mask=["", f"{folder}/mask.png"])
+  np.testing.assert_array_equal(found, both)
+  two = dict(class_noun="bear,snow", prompt="a bear in the snow")
+  files = f"{folder}/other.png+{folder}/whole.png,{folder}/a+b.png"
+  first, second = references(reference=files, mask=f"+{folder}/mask.png,", **two)
+  np.testing.assert_array_equal(first, both)
+  np.testing.assert_array_equal(second, other)
+
+
+def test_a_picture_that_cannot_be_written_leaves_the_earlier_one(folder, monkeypatch, tmp_path):
+  """A full disk in the middle of the file."""
+  pictures.save(Image.new("RGB", (9, 9), "red"), tmp_path / "out.png")
+  whole = (tmp_path / "out.png").read_bytes()
+
+  def full(self, file, **_):
+    file.write(b"half of it")
+    raise OSError(28, "No space left on device")
+
+  monkeypatch.setattr(Image.Image, "save", full)
+  with pytest.raises(UserError, match="No space left on device; choose another path"):
+    pictures.save(Image.new("RGB", (9, 9)), tmp_path / "out.png")
+  assert (tmp_path / "out.png").read_bytes() == whole
+  assert [path.name for path in tmp_path.iterdir()] == ["out.png"]
+
+
+def test_a_base_of_the_family_is_told_on_stderr(folder, monkeypatch, capsys):
+  """C5, as the command says it: one line, and it goes on."""
+
+  class Quiet(Recorder):
+    def load(self, *args, **kwargs):
+      load(*args, **kwargs)
+      return self
+
+  monkeypatch.setattr(generate, "load", Quiet().load)
+  call(folder, checkpoint=folder / "foreign.safetensors", out=folder / "family.png")
+  errors = capsys.readouterr().err
+  assert errors.startswith("warning: ") and errors.count("\n") == 1
+  assert "was trained on the base" in errors and "other weights" in errors
+  assert (folder / "family.png").is_file()
 
 
 @pytest.mark.parametrize("given", ["--steps=0", "--step=3"])

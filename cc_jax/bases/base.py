@@ -45,6 +45,7 @@ class Base:
   image_processor: dict[str, Any] | None  # see models/clip_pixels.py
   hash: str = ""  # of every stored tensor and LoRA; '' for a base without weights
   plain_hash: str = ""  # the same without LoRAs: what adapters were trained on
+  hashes: Mapping[str, str] = dataclasses.field(default_factory=dict)  # of each network's tensors
   unused: tuple[str, ...] = ()  # what the folder or file holds besides
 
   @property
@@ -103,6 +104,9 @@ def load_base(
   lines = [f"{key} {digest}\n" for key, digest in digests.items()]
   base = dataclasses.replace(base, **_network_fields(modules))
   base.plain_hash = _digest(lines)
+  base.hashes = {
+    label: _digest([line for line in lines if line.startswith(f"{label}/")]) for label in modules
+  }
   base.hash = _digest(lines + [f"lora {lora.identity}\n" for lora in loras])
   base.unused = (*base.unused, *unused)
   if base.unused:

@@ -1,4 +1,7 @@
-"""The adapter as one .safetensors file: its tensors, its config, and the base it belongs to."""
+"""The adapter as one .safetensors file: its tensors, its config, and the base it was trained on.
+
+docs/adapter_format.md describes the file for readers without cc_jax.
+"""
 
 import dataclasses
 import json
@@ -35,6 +38,10 @@ class Adapter:
   base_name: str
   base_hash: str
   notes: dict[str, str]  # anything that the writer wanted to say (steps, data set ...)
+  # What cc_jax.customcontrast.adapter_base says of the base; older files do not.
+  prediction_type: str = ""
+  base_hashes: Mapping[str, str] = dataclasses.field(default_factory=dict)  # by network
+  base_shapes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def adapter_tensors(model: nnx.Module) -> dict[str, Any]:
@@ -45,10 +52,13 @@ def adapter_tensors(model: nnx.Module) -> dict[str, Any]:
 
 def save_adapter(
   path: str | os.PathLike, tensors: Mapping[str, Any], *, encoder: MFIEncoderConfig,
-  injection: InjectionConfig, base_name: str, base_hash: str, dtype: str = "",
-  notes: Mapping[str, str] | None = None,
+  injection: InjectionConfig, base_name: str, base_hash: str, prediction_type: str = "",
+  base_hashes: Mapping[str, str] | None = None, base_shapes: Mapping[str, Any] | None = None,
+  dtype: str = "", notes: Mapping[str, str] | None = None,
 ) -> None:
   """Writes the file, whole or not at all, in a folder or a bucket. `dtype` '' keeps each tensor's.
+
+  What concerns the base comes from `adapter_base.describe_base(base)`, as keywords.
 
   Raises:
     UserError: the folder cannot be written, or a value does not fit into `dtype`.
@@ -71,6 +81,12 @@ def save_adapter(
     "base_hash": base_hash,
     "notes": json.dumps(dict(notes or {})),
   }
+  if prediction_type:
+    metadata["prediction_type"] = prediction_type
+  if base_hashes:
+    metadata["base_hashes"] = json.dumps(dict(base_hashes))
+  if base_shapes:
+    metadata["base_shapes"] = json.dumps(dict(base_shapes))
   path = epath.Path(path)
   part = path.parent / f"{path.name}.part"
   try:
@@ -81,12 +97,12 @@ def save_adapter(
     raise UserError(f"cannot write {path}: {error}; choose another path") from error
 
 
-def load_adapter(path: str | os.PathLike, *, base_hash: str | None = None) -> Adapter:
-  """Reads a file that `save_adapter` wrote; `base_hash` is that of the base it shall run on.
+def load_adapter(path: str | os.PathLike) -> Adapter:
+  """Reads a file that `save_adapter` wrote, of this version or an older one.
 
   Raises:
-    UserError: no such file, truncated, not an adapter of ours, a newer format, a config that this
-      version does not know, or an adapter of another base.
+    UserError: no such file, truncated, not an adapter of ours, a newer format, metadata that make
+      no sense, a config that this version does not know, or a value that is not finite.
   """
   path = Path(path)
   if not path.is_file():
@@ -94,32 +110,81 @@ def load_adapter(path: str | os.PathLike, *, base_hash: str | None = None) -> Ad
   try:
     with safe_open(path, framework="np") as file:
       metadata = file.metadata() or {}
-      tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+      names = list(file.keys())
+      ours = metadata.get("format") == FORMAT
+      tensors = {name: file.get_tensor(name) for name in names} if ours else {}
   except (OSError, SafetensorError) as error:
     raise UserError(
       f"{path} is truncated or no safetensors file ({one_line(error)}); get it again"
     ) from error
-  if metadata.get("format") != FORMAT:
+  except (TypeError, ValueError, AttributeError, KeyError) as error:  # dtypes that numpy lacks
     raise UserError(
-      f"{path} is no CustomContrast adapter (its first tensors: {first_names(tensors)}); "
+      f"{path} has tensors that cannot be read ({one_line(error)}); store them in float32"
+    ) from error
+  if not ours:
+    raise UserError(
+      f"{path} is no CustomContrast adapter (its first tensors: {first_names(names)}); "
       "adapters are written by cc_jax.train"
     )
-  if int(metadata["format_version"]) > FORMAT_VERSION:
+  for name, value in tensors.items():
+    if not jnp.issubdtype(value.dtype, jnp.floating):
+      raise UserError(f"{path}: {name} is {value.dtype}; an adapter's tensors are floating point")
+    if not np.isfinite(value.astype(np.float32)).all():
+      raise UserError(f"{path}: {name} is not finite (NaN or infinite); take an earlier adapter")
+  return _parse(str(path), metadata, tensors)
+
+
+def _parse(path: str, metadata: Mapping[str, str], tensors: dict[str, np.ndarray]) -> Adapter:
+  version = _entry(path, metadata, "format_version")
+  if not version.isdecimal():
+    raise UserError(f"{path}: its format_version is {version!r} and no number; get the file again")
+  if int(version) > FORMAT_VERSION:
     raise UserError(
-      f"{path} has adapter format {metadata['format_version']}, this version reads up to "
-      f"{FORMAT_VERSION}; update cc_jax"
+      f"{path} has adapter format {version}, this version reads up to {FORMAT_VERSION}; "
+      "update cc_jax"
     )
-  if base_hash is not None and metadata["base_hash"] != base_hash:
+  sections = {
+    name: values if isinstance(values, Mapping) else {}
+    for name, values in _json(path, metadata, "config").items()
+  }
+  try:
+    encoder = MFIEncoderConfig.from_config(sections.get("encoder", {}))
+    injection = InjectionConfig.from_config(sections.get("injection", {}))
+  except UserError as error:
     raise UserError(
-      f"{path} was trained on the base {metadata['base']!r} ({metadata['base_hash'][:12]}), but "
-      f"this base is {base_hash[:12]}; load that base, or train an adapter for this one"
-    )
-  config = json.loads(metadata["config"])
-  return Adapter(
-    tensors=tensors, encoder=MFIEncoderConfig.from_config(config["encoder"]),
-    injection=InjectionConfig.from_config(config["injection"]), base_name=metadata["base"],
-    base_hash=metadata["base_hash"], notes=json.loads(metadata["notes"]),
+      f"{path}: {error}; if a newer cc_jax wrote it, update, else get the file again"
+    ) from error
+  shapes = _json(path, metadata, "base_shapes", "{}")
+  hashes, notes = (
+    {key: str(value) for key, value in _json(path, metadata, name, "{}").items()}
+    for name in ("base_hashes", "notes")
   )
+  return Adapter(
+    tensors=tensors, encoder=encoder, injection=injection,
+    base_name=_entry(path, metadata, "base"), base_hash=_entry(path, metadata, "base_hash"),
+    notes=notes, prediction_type=metadata.get("prediction_type", ""), base_hashes=hashes,
+    base_shapes=shapes,
+  )
+
+
+def _entry(path: str, metadata: Mapping[str, str], key: str) -> str:
+  if key not in metadata:
+    raise UserError(f"{path}: its metadata lack {key!r}; get the file again")
+  return metadata[key]
+
+
+def _json(
+  path: str, metadata: Mapping[str, str], key: str, default: str | None = None
+) -> dict[str, Any]:
+  """A metadata entry that is a JSON object; `default` is what stands for an absent one."""
+  text = _entry(path, metadata, key) if default is None else metadata.get(key, default)
+  try:
+    values = json.loads(text)
+  except (ValueError, RecursionError):
+    values = None
+  if not isinstance(values, dict):
+    raise UserError(f"{path}: its metadata entry {key!r} is no JSON object; get the file again")
+  return values
 
 
 def apply_adapter(

@@ -1,5 +1,6 @@
 """Pictures in and out: references and starting images, PNG files, labelled grids."""
 
+import contextlib
 import functools
 import json
 import math
@@ -122,7 +123,7 @@ def grid(
 
 
 def save(image: Image.Image, path: Any, settings: Mapping[str, Any] | None = None) -> None:
-  """Writes a PNG to a file or a bucket's URL, and makes its folder if need be.
+  """Writes a PNG, whole or not at all, to a file or a bucket's URL; makes its folder if need be.
 
   The PNG carries `settings`: `json.loads(Image.open(path).text['cc_jax'])`.
 
@@ -133,11 +134,15 @@ def save(image: Image.Image, path: Any, settings: Mapping[str, Any] | None = Non
   if settings is not None:
     text.add_text(METADATA, json.dumps(settings))
   file = epath.Path(path)
+  part = file.parent / f"{file.name}.part"
   try:
     file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("wb") as out:
+    with part.open("wb") as out:
       image.save(out, format="PNG", pnginfo=text)
+    part.replace(file)
   except OSError as error:
+    with contextlib.suppress(OSError):
+      part.unlink(missing_ok=True)
     raise UserError(f"cannot write the picture {path}: {error}; choose another path") from error
 
 

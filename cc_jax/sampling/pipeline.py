@@ -16,14 +16,17 @@ from tqdm import tqdm
 
 from cc_jax.bases.base import Base, load_base
 from cc_jax.bases.files import ASSETS
+from cc_jax.customcontrast.adapter_base import check_base
 from cc_jax.customcontrast.adapter_file import Adapter, apply_adapter, load_adapter
 from cc_jax.customcontrast.build import build_customcontrast, eval_shape_only, merge_params
 from cc_jax.diffusion.schedule import NoiseSchedule
 from cc_jax.errors import UserError
+from cc_jax.sampling import arguments
 from cc_jax.sampling.images import read_reference, read_start, reference_display
 from cc_jax.sampling.prompts import encode_prompts
 from cc_jax.sampling.sample import bundle
 from cc_jax.sampling.sampler import ImageSampler, check_guidance
+from data_pipeline.triples import LAYOUTS
 
 BASE = "subjects3d-base"
 ADAPTER = ASSETS / "subjects3d-adapter.safetensors"
@@ -31,36 +34,52 @@ ADAPTER = ASSETS / "subjects3d-adapter.safetensors"
 
 def load(
   checkpoint: str | os.PathLike | None = None, base: str | os.PathLike | None = None, *,
-  lora: Sequence[tuple[str | os.PathLike, float]] = (), mesh: jax.sharding.Mesh | None = None,
-  dtype: Any = jnp.float32,
+  image_encoder: str | os.PathLike | None = None,
+  lora: Sequence[tuple[str | os.PathLike, float]] = (), strict_base: bool = False,
+  mesh: jax.sharding.Mesh | None = None, dtype: Any = jnp.float32,
 ) -> Pipeline:
-  """A pipeline ready to draw.
+  """A pipeline ready to draw. '~' in a path is the home folder.
 
   Args:
-    checkpoint: an adapter's .safetensors file, or the workdir of a training that finished. None:
+    checkpoint: an adapter's .safetensors file, or the workdir of a training that wrote one. None:
       the adapter that ships, or no adapter when `base` is another one than the shipped.
     base: a folder in the diffusers layout, a single .safetensors checkpoint, a hub id, or
-      'subjects3d-base', the one that ships. None: the base that the adapter names.
-    lora: files and the scales with which they are merged into the base.
+      'subjects3d-base', the one that ships. None: the base that the adapter names. Another one of
+      its family (a fine-tune, or a copy in another precision) is taken with a warning.
+    image_encoder: the folder or hub id of the one that the adapter was trained with, if it is not
+      where the adapter says.
+    lora: files and the scales with which they are merged into the base; a file alone has scale 1.
+    strict_base: refuse every base but the very one that the adapter was trained on.
     mesh: several devices to draw on; the pictures of a call are sharded over them.
     dtype: of the parameters and of the computation.
 
   Raises:
-    UserError: a missing, truncated or foreign file, or an adapter of another base.
+    UserError: a missing, truncated or foreign file, or an adapter of another family of bases.
   """
+  checkpoint, base, image_encoder = (arguments.as_path(name, value) for name, value in (
+    ("checkpoint", checkpoint), ("base", base), ("image_encoder", image_encoder)))
+  dtype = arguments.as_dtype(dtype)
+  lora = arguments.as_loras(lora)
   adapter, file = None, None
-  if checkpoint is not None or base is None or str(base) == BASE:
+  if checkpoint is not None or base is None or base == BASE:
     file = _adapter_file(checkpoint)
     adapter = load_adapter(file)  # before the base, which takes longer
-  image_encoder = (adapter.encoder.image_encoder or None) if adapter else None
-  loaded = load_base(base or adapter.base_name, dtype=dtype, param_dtype=dtype,
-                     image_encoder=image_encoder, lora=lora)
-  if adapter is not None:
-    adapter = load_adapter(file, base_hash=loaded.plain_hash)
-  return Pipeline(loaded, adapter, source=str(file or ""), mesh=mesh, dtype=dtype)
+    image_encoder = image_encoder or adapter.encoder.image_encoder or None
+  try:
+    loaded = load_base(base or adapter.base_name, dtype=dtype, param_dtype=dtype,
+                       image_encoder=image_encoder, lora=lora)
+  except UserError as error:
+    if adapter is None or (base and image_encoder != adapter.encoder.image_encoder):
+      raise
+    named = " and ".join(filter(None, (adapter.base_name, adapter.encoder.image_encoder)))
+    raise UserError(
+      f"{error} ({file} was trained with {named}; where these are elsewhere, give --base and "
+      "--image_encoder)") from error
+  return Pipeline(loaded, adapter, source=str(file or ""), strict_base=strict_base, mesh=mesh,
+                  dtype=dtype)
 
 
-def _adapter_file(checkpoint: str | os.PathLike | None) -> Path:
+def _adapter_file(checkpoint: str | None) -> Path:
   if checkpoint is None:
     if not ADAPTER.is_file():
       raise UserError(f"{ADAPTER} is missing; give --checkpoint, or install cc_jax again")
@@ -70,8 +89,8 @@ def _adapter_file(checkpoint: str | os.PathLike | None) -> Path:
     path = path / "adapter.safetensors"
     if not path.is_file():
       raise UserError(
-        f"{path} is missing: the training in {checkpoint} has not finished; run its command again "
-        "to go on with it")
+        f"{path} is missing: no training in {checkpoint} has saved yet; it does so every "
+        "train.save_every steps, and at its end")
   if not path.is_file():
     raise UserError(
       f"checkpoint {path} is missing; give an adapter's .safetensors file or a training's workdir, "
@@ -84,9 +103,9 @@ class Pipeline:
 
   def __init__(
     self, base: Base, adapter: Adapter | None = None, *, source: str = "",
-    mesh: jax.sharding.Mesh | None = None, dtype: Any = jnp.float32,
+    strict_base: bool = False, mesh: jax.sharding.Mesh | None = None, dtype: Any = jnp.float32,
   ):
-    """`source` names the adapter's file; for `mesh` and `dtype` see `load`."""
+    """`source` names the adapter's file; for the rest see `load`."""
     self.base, self.adapter, self.source = base, adapter, source
     self.schedule = NoiseSchedule.from_config(base.scheduler_config)
     self.s_words = 0
@@ -96,7 +115,8 @@ class Pipeline:
       if base.image_encoder is None:
         raise UserError(
           f"the base {base.name} has no image_encoder/ to read references with, and the adapter "
-          "names none; add one to the folder")
+          f"names none (it was trained with the one of {adapter.base_name}); give --image_encoder")
+      check_base(adapter, base, source=source or "the adapter", strict=strict_base)
       # Nothing is initialised, since every value of the adapter comes from its file.
       parts = build_customcontrast(
         base, adapter.encoder, adapter.injection, dtype=dtype, transform=eval_shape_only)
@@ -111,7 +131,7 @@ class Pipeline:
 
   def __call__(
     self,
-    prompt: str,
+    prompt: str | Sequence[str],
     class_noun: str | Sequence[str] | None = None,
     references: Sequence[Any] = (),
     masks: Sequence[Any] | None = None,
@@ -141,6 +161,7 @@ class Pipeline:
 
     Args:
       prompt: a sentence; with references it must contain the class noun, after which S+ goes.
+        A list of sentences draws one picture of each.
       class_noun: what the subject is, in one or several words. Several subjects in one picture
         have a list of nouns, in the order of the prompt, and a list of references for each.
       references: one picture or several of one subject (paths, PIL images, or arrays [h, w, 3 or 4]
@@ -172,25 +193,35 @@ class Pipeline:
     Raises:
       UserError, DataError: one line that says what is wrong and what to do.
     """
-    nouns = [class_noun] if isinstance(class_noun, str) else list(class_noun or ())
-    references, masks = _lists_by_subject(references, masks, nouns)
-    seeds = _check_seeds(seed, num_images)
-    for index in range(len(references)):
-      self._check(prompt, nouns[index : index + 1], references[index], masks[index])
+    texts, nouns = arguments.as_prompts(prompt), arguments.as_nouns(class_noun)
+    references, masks = arguments.pictures_by_subject(references, masks, nouns)
+    seeds = arguments.as_seeds(seed, num_images, len(texts))
+    texts = texts if len(texts) > 1 else texts * len(seeds)
+    self._check_references(nouns, references)
+    negative_prompt = arguments.as_text("negative_prompt", negative_prompt)
+    guidance = arguments.as_number("guidance", guidance)
+    if image_guidance is not None:
+      image_guidance = arguments.as_number("image_guidance", image_guidance)
     check_guidance(guidance, image_guidance)
     width, height = self._check_size(width, height)
+    original_size = arguments.as_pixels("original_size", original_size)
+    target_size = arguments.as_pixels("target_size", target_size)
+    crop = arguments.as_pixels("crop", crop) or (0, 0)
+    clip_skip = arguments.as_integer("clip_skip", clip_skip or 0)
     latent_size = (height // self.sampler.factor, width // self.sampler.factor)
+    sampler = arguments.as_text("sampler", sampler) or "default"
+    trajectory = dict(steps=arguments.as_integer("steps", steps), sampler=sampler,
+                      eta=arguments.as_number("eta", eta))
+    if image is not None:
+      trajectory["strength"] = arguments.as_number("strength", strength)
+      image = read_start(arguments.as_picture("image", image), width=width, height=height)
+    start = None if image is None else np.stack([image] * len(seeds))
     subjects = [np.stack([self.read_references(*pair)] * len(seeds))
                 for pair in zip(references, masks) if pair[0]]
-    trajectory = dict(steps=steps, sampler=sampler or "default", eta=eta)
-    start = None
-    if image is not None:
-      start = np.stack([read_start(image, width=width, height=height)] * len(seeds))
-      trajectory["strength"] = strength
     calls = len(self.sampler.table(**trajectory).step)  # Heun's, for one, are two per step
     tokenizers = self.base.tokenizers
     prompts = encode_prompts(
-      tokenizers, [prompt] * len(seeds), [nouns] * len(seeds) if any(nouns) else None,
+      tokenizers, texts, [nouns] * len(seeds) if any(nouns) else None,
       s_words=self.s_words if subjects and s_plus else 0)
     negative = encode_prompts(tokenizers, [negative_prompt])
     self._bar = tqdm(total=calls, desc="drawing", unit="step", disable=not progress)
@@ -208,35 +239,41 @@ class Pipeline:
   @property
   def shown(self) -> dict[str, Any]:
     """How the adapter's training showed references: arguments of `read_reference`."""
-    # As large as in training; the model itself resizes them for the image encoder.
-    return reference_display(self.adapter.notes, min(self.size))
+    try:
+      # As large as in training; the model itself resizes them for the image encoder.
+      display = reference_display(self.adapter.notes, min(self.size))
+    except ValueError:
+      display = {}
+    if not (display and 0 < display["ratio"] <= 1 and display["layout"] in LAYOUTS):
+      raise UserError(
+        f"{self.source or 'the adapter'}: its notes do not say how references are shown "
+        f"({self.adapter.notes}); get the file again")
+    return display
 
   def read_references(self, references: Any, masks: Any = None) -> UInt8[np.ndarray, "r s s 3"]:
     """One subject's references (paths, PIL images or arrays), as training showed them."""
-    references, masks = _as_list(references), _as_list(masks)
-    masks = masks or [None] * len(references)
+    references = arguments.as_pictures("reference", references)
+    masks = arguments.as_pictures("mask", masks) or [None] * len(references)
     return np.stack([read_reference(*pair, **self.shown) for pair in zip(references, masks)])
 
   def _check_size(self, width: int | None, height: int | None) -> tuple[int, int]:
     factor = self.sampler.factor
-    size = (width or self.size[0], height or self.size[1])
-    for name, side in zip(("width", "height"), size):
-      if side < factor or side % factor:
+    size = []
+    for name, side, default in zip(("width", "height"), (width, height), self.size):
+      size.append(default if side is None else arguments.as_integer(name, side))
+      if size[-1] < factor or size[-1] % factor:
         raise UserError(
           f"{name} {side} is no multiple of {factor}; use {max(1, round(side / factor)) * factor}")
-    return size
+    return tuple(size)
 
-  def _check(self, prompt, nouns, references, masks) -> None:
-    if not prompt or not prompt.strip():
-      raise UserError("there is no prompt; say what to draw with --prompt")
-    if references and self.adapter is None:
-      raise UserError(
-        f"the base {self.base.name} has no adapter to read references with; give --checkpoint")
-    if references and not any(nouns):
-      raise UserError(
-        "a reference needs --class_noun, the word in the prompt that says what the subject is")
-    if masks and len(masks) != len(references):
-      raise UserError(f"{len(masks)} masks for {len(references)} references; give one for each")
+  def _check_references(self, nouns: Sequence[str], references: Sequence[list]) -> None:
+    for index, shown in enumerate(references):
+      if shown and self.adapter is None:
+        raise UserError(
+          f"the base {self.base.name} has no adapter to read references with; give --checkpoint")
+      if shown and not any(nouns[index : index + 1]):
+        raise UserError(
+          "a reference needs --class_noun, the word in the prompt that says what the subject is")
 
   def _maps_by_layer(self, maps, latent_size) -> dict[str, np.ndarray]:
     if len(maps) != len(self.layer_paths):
@@ -248,39 +285,6 @@ class Pipeline:
 
   def _tick(self) -> None:
     self._bar.update()
-
-
-def _as_list(pictures: Any) -> list[Any]:
-  """One picture or several or None, as a list."""
-  single = isinstance(pictures, str | os.PathLike | Image.Image) or hasattr(pictures, "__array__")
-  return [pictures] if single else list(pictures or ())
-
-
-def _lists_by_subject(references: Any, masks: Any, nouns: Sequence[str]) -> tuple[list, list]:
-  """A list of references and one of masks for each subject; one subject may come without lists."""
-  if len(nouns) < 2:
-    return [_as_list(references)], [_as_list(masks)]
-  references = [_as_list(subject) for subject in references or ()]
-  masks = [_as_list(subject) for subject in masks or [None] * len(nouns)]
-  if references and not len(nouns) == len(references) == len(masks):
-    raise UserError(
-      f"{len(references)} lists of references and {len(masks)} of masks for {len(nouns)} class "
-      "nouns; give one of each for every subject")
-  if not all(references):
-    raise UserError("a subject has no reference; give every class noun at least one")
-  return references or [[]], masks if references else [[]]
-
-
-def _check_seeds(seed: int | Sequence[int], num_images: int | None) -> list[int]:
-  count = 1 if num_images is None else num_images
-  if count < 1:
-    raise UserError(f"num_images is {num_images}; draw at least one")
-  seeds = list(map(int, seed)) if np.ndim(seed) else [int(seed) + k for k in range(count)]
-  if num_images not in (None, len(seeds)):
-    raise UserError(f"{len(seeds)} seeds for {num_images} pictures; leave num_images out")
-  if not seeds or not all(0 <= one < 2**31 for one in seeds):
-    raise UserError(f"seed {seed} is out of range; use 0 to {2**31 - count}")
-  return seeds
 
 
 def _layer_size(latent_size: tuple[int, int], pixels: int) -> tuple[int, int]:

@@ -1,5 +1,6 @@
 """The host part of generation: any number of images, drawn in batches of one compiled shape."""
 
+import textwrap
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -203,8 +204,8 @@ class ImageSampler:
         scale = np.broadcast_to(scale, (steps, self.layers)).copy()
     except (TypeError, ValueError):
       raise UserError(
-        f"scale {scale!r} is no number, nor {self.layers} numbers (one per layer), nor "
-        f"[{steps}, {self.layers}] (per step and layer)"
+        f"scale {textwrap.shorten(repr(scale), 60)} is no number, nor {self.layers} numbers (one "
+        f"per layer), nor [{steps}, {self.layers}] (per step and layer)"
       ) from None
     if not (np.isfinite(scale) & (scale >= 0)).all():
       raise UserError(

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 
 from cc_jax.bases.base import Base, load_base
 from cc_jax.customcontrast import ip_adapter
+from cc_jax.customcontrast.adapter_base import describe_base
 from cc_jax.customcontrast.adapter_file import save_adapter
 from cc_jax.customcontrast.build import build_customcontrast
 from cc_jax.customcontrast.model import CustomContrast
@@ -286,6 +287,6 @@ def save_final_adapter(run: Run) -> None:
     "reference_place": config.data.reference_layout,
   }
   save_adapter(
-    run.workdir / "adapter.safetensors", tensors, encoder=encoder, injection=injection,
-    base_name=run.base.name, base_hash=run.base.hash, notes=notes,
+    run.workdir / "adapter.safetensors", tensors, encoder=encoder, injection=injection, notes=notes,
+    **describe_base(run.base),
   )  # fmt: skip
