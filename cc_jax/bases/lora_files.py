@@ -1,17 +1,10 @@
 """LoRA files merged into a frozen base while it is loaded: W + scale · (alpha / rank) · up · down.
 
-Low-rank adaptation (Hu et al. 2021) in the formats that people share: kohya's (also with the UNet's
-original names, as for SDXL) and diffusers' three, of linear layers and of convolutions.
-
-  lora_unet_down_blocks_0_..._attn1_to_q.lora_down.weight, .lora_up.weight, .alpha         kohya
-  lora_te_text_model_encoder_layers_0_..., lora_te1_..., lora_te2_...                      kohya
-  unet.down_blocks.0....attn1.to_q.lora_A.weight, .lora_B.weight                           PEFT
-  unet.down_blocks.0....attn1.processor.to_q_lora.down.weight, .up.weight                  old
-  text_encoder.text_model....q_proj.lora_linear_layer.down.weight, .up.weight              old
+Low-rank adaptation (Hu et al. 2021) in the formats that people share (lora_names.py lists them), of
+linear layers and of convolutions.
 """
 
 import contextlib
-import dataclasses
 import hashlib
 import json
 import math
@@ -21,51 +14,12 @@ from pathlib import Path
 
 import numpy as np
 
+from cc_jax.bases.lora_changes import Change, core_shape
+from cc_jax.bases.lora_names import module_spellings, split_key
 from cc_jax.bases.weights import TensorWrapper, open_tensors
 from cc_jax.errors import UserError, first_names
-from cc_jax.models.clip_layers import tower_name
 
-# Ends of keys, and which factor they are; `mid` is the kernel of a convolution in three factors.
-_FACTORS = (
-  (re.compile(r"(\.lora_down|\.lora_A(\.\w+)?|[._]lora\.down|\.lora_linear_layer\.down)\.weight$"),
-   "down"),
-  (re.compile(r"(\.lora_up|\.lora_B(\.\w+)?|[._]lora\.up|\.lora_linear_layer\.up)\.weight$"), "up"),
-  (re.compile(r"\.lora_mid\.weight$"), "mid"),
-  (re.compile(r"(_lora|\.lora)?\.alpha$"), "alpha"),
-)  # fmt: skip
-_KOHYA = {
-  "lora_unet_": "unet", "lora_te_": "text_encoder", "lora_te1_": "text_encoder",
-  "lora_te2_": "text_encoder_2",
-}  # fmt: skip
-_COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
-_OLD_TEXT = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
 _METADATA = "lora_adapter_metadata"  # where diffusers writes PEFT's settings
-
-
-@dataclasses.dataclass
-class _Change:
-  """The factors of one module's change, in PyTorch's layout."""
-
-  up: np.ndarray | None = None  # [O, r], for a convolution [O, r, 1, 1]
-  down: np.ndarray | None = None  # [r, I], [r, I, kh, kw]
-  mid: np.ndarray | None = None  # [r, r, kh, kw]; up and down are 1x1 then
-  alpha: float | None = None
-
-  def delta(self) -> np.ndarray:
-    """(alpha / rank) · up · down, [O, I] or [O, I, kh, kw], float32."""
-    up = self.up.reshape(self.up.shape[:2]).astype(np.float32)
-    down = self.down.astype(np.float32)
-    rank = down.shape[0]
-    if self.mid is not None:
-      window = self.mid.astype(np.float32)
-      product = np.einsum("oa,abkl,bi->oikl", up, window, down.reshape(down.shape[:2]))
-    else:
-      product = (up @ down.reshape(rank, -1)).reshape(up.shape[0], *down.shape[1:])
-    return product * np.float32((rank if self.alpha is None else self.alpha) / rank)
-
-  def shape(self) -> tuple[int, ...]:
-    window = self.down.shape[2:] if self.mid is None else self.mid.shape[2:]
-    return (self.up.shape[0], self.down.shape[1], *window)
 
 
 class Lora:
@@ -83,12 +37,12 @@ class Lora:
     if not self.path.is_file():
       raise UserError(f"{path} is no file; name the LoRA's .safetensors file")
     # (component, module as the file names it) -> its factors.
-    self._changes: dict[tuple[str, str], _Change] = {}
+    self._changes: dict[tuple[str, str], Change] = {}
     with contextlib.ExitStack() as stack:
       tensors = open_tensors(self.path, stack)
       for key in tensors:
-        module, factor = _split(key, self.path)
-        change = self._changes.setdefault(module, _Change())
+        module, factor = split_key(key, self.path)
+        change = self._changes.setdefault(module, Change())
         if getattr(change, factor) is not None:
           raise UserError(f"{path} has {key} in two spellings; keep one")
         value = tensors[key]
@@ -124,7 +78,7 @@ class Lora:
       rank = change.down.shape[0]
       change.alpha = float(alpha) * (rank**0.5 if options.get("use_rslora") else 1.0)
 
-  def _check(self, module: str, change: _Change) -> None:
+  def _check(self, module: str, change: Change) -> None:
     missing = [part for part in ("down", "up") if getattr(change, part) is None]
     if missing:
       raise UserError(f"{self.path} lacks the {missing[0]} weights of {module}; get it again")
@@ -137,7 +91,7 @@ class Lora:
 
   def resolve(
     self, shapes: Mapping[str, Mapping[str, tuple[int, ...]]], other_names: Mapping[str, str]
-  ) -> dict[str, dict[str, _Change]]:
+  ) -> dict[str, dict[str, Change]]:
     """Finds each change's tensor: component -> our name of the tensor -> change.
 
     Args:
@@ -148,10 +102,10 @@ class Lora:
       UserError: a change is for a module that the base lacks, or of another shape.
     """
     spellings = {
-      name: _spellings(name, tensors, other_names if name == "unet" else {})
+      name: module_spellings(name, tensors, other_names if name == "unet" else {})
       for name, tensors in shapes.items()
     }
-    resolved: dict[str, dict[str, _Change]] = {}
+    resolved: dict[str, dict[str, Change]] = {}
     missing, wrong = [], []
     for (component, module), change in self._changes.items():
       name = spellings.get(component, {}).get(module)
@@ -160,7 +114,7 @@ class Lora:
         continue
       tensor = f"{name}.weight"
       wanted = shapes[component][tensor]
-      if _core(change.shape()) != _core(wanted):
+      if core_shape(change.shape()) != core_shape(wanted):
         wrong.append(f"{component}'s {name} is {change.shape()}, there {wanted}")
       if tensor in resolved.setdefault(component, {}):
         raise UserError(f"{self.path} changes {component}'s {name} twice; keep one spelling")
@@ -182,7 +136,7 @@ class Merged(TensorWrapper):
   """A component's tensors with the changes added as each is read; the sum is made in float32."""
 
   def __init__(
-    self, tensors: Mapping[str, np.ndarray], changes: Mapping[str, list[tuple[_Change, float]]]
+    self, tensors: Mapping[str, np.ndarray], changes: Mapping[str, list[tuple[Change, float]]]
   ):
     """`changes`: our name of a tensor -> changes and their scales."""
     super().__init__(tensors)
@@ -194,50 +148,3 @@ class Merged(TensorWrapper):
       delta = np.float32(scale) * change.delta()
       tensor = tensor.astype(np.float32) + delta.reshape(tensor.shape)
     return tensor
-
-
-def _split(key: str, path: Path) -> tuple[tuple[str, str], str]:
-  """A key -> ((component, module), factor). Kohya's modules keep their underscores."""
-  ends = ((pattern.search(key), factor) for pattern, factor in _FACTORS)
-  match, factor = next((end for end in ends if end[0]), (None, ""))
-  if match is None:
-    raise UserError(
-      f"{path} has the tensor {key}, which is none of a LoRA (down, up, alpha); LoHa, LoKr, DoRA "
-      "and full differences are not implemented"
-    )
-  module, old = key[: match.start()], match.group().startswith("_lora")
-  for prefix, component in _KOHYA.items():
-    if module.startswith(prefix):
-      return (component, module.removeprefix(prefix)), factor
-  module = module.removeprefix("base_model.model.")
-  component, _, rest = module.partition(".")
-  if component not in _COMPONENTS:  # old files of a UNet alone
-    component, rest = "unet", module
-  rest = rest.replace(".processor.", ".")
-  parent, _, last = rest.rpartition(".")
-  if component != "unet":
-    rest = tower_name(f"{parent}.{_OLD_TEXT[last]}" if last in _OLD_TEXT else rest, "text_model")
-  elif last == "to_out" and old:
-    rest += ".0"
-  return (component, rest), factor
-
-
-def _spellings(
-  component: str, tensors: Mapping[str, tuple[int, ...]], other_names: Mapping[str, str]
-) -> dict[str, str]:
-  """Every way in which files write a module's name -> our name of it."""
-  modules = [
-    name.removesuffix(".weight") for name, shape in tensors.items()
-    if name.endswith(".weight") and len(shape) >= 2
-  ]  # fmt: skip
-  spellings = {name: name for name in modules}
-  for name in modules:
-    for spelling in (name, other_names.get(name, name)):
-      # Underscores for dots cannot be undone by rules alone ("to_out_0"), but by looking it up.
-      assert spellings.setdefault(spelling.replace(".", "_"), name) == name, (component, spelling)
-  return spellings
-
-
-def _core(shape: tuple[int, ...]) -> tuple[int, ...]:
-  """A shape without a window of one pixel: 1x1 convolutions and linear layers are alike."""
-  return tuple(shape[:2]) if set(shape[2:]) <= {1} else tuple(shape)
