@@ -1,32 +1,46 @@
 """LoRA files merged into a frozen base while it is loaded: W + scale · (alpha / rank) · up · down.
 
-Low-rank adaptation (Hu et al. 2021) in the formats that people share (lora_names.py lists them), of
-linear layers and of convolutions.
+Low-rank adaptation (Hu et al. 2021) and its relatives (lora_changes.py) in the formats that people
+share (lora_names.py), of linear layers and of convolutions.
 """
 
 import contextlib
 import hashlib
-import json
 import math
-import re
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
+from absl import logging
 
-from cc_jax.bases.lora_changes import Change, core_shape
-from cc_jax.bases.lora_names import module_spellings, split_key
-from cc_jax.bases.weights import TensorWrapper, open_tensors
+from cc_jax.bases import download
+from cc_jax.bases.lora_changes import Change
+from cc_jax.bases.lora_names import COMPONENTS, PEFT, module_spellings, split_key
+from cc_jax.bases.lora_settings import CONFIG_FILE, config_file, read_settings
+from cc_jax.bases.weights import TensorWrapper, open_tensors, refuse_pickle
 from cc_jax.errors import UserError, first_names
 
-_METADATA = "lora_adapter_metadata"  # where diffusers writes PEFT's settings
+# What PEFT's and diffusers' save functions call a LoRA in a folder of its own.
+_IN_FOLDERS = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
+
+
+def find_lora(name: str | Path) -> Path:
+  """A LoRA's file or folder: a path, or `owner/name[/inside][@revision]` on the hub."""
+  if not Path(name).exists() and download.is_hub_id(str(name)):
+    inside, at, revision = str(name).partition("@")
+    if not inside.endswith(".safetensors"):
+      return download.fetch_folder(str(name), (*_IN_FOLDERS, CONFIG_FILE))
+    folder, _, file = inside.rpartition("/")
+    if file == _IN_FOLDERS[0] and download.is_hub_id(folder):  # its strength is in a file beside it
+      download.fetch_folder(f"{folder}{at}{revision}", (CONFIG_FILE,))
+  return download.find_file(name)
 
 
 class Lora:
-  """One file, and how much of it is wanted."""
+  """One LoRA, and how much of it is wanted."""
 
   def __init__(self, path: str | Path, scale: float = 1.0):
-    """Reads the file.
+    """Reads a file, or a folder as PEFT and diffusers save one.
 
     Raises:
       UserError: unreadable, or not a LoRA of a kind that we have.
@@ -34,20 +48,11 @@ class Lora:
     self.path, self.scale = Path(path), float(scale)
     if not math.isfinite(self.scale):
       raise UserError(f"the scale of {path} is {scale}; give a number, 1 for the LoRA as it is")
-    if not self.path.is_file():
-      raise UserError(f"{path} is no file; name the LoRA's .safetensors file")
+    self._files = _files(self.path)
     # (component, module as the file names it) -> its factors.
     self._changes: dict[tuple[str, str], Change] = {}
-    with contextlib.ExitStack() as stack:
-      tensors = open_tensors(self.path, stack)
-      for key in tensors:
-        module, factor = split_key(key, self.path)
-        change = self._changes.setdefault(module, Change())
-        if getattr(change, factor) is not None:
-          raise UserError(f"{path} has {key} in two spellings; keep one")
-        value = tensors[key]
-        setattr(change, factor, float(value.flat[0]) if factor == "alpha" else value)
-      self._read_metadata(tensors.metadata)
+    for file in self._files:
+      self._read(file)
     for (_, module), change in self._changes.items():
       self._check(module, change)
     if not self._changes:
@@ -56,38 +61,51 @@ class Lora:
   @property
   def identity(self) -> str:
     """What was merged, for the base's hash."""
-    with open(self.path, "rb") as file:
-      return f"{hashlib.file_digest(file, 'sha256').hexdigest()} {self.scale}"
+    contents = [content for file in self._files for content in (file, config_file(file)) if content]
+    digests = []
+    for content in contents:
+      with open(content, "rb") as file:
+        digests.append(hashlib.file_digest(file, "sha256").hexdigest())
+    return f"{' '.join(digests)} {self.scale}"
 
-  def _read_metadata(self, metadata: Mapping[str, str]) -> None:
-    """PEFT's alphas, which diffusers keeps in the header and not in tensors."""
-    settings = json.loads(metadata.get(_METADATA, "{}"))
-    for (component, module), change in self._changes.items():
-      options = {
-        name.removeprefix(f"{component}."): value for name, value in settings.items()
-        if name.startswith(f"{component}.")
-      }  # fmt: skip
-      if options.get("use_dora") or options.get("lora_bias"):
-        raise UserError(f"{self.path} uses DoRA or biases, which we do not have; use a plain LoRA")
-      alpha = options.get("lora_alpha")
-      for pattern, value in (options.get("alpha_pattern") or {}).items():
-        if re.fullmatch(rf"(.*\.)?{pattern}", module):
-          alpha = value
-      if alpha is None or change.alpha is not None or change.down is None:
+  def _read(self, file: Path) -> None:
+    with contextlib.ExitStack() as stack:
+      tensors = open_tensors(file, stack)
+      changes: dict[tuple[str, str], Change] = {}
+      for key in tensors:
+        module, factor = split_key(key, file)
+        change = changes.setdefault(module, Change())
+        if factor in change.factors or module in self._changes:
+          raise UserError(f"{file} has {key} in two spellings; keep one")
+        change.factors[factor] = tensors[key]
+        if not np.isfinite(change.factors[factor]).all():
+          raise UserError(f"{file}: {key} is not finite (NaN or infinity); get it again")
+      self._set_strengths(file, changes, tensors.metadata)
+      if any(key.startswith(PEFT) for key in tensors) and not config_file(file):
+        logging.warning("%s: %s is not beside it, where PEFT keeps how strong a LoRA is; taken for "
+                        "alpha = rank", file, CONFIG_FILE)  # fmt: skip
+    self._changes |= changes
+
+  def _set_strengths(
+    self, file: Path, changes: Mapping[tuple[str, str], Change], metadata: Mapping[str, str]
+  ) -> None:
+    """PEFT's alphas, which are not in tensors."""
+    settings = read_settings(file, metadata)
+    for (component, module), change in changes.items():
+      if component not in settings or "alpha" in change.factors or change.missing():
         continue
-      rank = change.down.shape[0]
-      change.alpha = float(alpha) * (rank**0.5 if options.get("use_rslora") else 1.0)
+      if settings[component].use_dora and "lora_magnitude_vector" not in change.factors:
+        raise UserError(f"{file} lacks the lora_magnitude_vector of {module}; get it again")
+      spellings = (module, module.removeprefix("text_model."))
+      change.strength = settings[component].strength(module, spellings, change.rank)
 
   def _check(self, module: str, change: Change) -> None:
-    missing = [part for part in ("down", "up") if getattr(change, part) is None]
-    if missing:
+    if missing := change.missing():
       raise UserError(f"{self.path} lacks the {missing[0]} weights of {module}; get it again")
-    rank = change.down.shape[0]
-    if change.up.ndim < 2 or change.down.ndim < 2 or change.up.shape[1] != rank or not rank:
-      raise UserError(
-        f"{self.path}: {module} has factors {change.up.shape} and {change.down.shape}, which "
-        "do not multiply; get it again"
-      )
+    try:
+      change.shape()
+    except UserError as error:
+      raise UserError(f"{self.path}: {module} {error}; get it again") from None
 
   def resolve(
     self, shapes: Mapping[str, Mapping[str, tuple[int, ...]]], other_names: Mapping[str, str]
@@ -114,7 +132,7 @@ class Lora:
         continue
       tensor = f"{name}.weight"
       wanted = shapes[component][tensor]
-      if core_shape(change.shape()) != core_shape(wanted):
+      if not change.fits(wanted):
         wrong.append(f"{component}'s {name} is {change.shape()}, there {wanted}")
       if tensor in resolved.setdefault(component, {}):
         raise UserError(f"{self.path} changes {component}'s {name} twice; keep one spelling")
@@ -133,18 +151,36 @@ class Lora:
 
 
 class Merged(TensorWrapper):
-  """A component's tensors with the changes added as each is read; the sum is made in float32."""
+  """A component's tensors, changed as each is read; the sum is made in float32."""
 
   def __init__(
     self, tensors: Mapping[str, np.ndarray], changes: Mapping[str, list[tuple[Change, float]]]
   ):
-    """`changes`: our name of a tensor -> changes and their scales."""
+    """`changes`: our name of a tensor -> changes and their scales, made in this order."""
     super().__init__(tensors)
     self._changes = changes
 
   def __getitem__(self, name: str) -> np.ndarray:
     tensor = self._tensors[name]
     for change, scale in self._changes.get(name, ()):
-      delta = np.float32(scale) * change.delta()
-      tensor = tensor.astype(np.float32) + delta.reshape(tensor.shape)
+      tensor = change.apply(tensor, scale)
     return tensor
+
+
+def _files(path: Path) -> list[Path]:
+  """The file itself, or those in a folder or in its subfolders unet/, text_encoder/, ..."""
+  if path.is_file():
+    return [path]
+  if not path.is_dir():
+    raise UserError(f"{path} is no file; name the LoRA's .safetensors file, or its folder")
+  folders = (path, *(path / component for component in COMPONENTS))
+  found = [f / name for name in _IN_FOLDERS for f in folders if (f / name).is_file()]
+  if not found:
+    for folder in folders:
+      for name in _IN_FOLDERS:
+        pickle = (folder / name).with_suffix(".bin")
+        if pickle.is_file():
+          refuse_pickle(pickle)
+    names = " or ".join(_IN_FOLDERS)
+    raise UserError(f"{path} holds no {names}; name the LoRA's .safetensors file")
+  return found
