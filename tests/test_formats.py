@@ -892,7 +892,7 @@ def test_lora_for_another_base(family, tmp_path):
 @pytest.mark.parametrize(
   "stored, message",
   [
-    ({"lora_unet_conv_in.oft_blocks": np.ones((2, 2))}, "oft_blocks, which is none of a LoRA, LoHa"),
+    ({"lora_unet_conv_in.oft": np.ones((2, 2))}, "oft, which is none of a LoRA, LoHa"),
     ({"lora_unet_conv_in.lora_down.weight": np.ones((2, 2))}, "lacks the up weights of conv_in"),
     ({"unet.conv_in.lora_A.weight": np.ones((2, 3)), "unet.conv_in.lora_B.weight": np.ones((4, 5))},
      "do not multiply"),
