@@ -207,7 +207,8 @@ def _check_numbers(config: Mapping[str, Any]) -> None:
   """Raises UserError where text or the like stands for a number."""
   for key in _NUMBERS:
     values = config.get(key, 0)
-    for value in values if key == "trained_betas" and isinstance(values, list | tuple) else [values]:
+    several = key == "trained_betas" and isinstance(values, list | tuple)
+    for value in values if several else [values]:
       if not isinstance(value, numbers.Real) or isinstance(value, bool) or math.isnan(value):
         raise UserError(f"the scheduler config has {key}={value!r}; write a number")
 
