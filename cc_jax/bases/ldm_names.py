@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from cc_jax.bases.weights import Convert
+from cc_jax.bases.tensor_files import Convert
 from cc_jax.errors import UserError, first_names
 from cc_jax.models.clip_layers import tower_name
 from cc_jax.models.unet_config import UNetConfig

@@ -17,7 +17,7 @@ from cc_jax.bases import download
 from cc_jax.bases.lora_changes import Change
 from cc_jax.bases.lora_names import COMPONENTS, PEFT, module_spellings, split_key
 from cc_jax.bases.lora_settings import CONFIG_FILE, config_file, read_settings
-from cc_jax.bases.weights import TensorWrapper, open_tensors, refuse_pickle
+from cc_jax.bases.tensor_files import TensorWrapper, open_tensors, refuse_pickle
 from cc_jax.errors import UserError, first_names
 
 # What PEFT's and diffusers' save functions call a LoRA in a folder of its own.
