@@ -21,7 +21,7 @@ import safetensors.numpy
 from flax import nnx
 
 from cc_jax.bases.tensor_files import Convert, Tensors, TensorWrapper, open_tensors
-from cc_jax.bases.torch_names import from_torch, to_torch
+from cc_jax.bases.torch_names import from_torch, to_torch, torch_name
 from cc_jax.errors import UserError
 
 Module = TypeVar("Module", bound=nnx.Module)
@@ -50,22 +50,30 @@ def load_weights(
     what: names the source in error messages; default its path.
 
   Raises:
-    UserError: nothing there, unreadable, a pickle, or other names or shapes than the module's.
+    UserError: nothing there, unreadable, a pickle, other names or shapes than the module's, or
+      numbers that are not finite.
   """
   graph, params, rest = nnx.split(module, nnx.Param, ...)
 
   def place(path: tuple, array: np.ndarray, variable: nnx.Variable) -> jax.Array:
-    array = array.astype(variable.dtype, copy=False)
+    with np.errstate(over="ignore"):  # an error follows
+      array = array.astype(variable.dtype, copy=False)
+    if not np.isfinite(array).all():
+      raise UserError(
+        f"{what or 'these weights'}: {torch_name(path)} is not finite (NaN or infinity) as "
+        f"{array.dtype}; get them again"
+      )
     target = sharding and sharding(".".join(map(str, path)), array.shape)
     if target is None:
       return jnp.asarray(array)
     # Of several processes each takes its part, which device_put would first compare between them.
     return jax.make_array_from_callback(array.shape, target, lambda index: array[index])
 
+  if not isinstance(source, Mapping):
+    what = what or f"the weights in {source}"
   with contextlib.ExitStack() as stack:
     tensors = source
     if not isinstance(source, Mapping):
-      what = what or f"the weights in {source}"
       tensors = _named_as_ours(open_tensors(source, stack), type(module))
     tensors = change(tensors if digests is None else _Hashed(tensors, digests))
     params = from_torch(tensors, params, what=what or "these weights", place=place)
