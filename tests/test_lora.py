@@ -122,6 +122,9 @@ def test_a_loras_folder(tmp_path, monkeypatch):
     weight = f"{module}.weight"
     difference = both[component][weight] - BASE[component][weight]
     np.testing.assert_allclose(difference, 2 * B @ A, rtol=1e-4, atol=1e-6)
+  # Beside PEFT's file, another of the same LoRA is not a second one.
+  write(tmp_path / "both" / "pytorch_lora_weights.safetensors", pair(QUERY, "unet."))
+  assert merged(Lora(tmp_path / "both")).keys() == both.keys()
   write(tmp_path / "diffusers" / "pytorch_lora_weights.safetensors", pair(QUERY, "unet."))
   assert merged(Lora(tmp_path / "diffusers")).keys() == {"unet"}
   first = Lora(tmp_path / "both").identity
@@ -136,7 +139,7 @@ def test_a_loras_folder(tmp_path, monkeypatch):
   )
   monkeypatch.setattr(lora_files, "download", hub)
   assert find_lora("owner/lora@main") == tmp_path / "both"
-  assert asked.pop()[1][-1] == "adapter_config.json"
+  assert {"adapter_config.json", "unet/adapter_model.safetensors"} <= set(asked.pop()[1])
   find_lora("owner/lora/unet/adapter_model.safetensors@main")
   assert asked == [("owner/lora/unet@main", ("adapter_config.json",))]
   assert find_lora(tmp_path) == tmp_path / "both" / "unet" / "adapter_model.safetensors"
@@ -327,6 +330,8 @@ CONFIG = "adapter_config.json"
   [
     ({**FINE, "unet.x.lora_B.weight": B * np.nan}, None, "x.lora_B.weight is not finite"),
     ({**FINE, "unet.x.lora_B.bias": B[0]}, None, "lora_B.bias, which is none of a LoRA.*biases"),
+    ({**FINE, "unet.x.lora_B.weight": B.astype(np.int8)}, None, r"x.lora_B.weight is int8 \(6, 2"),
+    ({**FINE, "unet.x.alpha": np.ones(0)}, None, r"unet.x.alpha is float64 \(0,\); get it again"),
     ({"lora_unet_x.diff": B}, None, "x.diff, which is none of.*full differences"),
     ({"lora_unet_x.hada_w1_a": B}, None, "lacks the hada_w1_b weights of x"),
     ({"lora_unet_x.lokr_w1": B}, None, "lacks the lokr_w2_a weights of x"),

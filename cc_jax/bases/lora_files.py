@@ -29,7 +29,9 @@ def find_lora(name: str | Path) -> Path:
   if not Path(name).exists() and download.is_hub_id(str(name)):
     inside, at, revision = str(name).partition("@")
     if not inside.endswith(".safetensors"):
-      return download.fetch_folder(str(name), (*_IN_FOLDERS, CONFIG_FILE))
+      folders = ("", *(f"{component}/" for component in COMPONENTS))
+      files = (*_IN_FOLDERS, CONFIG_FILE)
+      return download.fetch_folder(str(name), [f"{a}{b}" for a in folders for b in files])
     folder, _, file = inside.rpartition("/")
     if file == _IN_FOLDERS[0] and download.is_hub_id(folder):  # its strength is in a file beside it
       download.fetch_folder(f"{folder}{at}{revision}", (CONFIG_FILE,))
@@ -77,9 +79,11 @@ class Lora:
         change = changes.setdefault(module, Change())
         if factor in change.factors or module in self._changes:
           raise UserError(f"{file} has {key} in two spellings; keep one")
-        change.factors[factor] = tensors[key]
-        if not np.isfinite(change.factors[factor]).all():
+        change.factors[factor] = tensor = tensors[key]
+        if not np.isfinite(tensor).all():
           raise UserError(f"{file}: {key} is not finite (NaN or infinity); get it again")
+        if tensor.size != 1 if factor == "alpha" else tensor.dtype.kind in "iub":
+          raise UserError(f"{file}: {key} is {tensor.dtype} {tensor.shape}; get it again")
       self._set_strengths(file, changes, tensors.metadata)
       if any(key.startswith(PEFT) for key in tensors) and not config_file(file):
         logging.warning("%s: %s is not beside it, where PEFT keeps how strong a LoRA is; taken for "
@@ -174,13 +178,12 @@ def _files(path: Path) -> list[Path]:
   if not path.is_dir():
     raise UserError(f"{path} is no file; name the LoRA's .safetensors file, or its folder")
   folders = (path, *(path / component for component in COMPONENTS))
-  found = [f / name for name in _IN_FOLDERS for f in folders if (f / name).is_file()]
-  if not found:
-    for folder in folders:
-      for name in _IN_FOLDERS:
-        pickle = (folder / name).with_suffix(".bin")
-        if pickle.is_file():
-          refuse_pickle(pickle)
-    names = " or ".join(_IN_FOLDERS)
-    raise UserError(f"{path} holds no {names}; name the LoRA's .safetensors file")
-  return found
+  for name in _IN_FOLDERS:
+    if found := [folder / name for folder in folders if (folder / name).is_file()]:
+      return found
+  for file in (folder / name for folder in folders for name in _IN_FOLDERS):
+    if file.with_suffix(".bin").is_file():
+      refuse_pickle(file.with_suffix(".bin"))
+  raise UserError(
+    f"{path} holds no {' or '.join(_IN_FOLDERS)}; name the LoRA's .safetensors file"
+  )

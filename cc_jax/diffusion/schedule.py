@@ -93,6 +93,13 @@ class NoiseSchedule:
 
   def __post_init__(self):
     _one_of(self.prediction_type, PREDICTION_TYPES, "prediction_type")
+    if self.num_train_timesteps < 1:
+      raise UserError(
+        f"the scheduler config has num_train_timesteps={self.num_train_timesteps}; usual is 1000"
+      )
+    for beta in (self.beta_start, self.beta_end, *(self.trained_betas or ())):
+      if not 0 <= beta <= 1:
+        raise UserError(f"the scheduler config has a beta of {beta:g}; betas lie between 0 and 1")
     if self.trained_betas is None:
       _one_of(self.beta_schedule, BETA_SCHEDULES, "beta_schedule")
     elif len(self.trained_betas) != self.num_train_timesteps:

@@ -145,6 +145,11 @@ def _timesteps(schedule, steps, spacing, *, unvisited=0, clipped=0, rounded=True
 def _lcm_timesteps(schedule: NoiseSchedule, steps: int) -> np.ndarray:
   """[steps], evenly spaced among the original_inference_steps timesteps of the distillation."""
   original = schedule.option("original_inference_steps", 50)
+  if original > schedule.num_train_timesteps:
+    raise UserError(
+      f"the scheduler config has original_inference_steps={original}, more than its "
+      f"{schedule.num_train_timesteps} timesteps; take the published config"
+    )
   if steps > original:
     raise UserError(
       f"{steps} steps are more than the {original} (original_inference_steps) that this base was "
