@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import inspect
+import json
 import sys
 from unittest import mock
 
@@ -245,7 +246,12 @@ OPTIONS = {
     {**KARRAS, "final_sigmas_type": "sigma_min"},
     {"use_lu_lambdas": True},
     {"use_exponential_sigmas": True},
+    {"use_lu_lambdas": True, **KARRAS},  # P14: two at once, as diffusers ranks them
+    {"use_lu_lambdas": True, "use_exponential_sigmas": True},
     {"solver_order": 1},
+    {"solver_order": 3},  # P25
+    {"solver_order": 3, "lower_order_final": False, "euler_at_final": True},
+    {"solver_order": 3, "final_sigmas_type": "sigma_min", "lower_order_final": False, **KARRAS},
     {"solver_type": "heun"},
     {"solver_type": "bh2"},
     {"final_sigmas_type": "sigma_min"},
@@ -438,6 +444,59 @@ def test_every_sampler_runs_on_every_checkpoint_as_in_diffusers(checkpoint, late
       extra = {"skip_prk_steps": True}  # the only ones we have
     theirs = getattr(diffusers, cls).from_config(config, **extra)
     compare(name, config, 10, latents, fresh, theirs=theirs)
+
+
+# What each class writes besides its defaults; several keys mean nothing to the other classes.
+WRITTEN = {
+  "DDIMScheduler": {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1},
+  "DDPMScheduler": {"variance_type": "fixed_large", "clip_sample": False},
+  "PNDMScheduler": {"skip_prk_steps": True, "set_alpha_to_one": True},
+  "LCMScheduler": {"original_inference_steps": 40, "timestep_scaling": 8.0},
+  "EulerDiscreteScheduler": {"timestep_type": "discrete", "sigma_min": 0.1, **KARRAS},
+  "EulerAncestralDiscreteScheduler": {"timestep_spacing": "trailing"},
+  "HeunDiscreteScheduler": {"use_exponential_sigmas": True, "clip_sample": True},
+  "DPMSolverMultistepScheduler": {"solver_type": "heun", "use_lu_lambdas": True,
+                                  "euler_at_final": True, "lambda_min_clipped": -5.1},
+  "UniPCMultistepScheduler": {"solver_type": "bh1", "disable_corrector": [1], **KARRAS},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("plain", [True, False])
+@pytest.mark.parametrize("writer", WRITTEN)
+def test_any_sampler_reads_what_any_class_wrote(writer, plain, latents, fresh, tmp_path):
+  """P14: a base saved with one scheduler is drawn with another as by diffusers' `from_config`."""
+  getattr(diffusers, writer)(**SD, **({} if plain else WRITTEN[writer])).save_config(tmp_path)
+  config = json.loads((tmp_path / "scheduler_config.json").read_text())
+  # Where nothing is said diffusers' schedulers clip, and its Stable Diffusion pipelines do not.
+  config.setdefault("clip_sample", False)
+  for name, cls in CLASSES.items():
+    config["skip_prk_steps"] = True  # the only ones we have
+    extra = {"algorithm_type": name} if name == "sde-dpmsolver++" else {}
+    theirs = getattr(diffusers, cls).from_config(config, **extra)
+    compare(name, config, 6, latents, fresh, theirs=theirs, cut=True)
+
+
+def test_what_another_class_wrote_is_refused_only_where_it_means_something():
+  """P14: each option that we refuse is one that the sampler's own class reads."""
+  for name, entry in REGISTRY.items():
+    known = inspect.signature(getattr(diffusers, entry.scheduler_class).__init__).parameters
+    assert entry.options.keys() <= known.keys(), name
+  for key, value, readers in [
+    ("thresholding", True, {"ddim", "ddpm", "lcm", "dpmsolver++", "sde-dpmsolver++", "unipc"}),
+    ("variance_type", "learned", {"ddpm", "dpmsolver++", "sde-dpmsolver++"}),
+    ("predict_x0", False, {"unipc"}),
+    ("timestep_type", "continuous", {"euler"}),
+    ("solver_order", 3, {"sde-dpmsolver++"}),
+    ("use_beta_sigmas", True, {"euler", "heun", "dpmsolver++", "sde-dpmsolver++", "unipc"}),
+  ]:
+    refused = set()
+    for name in REGISTRY:
+      try:
+        samplers.step_table(NoiseSchedule.from_config({**SD, key: value}), steps=5, sampler=name)
+      except UserError as error:
+        assert f"{key}={value!r}" in str(error)
+        refused.add(name)
+    assert refused == readers, key
 
 
 @pytest.mark.parametrize("name", CLASSES)
@@ -700,6 +759,13 @@ def test_schedule_is_a_static_argument():
     ({"prediction_type": "flow_prediction"}, "flow_prediction.*epsilon, v_prediction, sample"),
     ({"beta_schedule": "laplace"}, "laplace.*linear, scaled_linear, squaredcos_cap_v2"),
     ({"trained_betas": [0.1, 0.2]}, "2 trained_betas"),
+    ({"trained_betas": [0.1, "x"]}, "trained_betas='x'; write a number"),
+    ({"trained_betas": [0.1, 1.5], "num_train_timesteps": 2}, "a beta of 1.5; betas lie between"),
+    ({"beta_end": -0.1}, "a beta of -0.1; betas lie between 0 and 1"),
+    ({"num_train_timesteps": 0}, "num_train_timesteps=0; usual is 1000"),
+    ({"beta_start": "0.0001"}, "beta_start='0.0001'; write a number"),
+    ({"num_train_timesteps": float("nan")}, "num_train_timesteps=nan; write a number"),
+    ({"steps_offset": [1]}, r"steps_offset=\[1\]; write a number"),
   ],
 )
 def test_bad_schedules(config, match):
@@ -717,12 +783,16 @@ def test_bad_schedules(config, match):
     ({}, "dpmsolver++", 1000, "1000 steps do not fit"),
     ({}, "euler_a", 5, "'euler_a'.*ddim, ddpm.*euler_ancestral"),
     ({}, "lcm", 51, "51 steps.*50"),
+    ({"original_inference_steps": 2000}, "lcm", 4, "inference_steps=2000, more than its 1000"),
     ({"timestep_spacing": "karras"}, "ddim", 5, "karras.*leading, trailing, linspace"),
     ({"thresholding": True}, "ddim", 5, "thresholding=True"),
-    ({"solver_order": 3}, "dpmsolver++", 5, "solver_order=3"),
+    ({"solver_order": 3}, "sde-dpmsolver++", 5, "solver_order=3"),
+    ({"solver_order": 4}, "dpmsolver++", 5, "solver_order=4"),
     ({"solver_order": 4}, "unipc", 5, "solver_order=4"),
-    ({"use_karras_sigmas": True, "use_lu_lambdas": True}, "dpmsolver++", 5, "karras.*lu.*keep one"),
+    ({**KARRAS, "use_exponential_sigmas": True}, "dpmsolver++", 5, "karras.*expon.*keep one"),
     ({"use_beta_sigmas": True}, "euler", 5, "use_beta_sigmas=True"),
+    ({**KARRAS, "sigma_min": 0.0}, "heun", 5, "sigma_min=0 and sigma_max=157"),
+    ({"use_exponential_sigmas": True, "sigma_max": 0.01}, "euler", 5, "sigma_max=0.01; sigma_m"),
     ({"use_flow_sigmas": True}, "unipc", 5, "use_flow_sigmas=True"),
     ({"final_sigmas_type": "one"}, "euler", 5, "final_sigmas_type='one'.*zero.*sigma_min"),
     ({"timestep_type": "continuous"}, "euler", 5, "timestep_type='continuous'"),
@@ -730,6 +800,13 @@ def test_bad_schedules(config, match):
     ({"variance_type": "learned_range"}, "ddpm", 5, "variance_type='learned_range'"),
     ({"predict_x0": False}, "unipc", 5, "predict_x0=False"),
     ({"lower_order_final": False}, "unipc", 5, "division by zero"),
+    # P25: diffusers' solve of a singular matrix fails after the network was called
+    ({"lower_order_final": False, "solver_order": 3}, "unipc", 5, "division by zero.*lower_order"),
+    ({**KARRAS, "lower_order_final": False, "solver_order": 3, "solver_type": "bh1",
+      "final_sigmas_type": "sigma_min"}, "unipc", 9, "division by zero"),
+    ({"use_dynamic_shifting": True}, "unipc", 5, "use_dynamic_shifting=True"),
+    ({"shift_terminal": 0.1}, "unipc", 5, "shift_terminal=0.1"),
+    ({"variance_type": "learned_range"}, "dpmsolver++", 5, "variance_type='learned_range'"),
     ({"_class_name": "PNDMScheduler"}, "pndm", 5, "skip_prk_steps=False"),
     ({"prediction_type": "sample"}, "pndm", 5, "prediction_type='sample'.*epsilon"),
     ({**ZERO_SNR, "timestep_spacing": "trailing"}, "pndm", 5, "pndm cannot start at zero SNR"),

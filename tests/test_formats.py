@@ -395,7 +395,10 @@ def test_real_single_files(kind):
   assert got.attention_head_dim == wanted.attention_head_dim
   assert got.transformer_layers_per_block == wanted.transformer_layers_per_block
   assert got.addition_time_embed_dim == wanted.addition_time_embed_dim
-  # Whatever the sampler, its numbers are those of the published folder.
+  # Whatever the sampler, its numbers are those of the published folder, which diffusers takes (P9).
+  repository = single_file_utils.fetch_diffusers_config(file)["pretrained_model_name_or_path"]
+  assert found.repository == repository
+  assert found.scheduler["_class_name"] == PUBLISHED[repository.split("/")[1]]["_class_name"]
   folder = {"sd1": "stable-diffusion-v1-5", "sd2": "stable-diffusion-2-1"}
   folder = folder.get(kind, "stable-diffusion-xl-base-1.0")
   shipped = ASSETS / "architectures" / folder / "scheduler" / "scheduler_config.json"
@@ -404,8 +407,6 @@ def test_real_single_files(kind):
       step_table(NoiseSchedule.from_config(config), steps=7, sampler=sampler)
       for config in (PUBLISHED[folder], json.loads(shipped.read_text()), found.scheduler)
     )
-    if (kind, sampler) == ("sd1", "default"):
-      ours.pop()  # a file names no sampler; ours is DDIM then, as in diffusers
     assert all(np.array_equal(*pair) for one in ours for pair in zip(one, wanted)), sampler
   dropped = ldm_names.check(found, used, shapes, "file")
   assert list(dropped) == (
@@ -444,6 +445,76 @@ def test_bad_single_files(change, message, family, tmp_path):
   with pytest.raises(UserError, match=message) as error:
     load_base(bad)
   assert "\n" not in str(error.value) and str(bad) in str(error.value)
+
+
+def linear_projection(stored):
+  """SDXL's second projection as the linear layer that it is."""
+  key = "conditioner.embedders.1.model.text_projection"
+  stored[f"{key}.weight"] = np.ascontiguousarray(stored.pop(key).T)
+
+
+TOWER = "conditioner.embedders.0.transformer."
+MORE = {  # what else single files hold -> what is told of it
+  "sdxl": [
+    (lambda s: s.update({f"{TOWER}text_projection.weight": np.ones((64, 64), np.float32)}),
+     {f"{TOWER}text_projection.weight"}),
+    (lambda s: s.update({f"{TOWER}text_projection": np.ones((64, 64)),
+                         f"{TOWER}logit_scale": np.ones(())}),
+     {f"{TOWER}text_projection", f"{TOWER}logit_scale"}),
+    (linear_projection, set()),
+    (lambda s: s.update({"alphas_cumprod": np.ones(9), "denoiser.sigmas": np.ones(9),
+                         "model_ema.num_updates": np.ones(())}),
+     {"alphas_cumprod", "denoiser.*"}),
+  ],
+  "sd1": [
+    (lambda s: s.update({f"cond_stage_model.{key}": np.ones(2) for key in (
+       "logit_scale", "transformer.text_projection.weight", "transformer.visual_projection.weight",
+       "transformer.vision_model.post_layernorm.bias", "transformer.vision_model.x.weight")}),
+     {f"cond_stage_model.{key}" for key in (
+       "logit_scale", "transformer.text_projection.weight", "transformer.visual_projection.weight",
+       "transformer.vision_model.*")}),
+    (lambda s: s.update({"first_stage_model.loss.logvar": np.ones(()),
+                         "first_stage_model.loss.discriminator.main.0.bias": np.ones(3),
+                         "first_stage_model.model_ema.decay": np.ones(())}),
+     {"first_stage_model.loss.*", "first_stage_model.model_ema.*"}),
+  ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind, number", [(k, n) for k in MORE for n in range(len(MORE[k]))])
+def test_single_files_with_more_in_them(kind, number, family, tmp_path):
+  """P23: the same base to the bit, and what is not used is told."""
+  change, told = MORE[kind][number]
+  file = family(kind)[2]
+  shutil.copytree(file.with_suffix(""), tmp_path / "more")
+  base = load_base(resave(file, tmp_path / "more.safetensors", change))
+  plain = plain_base(file)
+  assert base.plain_hash == plain.plain_hash
+  assert set(base.unused) - set(plain.unused) == told
+
+
+@pytest.mark.parametrize("mark", ["edm_mean", "edm_vpred.sigma_max"])
+def test_models_of_another_noise_schedule(mark, family, tmp_path):
+  """P23: Playground's and CosXL's, which no key of the networks tells from SDXL."""
+  file = family("sdxl")[2]
+  bad = resave(file, tmp_path / "bad.safetensors", lambda s: s.update({mark: np.ones(1)}))
+  with pytest.raises(UserError, match=rf"bad.safetensors is an EDM model \({mark}\)"):
+    load_base(bad)
+
+
+@pytest.mark.parametrize("marks", [("v_pred",), ("v_pred", "ztsnr")])
+def test_marks_of_a_fine_tune(marks, family, tmp_path):
+  """P9, P23: the folder's sampler, unless it cannot start where the file says; marks are used."""
+  file = family("sd1")[2]
+  shutil.copytree(file.with_suffix(""), tmp_path / "m")
+  added = {mark: np.ones(1) for mark in marks}
+  base = load_base(resave(file, tmp_path / "m.safetensors", lambda s: s.update(added)))
+  assert set(base.unused) == set(plain_base(file).unused)
+  config = base.scheduler_config
+  assert config["prediction_type"] == "v_prediction"
+  assert config["_class_name"] == ("DDIMScheduler" if "ztsnr" in marks else "PNDMScheduler")
+  table = step_table(NoiseSchedule.from_config(config), steps=4)
+  assert table.timestep[0] == (999 if "ztsnr" in marks else 751)
 
 
 def converted(error, old):
@@ -892,7 +963,7 @@ def test_lora_for_another_base(family, tmp_path):
 @pytest.mark.parametrize(
   "stored, message",
   [
-    ({"lora_unet_conv_in.hada_w1_a": np.ones((2, 2))}, "hada_w1_a, which is none of a LoRA.*LoHa"),
+    ({"lora_unet_conv_in.oft": np.ones((2, 2))}, "oft, which is none of a LoRA, LoHa"),
     ({"lora_unet_conv_in.lora_down.weight": np.ones((2, 2))}, "lacks the up weights of conv_in"),
     ({"unet.conv_in.lora_A.weight": np.ones((2, 3)), "unet.conv_in.lora_B.weight": np.ones((4, 5))},
      "do not multiply"),

@@ -16,9 +16,8 @@ from absl import logging
 from flax import nnx
 
 from cc_jax.bases import ldm_names
-from cc_jax.bases.download import find_file
 from cc_jax.bases.files import BaseFiles, locate_base, read_config
-from cc_jax.bases.lora_files import Lora, Merged
+from cc_jax.bases.lora_files import Lora, Merged, find_lora
 from cc_jax.bases.tokenizer import load_tokenizer
 from cc_jax.bases.torch_names import torch_shapes
 from cc_jax.bases.weights import Sharding, load_weights
@@ -69,7 +68,7 @@ def load_base(
     param_dtype: in which the parameters are held, whatever the files store.
     image_encoder: the folder of CLIP's or DINO's (a path or a hub id), for a base without one or
       instead of its own.
-    lora: files (paths or hub ids) and the scales with which they are merged into the base.
+    lora: files or PEFT's folders (paths or hub ids) and the scales with which they are merged.
     sharding: where each parameter shall lie; default the first device. Its path is the one in the
       frozen part of cc_jax.customcontrast.build, e.g. 'unet.conv_in.kernel', 'text_encoders.0...'.
 
@@ -86,7 +85,7 @@ def load_base(
     )
   modules = base.networks
   shapes = {label: torch_shapes(nnx.state(module)) for label, module in modules.items()}
-  loras = [Lora(find_file(path), scale) for path, scale in lora]
+  loras = [Lora(find_lora(path), scale) for path, scale in lora]
   changes = _changes(loras, shapes, base)
 
   digests: dict[str, str] = {}

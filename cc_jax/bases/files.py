@@ -26,7 +26,7 @@ from flax import nnx
 
 from cc_jax.bases import download as downloads
 from cc_jax.bases import ldm_configs, ldm_names
-from cc_jax.bases.weights import open_tensors
+from cc_jax.bases.tensor_files import open_tensors
 from cc_jax.diffusion.schedule import NoiseSchedule
 from cc_jax.errors import UserError
 from cc_jax.models.clip_pixels import processor_from_dict

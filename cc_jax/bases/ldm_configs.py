@@ -1,8 +1,19 @@
 """The architecture of a single Stable Diffusion file, from its keys and the tensors' shapes."""
 
+import json
+from pathlib import Path
 from typing import Any
 
-from cc_jax.bases.ldm_names import PREFIXES, UNET, VAE, Checkpoint, Shapes, count, tower_keys
+from cc_jax.bases.ldm_names import (
+  PREFIXES,
+  UNET,
+  VAE,
+  Checkpoint,
+  Shapes,
+  count,
+  projection_key,
+  tower_keys,
+)
 from cc_jax.errors import UserError, first_names
 
 # Where the tokenizers are, which no single file holds.
@@ -11,6 +22,7 @@ _REPOSITORIES = {
   "sd2": "stabilityai/stable-diffusion-2-1",
   "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
 }
+_ARCHITECTURES = Path(__file__).parents[1] / "assets" / "architectures"  # their config files
 _HEAD_WIDTH = 64  # of SD 2.x', SDXL's and all of CLIP's attention heads; SD 1.x has 8 heads
 _TIME_IDS = 6  # SDXL: original size, crop, target size
 
@@ -45,8 +57,9 @@ def describe(shapes: Shapes, what: str) -> Checkpoint:
       "complete SD 1.x, SD 2.x or SDXL base checkpoint"
     )
   (kind,) = kinds
-  if "edm_mean" in shapes:
-    raise UserError(f"{what} is a Playground 2.5 (EDM) model, which we do not have; use SDXL")
+  if marks := [name for name in shapes if name.startswith("edm_")]:
+    # Playground 2.5 (edm_mean) and CosXL (edm_vpred.sigma_max) have another noise schedule.
+    raise UserError(f"{what} is an EDM model ({marks[0]}), which we do not have; use SDXL")
   try:
     configs = {name: _text_config(kind, name, shapes) for name in PREFIXES[kind]}
     pooled = configs.get("text_encoder_2", {}).get("projection_dim", 0)
@@ -144,7 +157,8 @@ def _text_config(kind: str, component: str, shapes: Shapes) -> dict[str, Any]:
     layers = count(shapes, f"{prefix}transformer.resblocks.")
     named, activation, projection = "CLIPTextModel", "gelu", width
     if kind == "sdxl":
-      named, projection = "CLIPTextModelWithProjection", shapes[f"{prefix}text_projection"][1]
+      key, transpose = projection_key(prefix, shapes)
+      named, projection = "CLIPTextModelWithProjection", shapes[key][1 if transpose else 0]
     elif _drops_last(layers):
       layers -= 1
   return {
@@ -173,20 +187,13 @@ def _drops_last(layers: int) -> bool:
 
 
 def _scheduler_config(kind: str, predicts: str | None, shapes: Shapes) -> dict[str, Any]:
-  """The published models' noise schedule; fine-tunes mark theirs by tensors `v_pred`, `ztsnr`."""
-  config = {
-    "_class_name": "EulerDiscreteScheduler" if kind == "sdxl" else "DDIMScheduler",
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "num_train_timesteps": 1000,
-    "prediction_type": predicts or ("v_prediction" if kind == "sd2" else "epsilon"),
-    "steps_offset": 1,
-    "clip_sample": False,
-    "set_alpha_to_one": False,
-  }
-  if kind == "sdxl":  # the others leave it to each sampler
-    config["timestep_spacing"] = "leading"
+  """The published folder's, as in diffusers; fine-tunes mark theirs by tensors (MARKS)."""
+  folder = _ARCHITECTURES / _REPOSITORIES[kind].split("/")[1]
+  config = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
+  if predicts:
+    config["prediction_type"] = predicts
   if "ztsnr" in shapes:
     config |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    if kind == "sd1":
+      config["_class_name"] = "DDIMScheduler"  # PNDM cannot start at zero SNR
   return config

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from cc_jax.bases.weights import Convert
+from cc_jax.bases.tensor_files import Convert
 from cc_jax.errors import UserError, first_names
 from cc_jax.models.clip_layers import tower_name
 from cc_jax.models.unet_config import UNetConfig
@@ -35,12 +35,22 @@ PREFIXES = {
   },
 }
 
-# Keys below the networks' prefixes that are no parameters of them: buffers, a temperature.
-_BUFFERS = re.compile(
+# Keys below the networks' prefixes that are no parameters of ours: buffers, a temperature, CLIP's
+# other half, and the projection of towers of which only the tokens are taken.
+_OTHERS = re.compile(
   r"\.(position_ids|logit_scale|attn_mask)$"
   r"|^first_stage_model\.(loss\.|logvar$|model_ema)"
-  r"|^cond_stage_model\..*text_projection(\.weight)?$"  # SD takes CLIP's tokens, not its vector
+  r"|^cond_stage_model\..*text_projection(\.weight)?$"
+  r"|^conditioner\.embedders\.0\..*text_projection(\.weight)?$"
+  r"|\.(vision_model|visual|visual_projection)\."
 )
+# What is told as one of the things that are not used, instead of tensor by tensor.
+_GROUPS = re.compile(
+  r"^(model_ema|control_model|denoiser|first_stage_model\.(loss|model_ema))\."
+  r"|^.*?\.(vision_model|visual)\.|^lora_\w+?_(?=\w)"
+)
+# Tensors that say how the model was trained; they are read.
+MARKS = ("v_pred", "ztsnr")
 
 _RESNET = {
   "norm1": "in_layers.0",
@@ -89,7 +99,7 @@ def entries(
   prefix = PREFIXES[checkpoint.kind][component]
   if prefix.endswith("transformer."):
     return {name: (prefix + key, None) for name, key in tower_keys(prefix, names, shapes)}
-  return {name: _open_clip(name, prefix) for name in names}
+  return {name: _open_clip(name, prefix, shapes) for name in names}
 
 
 def check(
@@ -104,13 +114,14 @@ def check(
     UserError: keys are missing or not expected; the first are named.
   """
   networks = (UNET, VAE, *PREFIXES[checkpoint.kind].values())
-  left = [name for name in shapes if name not in set(used)]
+  known = {*used, *MARKS}
+  left = [name for name in shapes if name not in known]
   dropped = _dropped_layer(checkpoint, shapes)
   unexpected = [
     name
     for name in left
     if name.startswith(networks)
-    and not _BUFFERS.search(name)
+    and not _OTHERS.search(name)
     and not (dropped and name.startswith(dropped))
   ]
   missing = [name for name in used if name not in shapes]
@@ -124,9 +135,7 @@ def check(
       f"{what} is not the {checkpoint.kind.upper()} checkpoint that its shapes say: "
       f"{'; '.join(faults)}; get it again, or convert it to a folder in the diffusers layout"
     )
-  many = [prefix for prefix in ("model_ema.", dropped) if prefix]
-  groups = (next((f"{p}*" for p in many if name.startswith(p)), name) for name in left)
-  return tuple(dict.fromkeys(groups))
+  return tuple(dict.fromkeys(_group(name, dropped) for name in left))
 
 
 def unet_names(config: UNetConfig, modules: Iterable[str]) -> dict[str, str]:
@@ -216,14 +225,24 @@ def tower_keys(prefix: str, names: Iterable[str], shapes: Shapes) -> Iterator[tu
   return ((name, stored.get(name, name)) for name in names)
 
 
-def _open_clip(name: str, prefix: str) -> tuple[str, Convert | None]:
+def projection_key(prefix: str, shapes: Shapes) -> tuple[str, Convert | None]:
+  """Where a file has OpenCLIP's projection, and the way to a linear layer's weight.
+
+  OpenCLIP stores it for x @ projection; some tools write it as the linear layer that it is.
+  """
+  linear = f"{prefix}text_projection.weight"
+  return (linear, None) if linear in shapes else (f"{prefix}text_projection", np.transpose)
+
+
+def _open_clip(name: str, prefix: str, shapes: Shapes) -> tuple[str, Convert | None]:
   """The key of one of our text tower's tensors in OpenCLIP's names, and the way from it to ours."""
+  if name == "text_projection.weight":
+    return projection_key(prefix, shapes)
   outside = {
     "text_model.embeddings.token_embedding.weight": ("token_embedding.weight", None),
     "text_model.embeddings.position_embedding.weight": ("positional_embedding", None),
     "text_model.final_layer_norm.weight": ("ln_final.weight", None),
     "text_model.final_layer_norm.bias": ("ln_final.bias", None),
-    "text_projection.weight": ("text_projection", np.transpose),  # stored for x @ projection
   }
   if name in outside:
     key, convert = outside[name]
@@ -240,6 +259,13 @@ def _open_clip(name: str, prefix: str) -> tuple[str, Convert | None]:
 
 def _without_window(array: np.ndarray) -> np.ndarray:
   return array.reshape(array.shape[:2]) if array.ndim > 2 else array
+
+
+def _group(name: str, dropped: str) -> str:
+  if dropped and name.startswith(dropped):
+    return f"{dropped}*"
+  found = _GROUPS.search(name)
+  return f"{found[0]}*" if found else name
 
 
 def _dropped_layer(checkpoint: Checkpoint, shapes: Shapes) -> str:

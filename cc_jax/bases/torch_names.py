@@ -58,7 +58,8 @@ def from_torch(
       default as a jax array in the dtype of the abstract `variable`.
 
   Raises:
-    UserError: a tensor is missing, left over, or has another shape; the first such are named.
+    UserError: a tensor is missing, left over, has another shape, or no floating numbers; the first
+      such are named.
   """
   place = place or (lambda path, array, variable: jnp.asarray(array, variable.dtype))
   variables = dict(nnx.to_flat_state(abstract_state))
@@ -73,6 +74,10 @@ def from_torch(
       raise UserError(
         f"{what} belong to another architecture: {name} has the shape {array.shape},"
         f" the config asks for {wanted}; use the config.json that was saved with the weights"
+      )
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+      raise UserError(
+        f"{what} are quantised: {name} is stored as {array.dtype}; take their float16 version"
       )
     array = _from_torch_layout(path, array)
     filled.append((path, variable.replace(place(path, array, variable))))

@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from cc_jax.bases.weights import open_tensors, refuse_pickle
+from cc_jax.bases.tensor_files import open_tensors, refuse_pickle
 from cc_jax.errors import UserError
 
 # Prefixes of published files, and of what IP-Adapter's own training writes.

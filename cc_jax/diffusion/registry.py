@@ -47,14 +47,17 @@ _MULTISTEP = {**_NO_THRESHOLDING, **_FINAL_SIGMAS, **_NO_BETA_SIGMAS, "use_flow_
 
 _EULER = Sampler(
   "euler", "EulerDiscreteScheduler", partial(solvers.euler, fresh_share=0.0),
-  partial(timesteps.interpolated, sigma_range=True), spacing="linspace", scales_noise=True,
+  timesteps.interpolated, spacing="linspace", scales_noise=True,
   options={**_FINAL_SIGMAS, **_NO_BETA_SIGMAS,
            "interpolation_type": ("linear",), "timestep_type": ("discrete",)})
 _DPM_SOLVER = Sampler(
   "dpmsolver++", "DPMSolverMultistepScheduler", partial(solvers.dpm_solver, fresh_share=0.0),
   partial(timesteps.interpolated, multistep=True, dpm=True), spacing="linspace",
-  # diffusers reads other solvers' types as midpoint.
-  options={**_MULTISTEP, "variance_type": (None,), "solver_order": (2, 1),
+  # diffusers reads other solvers' types as midpoint, and no fixed variance, which DDPM's configs
+  # state.
+  options={**_MULTISTEP, "solver_order": (2, 1, 3),
+           "variance_type": (None, "fixed_small", "fixed_small_log", "fixed_large",
+                             "fixed_large_log"),
            "solver_type": ("midpoint", "heun", "logrho", "bh1", "bh2")})
 
 REGISTRY = {sampler.name: sampler for sampler in (
@@ -84,11 +87,14 @@ REGISTRY = {sampler.name: sampler for sampler in (
   _DPM_SOLVER,
   Sampler(
     "unipc", "UniPCMultistepScheduler", solvers.unipc,
-    partial(timesteps.interpolated, multistep=True, sigma_range=True), spacing="linspace",
+    partial(timesteps.interpolated, multistep=True), spacing="linspace",
     # diffusers reads other solvers' types as bh2.
     options={**_MULTISTEP, "predict_x0": (True,), "solver_p": (None,), "solver_order": (2, 1, 3),
+             "use_dynamic_shifting": (False,), "shift_terminal": (None,),
              "solver_type": ("bh2", "bh1", "midpoint", "heun", "logrho")}),
   dataclasses.replace(
-    _DPM_SOLVER, name="sde-dpmsolver++", solver=partial(solvers.dpm_solver, fresh_share=1.0)),
+    _DPM_SOLVER, name="sde-dpmsolver++", solver=partial(solvers.dpm_solver, fresh_share=1.0),
+    # diffusers 0.42.1 has a wrong sign in the third order.
+    options={**_DPM_SOLVER.options, "solver_order": (2, 1)}),
 )}
 # fmt: on

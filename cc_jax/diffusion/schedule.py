@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+import numbers
 from collections.abc import Mapping
 from typing import Any, Self
 
@@ -18,6 +19,11 @@ BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 # What diffusers writes in place of a zero terminal alpha_bar before it divides by it
 # (scheduling_dpmsolver_multistep.py): the smallest positive fp16 number.
 SMALLEST_ALPHA_BAR = 2.0**-24
+
+# Keys of scheduler configs that are numbers.
+_NUMBERS = ("num_train_timesteps", "beta_start", "beta_end", "trained_betas", "steps_offset",
+            "clip_sample_range", "sigma_min", "sigma_max", "lambda_min_clipped", "timestep_scaling",
+            "original_inference_steps")  # fmt: skip
 
 # Classes of diffusers whose default betas differ from the fields' defaults below.
 _CLASS_BETAS = {
@@ -66,6 +72,7 @@ class NoiseSchedule:
       UserError: as above, or two prediction types contradict each other.
     """
     config = {k: v for k, v in config.items() if v is not None}
+    _check_numbers(config)
     name = config.get("_class_name", "")
     config = {**_CLASS_BETAS.get(name, {}), **config}
     default = cls()
@@ -86,6 +93,13 @@ class NoiseSchedule:
 
   def __post_init__(self):
     _one_of(self.prediction_type, PREDICTION_TYPES, "prediction_type")
+    if self.num_train_timesteps < 1:
+      raise UserError(
+        f"the scheduler config has num_train_timesteps={self.num_train_timesteps}; usual is 1000"
+      )
+    for beta in (self.beta_start, self.beta_end, *(self.trained_betas or ())):
+      if not 0 <= beta <= 1:
+        raise UserError(f"the scheduler config has a beta of {beta:g}; betas lie between 0 and 1")
     if self.trained_betas is None:
       _one_of(self.beta_schedule, BETA_SCHEDULES, "beta_schedule")
     elif len(self.trained_betas) != self.num_train_timesteps:
@@ -194,6 +208,16 @@ def _f32(x: Array) -> Array:
 def _one_of(value: str, known: tuple[str, ...], key: str) -> None:
   if value not in known:
     raise UserError(f"the scheduler config has {key}={value!r}; we have {', '.join(known)}")
+
+
+def _check_numbers(config: Mapping[str, Any]) -> None:
+  """Raises UserError where text or the like stands for a number."""
+  for key in _NUMBERS:
+    values = config.get(key, 0)
+    several = key == "trained_betas" and isinstance(values, list | tuple)
+    for value in values if several else [values]:
+      if not isinstance(value, numbers.Real) or isinstance(value, bool) or math.isnan(value):
+        raise UserError(f"the scheduler config has {key}={value!r}; write a number")
 
 
 def _hashable(value: Any) -> Any:

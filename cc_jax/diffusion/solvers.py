@@ -138,13 +138,13 @@ def heun(schedule, path, **_) -> Calls:
 
 
 def dpm_solver(schedule, path, *, fresh_share, steps, **_) -> Calls:
-  """DPM-Solver++(2M), Algorithm 2 of arXiv 2211.01095, or its SDE; diffusers'
+  """DPM-Solver++ (2M, 3M), Algorithm 2 of arXiv 2211.01095, or its SDE; diffusers'
   scheduling_dpmsolver_multistep.py.
 
   A first-order step whose x_0 is extrapolated along lambda = -log r from this and the previous x_0.
   """
-  second_order = np.zeros_like(path.t)
-  if schedule.option("solver_order", 2) == 2:
+  second_order, order = np.zeros_like(path.t), schedule.option("solver_order", 2)
+  if order > 1:
     h = np.log(path.sigma * path.alpha_next / (path.alpha * path.sigma_next))
     weight = 0.5
     if schedule.option("solver_type", "midpoint") == "heun":
@@ -154,7 +154,28 @@ def dpm_solver(schedule, path, *, fresh_share, steps, **_) -> Calls:
     lower_order = schedule.option("lower_order_final", True) and steps < 15
     if lower_order or schedule.option("euler_at_final", False) or path.sigma_next[-1] == 0.0:
       second_order[-1] = 0.0
-  return _x0_step(path, fresh_share, second_order)
+  calls = _x0_step(path, fresh_share, second_order)
+  if order == 3:
+    lower = max(int(second_order[-1] == 0.0), 2 * lower_order)  # steps at the end
+    _third_order(calls, path, h, np.arange(2, len(h) - lower))
+  return calls
+
+
+def _third_order(calls: Calls, path: Path, h: np.ndarray, rows: np.ndarray) -> None:
+  """Makes these steps of DPM-Solver++ third-order: (4.6) of arXiv 2206.00927, for x_0.
+
+  Memory: the previous two x_0.
+  """
+  calls.mix[:, 2, MEMORY] = 1
+  h, r0, r1 = h[rows], h[rows - 1] / h[rows], h[rows - 2] / h[rows]
+  alpha, decay = path.alpha_next[rows], np.expm1(-h)
+  slope, curvature = alpha * (decay / h + 1), -alpha * ((decay + h) / h**2 - 0.5)
+  # Factors of (x_0 - previous x_0) and of (previous x_0 - the one before).
+  newer = (slope + (slope * r0 + curvature) / (r0 + r1)) / r0
+  older = -(slope * r0 + curvature) / (r0 + r1) / r1
+  calls.mix[rows, 0, X0] = newer - alpha * decay
+  calls.mix[rows, 0, MEMORY] = older - newer
+  calls.mix[rows, 0, MEMORY + 1] = -older
 
 
 def unipc(schedule, path, *, skip, **_) -> Calls:
@@ -218,7 +239,10 @@ def _unipc_weights(nodes: np.ndarray, h: float, scale: float) -> np.ndarray:
   for k in range(1, count + 1):
     b.append(factorial(k) * phi / scale)
     phi = phi / h - 1 / factorial(k + 1)
-  return np.linalg.solve(nodes ** np.arange(count)[:, None], np.array(b))
+  try:
+    return np.linalg.solve(nodes ** np.arange(count)[:, None], np.array(b))
+  except np.linalg.LinAlgError:  # two nodes are one: there is no step to the last level, or no end
+    return np.full(count, np.nan)
 
 
 def pndm(schedule, path, *, steps, **_) -> Calls:

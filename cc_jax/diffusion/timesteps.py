@@ -51,7 +51,7 @@ def consecutive(schedule: NoiseSchedule, steps: int, spacing: str, *, lcm: bool 
 
 def interpolated(
   schedule: NoiseSchedule, steps: int, spacing: str, *, multistep: bool = False,
-  dpm: bool = False, respaces: bool = True, sigma_range: bool = False, ends_at_zero: bool = False,
+  dpm: bool = False, respaces: bool = True, ends_at_zero: bool = False,
 ) -> Path:
   """Over noise levels r that may lie between the training's, ending at 0 or at the smallest.
 
@@ -62,8 +62,8 @@ def interpolated(
     multistep: visits whole timesteps, without the nearest to the data; respacing starts from all of
       the training's levels instead of the visited ones.
     dpm: reads use_lu_lambdas and lambda_min_clipped, too.
-    respaces: reads use_karras_sigmas and use_exponential_sigmas.
-    sigma_range: sigma_min and sigma_max bound the respaced levels.
+    respaces: reads use_karras_sigmas and use_exponential_sigmas, whose levels lie from sigma_max to
+      sigma_min, whatever class wrote them.
     ends_at_zero: whatever final_sigmas_type says.
   """
   alpha_bar = _positive_alpha_bar(schedule)
@@ -73,14 +73,21 @@ def interpolated(
   r = np.interp(t, np.arange(len(all_r)), all_r)
   final = all_r[0]
 
-  keys = ("use_karras_sigmas", "use_exponential_sigmas", "use_lu_lambdas")[: 3 if dpm else 2]
+  keys = ("use_karras_sigmas", "use_exponential_sigmas")
   requested = [key for key in keys if respaces and schedule.option(key, False)]
   if len(requested) > 1:
     raise UserError(f"the scheduler config sets {' and '.join(requested)}; keep one")
+  if dpm and schedule.option("use_lu_lambdas", False) and requested != ["use_karras_sigmas"]:
+    requested = ["use_lu_lambdas"]  # in diffusers it gives way to Karras and outranks the other
   if requested:
     high, low = (all_r[-1], all_r[0]) if multistep else (r[0], r[-1])
-    if sigma_range:
+    if requested != ["use_lu_lambdas"]:
       high, low = schedule.option("sigma_max", high), schedule.option("sigma_min", low)
+      if not 0 < low < high:
+        raise UserError(
+          f"the scheduler config gives sigma_min={low:g} and sigma_max={high:g}; sigma_min lies "
+          "between 0 and sigma_max"
+        )
     if requested == ["use_karras_sigmas"]:
       r = np.linspace(high ** (1 / 7), low ** (1 / 7), steps) ** 7
     else:
@@ -91,7 +98,7 @@ def interpolated(
       rounded = requested != ["use_exponential_sigmas"] and not cosine
       # diffusers truncates, even just below a whole number; we allow for that rounding error.
       t = t.round() if rounded else np.floor(t + 1e-3)
-      if sigma_range:
+      if not dpm:
         final = r[-1]
   if ends_at_zero or schedule.option("final_sigmas_type", "zero") == "zero":
     final = 0.0
@@ -138,6 +145,11 @@ def _timesteps(schedule, steps, spacing, *, unvisited=0, clipped=0, rounded=True
 def _lcm_timesteps(schedule: NoiseSchedule, steps: int) -> np.ndarray:
   """[steps], evenly spaced among the original_inference_steps timesteps of the distillation."""
   original = schedule.option("original_inference_steps", 50)
+  if original > schedule.num_train_timesteps:
+    raise UserError(
+      f"the scheduler config has original_inference_steps={original}, more than its "
+      f"{schedule.num_train_timesteps} timesteps; take the published config"
+    )
   if steps > original:
     raise UserError(
       f"{steps} steps are more than the {original} (original_inference_steps) that this base was "
