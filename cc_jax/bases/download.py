@@ -211,15 +211,15 @@ def _call(name: str, layout: Layout, download, **arguments) -> str:
     reason = one_line(error).split(". ")[0]
     if isinstance(error, errors.HfHubHTTPError):  # the hub has answered
       raise UserError(
-        f"{name!r} cannot be had from the hub ({reason}); check the spelling, or log in with "
-        "`hf auth login` if it is not for everybody"
+        f"{name!r} is no folder or file, and cannot be had from the hub ({reason}); check the "
+        "spelling, or log in with `hf auth login` if it is not for everybody"
       ) from error
     if constants.is_offline_mode():
       reason = "HF_HUB_OFFLINE is set"
     raise UserError(
       f"{name!r} is no folder or file, nor in the hub's cache ({reason}); looked for "
-      f"{_cached(name)} with "
-      f"{layout.words}; fetch it with `{_command(name, layout)}`, or give the path of such a folder"
+      f"{_cached(name)} with {layout.words}; fetch it with `{_command(name, layout)}`, or give the "
+      "path of such a folder"
     ) from error
 
 

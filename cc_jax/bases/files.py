@@ -95,8 +95,8 @@ def resolve_base(name: str | Path, *, weights: bool = True) -> Path:
     return _download(str(name), weights)
   shipped = sorted(path.parent.name for path in ASSETS.glob("*/model_index.json"))
   raise UserError(
-    f"base {str(name)!r} is no folder or file and not one of the package's ({shipped}); give a path, "
-    "or a hub id as owner/name"
+    f"base {str(name)!r} is no folder or file and not one of the package's ({shipped}); give a "
+    "path, or a hub id as owner/name"
   )
 
 
