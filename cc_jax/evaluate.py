@@ -27,7 +27,7 @@ from cc_jax.lab.trials import check_split, make_trials
 from cc_jax.parallel.distributed import set_cpu_devices
 from cc_jax.parallel.mesh import make_mesh
 from cc_jax.sampling.images import reference_display, save
-from cc_jax.sampling.pipeline import BASE, load
+from cc_jax.sampling.pipeline import BASE, Pipeline, load
 from cc_jax.sampling.sampler import ImageSampler
 
 BASE_BATCH = 48  # of --what=base
@@ -103,12 +103,23 @@ def main(argv: Sequence[str]) -> None:
   pipe = load(f.checkpoint, f.base)
   if pipe.adapter is None:
     raise UserError("there is no adapter to score; give --checkpoint, or --what=base")
+  _say_what_is_scored(pipe)
   settings = ml_collections.ConfigDict(dict(
     guidance=f.guidance, image_guidance=f.image_guidance, steps=f.steps, sampler="default"))
   compare_with_base(
     make_trials(f.split, f.count or 100, **pipe.shown), f.workdir, scale=f.scale,
     sampler=pipe.sampler, tokenizers=pipe.base.tokenizers, settings=settings,
     s_words=pipe.s_words, batch_size=8 * len(jax.devices()))
+
+
+def _say_what_is_scored(pipe: Pipeline) -> None:
+  """What the scores of an adapter mean that was trained on other data than the judge knows."""
+  source, _, name = pipe.adapter.notes.get("data", "").partition(" ")
+  data = ml_collections.ConfigDict(dict(source=source, name=name))
+  if name and not data_pipeline.is_subjects3d(data):
+    print(f"{pipe.source} was trained on {source} {name}, which the judge does not know. Scored "
+          f"are rendered subjects of subjects3d, drawn with {pipe.base.name}: whether your own "
+          "come out is for you to see, with python -m cc_jax.generate")
 
 
 if __name__ == "__main__":

@@ -4,9 +4,13 @@
 
 builds the whole training state abstractly (seconds, no weights) and prints the parameter table:
 88.2 M trained parameters beside 1,698 M frozen ones.
-Training needs the weights in the folders that `base` and `encoder.image_encoder` name, triples of
-frames in `data.name`, and an accelerator: `--config.base=... --config.data.name=...`. The project
-has not trained it: neither weights nor photographs were available.
+Training downloads the weights that `base` and `encoder.image_encoder` name, 4.27 and 2.53 GB, says
+so before it begins, and needs pictures of subjects (data_pipeline/sources/folder.py) and an
+accelerator:
+
+  python -m cc_jax.train --config=configs/sd15.py --workdir=runs/sd15 --config.data.name=my_subjects
+
+The project has not trained it: neither weights nor photographs were available.
 
 A slice for it: v5e:4x4, all weights and 4 images on every chip. The plan says 15.1 of its 16 GiB,
 0.44 s per step (0.33 to 0.56), 145 images/s; on v6e:4x4 with 8 images per chip 27.1 of 32 GiB,
@@ -23,14 +27,18 @@ from configs import subjects3d
 def get_config() -> ml_collections.ConfigDict:
   """The differences from configs/subjects3d.py, which explains all keys."""
   c = subjects3d.get_config()
-  c.base = "stable-diffusion-v1-5"
+  # Hub ids at one commit, so that a run means the same weights next year; or paths of folders.
+  # The mirror of runwayml/stable-diffusion-v1-5, which its owner has taken down.
+  c.base = "stable-diffusion-v1-5/stable-diffusion-v1-5@451f4fe16113bff5a5d2269ed5ad43b0592e9a14"
 
   c.data.source = "folder"
   c.data.name = "data/multi_view"
   c.data.image_size = 512
 
   # The image encoder of IP-Adapter(-plus): CLIP ViT-H/14, 32 layers, 257 tokens of 1280.
-  c.encoder.image_encoder = "IP-Adapter/models/image_encoder"
+  c.encoder.image_encoder = (
+    "h94/IP-Adapter/models/image_encoder@018e402774aeeddd60609b4ecdb7e298259dc729"
+  )
   c.encoder.image_layers = (8, 16, 24, 31)  # detail to meaning; 31 is IP-Adapter-plus' penultimate
   c.encoder.width = 768  # that of the text encoder, so that W'_k, W'_v start from W_k, W_v
   c.encoder.depth = 4
@@ -40,7 +48,8 @@ def get_config() -> ml_collections.ConfigDict:
   c.encoder.s_plus_pooled = "plain"  # SDXL: that of the unmodified prompt
   c.injection.location_width = 64
 
-  c.objective.lambda_cscl = 0.1  # [R] not tried
+  # Weights and temperatures of CSCL and MACL are those of configs/subjects3d.py, where a weight of
+  # 0.1 drowned the diffusion gradient. Both were never tried with the features of CLIP ViT-H.
   c.objective.timestep_shift = 1.0  # IP-Adapter's plain loss
   c.objective.subject_weight = 0.0
 

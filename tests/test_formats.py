@@ -725,7 +725,8 @@ def test_only_what_is_used_is_downloaded(family, cache, monkeypatch):
   (root / "unet" / "diffusion_pytorch_model.safetensors").rename(
     root / "unet" / "diffusion_pytorch_model.fp16.safetensors_"
   )
-  resolve_base("somebody/half")
+  with pytest.raises(UserError, match="lacks unet/diffusion_pytorch_model.safetensors"):
+    resolve_base("somebody/half")
   assert "unet/diffusion_pytorch_model.fp16.safetensors" in asked[-1]
 
 

@@ -1,10 +1,14 @@
 """Folders in the hub's layout: against the libraries that own it, and every way they can be bad."""
 
 import hashlib
+import importlib
 import json
+import re
+import shlex
 import shutil
 
 import diffusers
+import huggingface_hub
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,8 +18,11 @@ import safetensors.numpy
 import torch
 import transformers
 from flax import nnx
+from huggingface_hub.errors import HTTPError
+from huggingface_hub.utils import filter_repo_objects
 from torch_parity import randomise, relative_error
 
+from cc_jax.bases import download
 from cc_jax.bases import files as layout
 from cc_jax.bases.base import abstract_base, load_base, load_module, random_base
 from cc_jax.bases.files import resolve_base
@@ -26,6 +33,7 @@ from cc_jax.errors import UserError
 from cc_jax.models.clip_pixels import CLIP_PROCESSOR, clip_pixels
 from cc_jax.models.clip_text import CLIPTextModel
 from cc_jax.models.vae import AutoencoderKL
+from cc_jax.training.setup import known_architecture
 
 UNET = dict(
   sample_size=8, in_channels=4, out_channels=4, block_out_channels=[8, 16], layers_per_block=1,
@@ -371,3 +379,176 @@ def test_save_refuses_what_does_not_fit(base, tmp_path):
   assert (tmp_path / WEIGHTS).read_bytes() == before
   assert sorted(file.name for file in tmp_path.iterdir()) == ["config.json", WEIGHTS]
   assert isinstance(load_module(tmp_path, AutoencoderKL), AutoencoderKL)
+
+
+# ---- C4: hub ids in the configs, and what is said before and instead of a download
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+# Of stable-diffusion-v1-5/stable-diffusion-v1-5, with its sizes in bytes where they matter.
+PUBLISHED = {
+  "unet/diffusion_pytorch_model.safetensors": 3_438_167_540,
+  "text_encoder/model.safetensors": 492_265_168,
+  "vae/diffusion_pytorch_model.safetensors": 334_643_268,
+  "tokenizer/vocab.json": 1_059_962,
+  "tokenizer/merges.txt": 524_619,
+} | dict.fromkeys((
+  "model_index.json", "feature_extractor/preprocessor_config.json", "text_encoder/config.json",
+  "scheduler/scheduler_config.json", "unet/config.json", "vae/config.json",
+  "tokenizer/special_tokens_map.json", "tokenizer/tokenizer_config.json",
+), 500)  # fmt: skip
+NOT_OURS = {
+  "README.md": 15_000, "v1-5-pruned.safetensors": 7_703_324_286, "v1-inference.yaml": 1_873,
+  "safety_checker/model.safetensors": 1_215_981_830, "unet/diffusion_pytorch_model.bin": 1,
+  "unet/diffusion_pytorch_model.fp16.safetensors": 1_719_125_304,
+  "text_encoder/model.fp16.safetensors": 1, "vae/diffusion_pytorch_model.bin": 1,
+  "unet/diffusion_pytorch_model.non_ema.safetensors": 1,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["sd15", "sd21", "sdxl"])
+def test_configs_name_a_commit_on_the_hub(name):
+  """The ids are the hub's, their licences are known, and their shapes need no download."""
+  config = importlib.import_module(f"configs.{name}").get_config()
+  for id_ in (config.base, config.encoder.image_encoder):
+    assert download.is_hub_id(id_)
+    repository, revision = id_.split("@")
+    assert re.fullmatch("[0-9a-f]{40}", revision)
+    assert "/".join(repository.split("/")[:2]) in download.LICENCES
+  assert download.inside(config.encoder.image_encoder) == "models/image_encoder"
+  short = config.base.split("@")[0].split("/")[1]
+  ids = (config.base, f"{config.base.split('@')[0]}@main", short)
+  encoders = (config.encoder.image_encoder, "h94/IP-Adapter/models/image_encoder",
+              "IP-Adapter/models/image_encoder")  # fmt: skip
+  shapes = layout.ASSETS / "architectures"
+  assert {known_architecture(id_) for id_ in ids} == {str(shapes / short)}
+  assert {known_architecture(id_) for id_ in encoders} == {
+    str(shapes / "IP-Adapter" / "models" / "image_encoder")}  # fmt: skip
+  for folder in (shapes / short, shapes / "IP-Adapter/models/image_encoder"):
+    assert folder.is_dir()
+
+
+def test_a_fork_of_a_known_name_is_not_taken_for_it():
+  """Only the ids in the table have the shipped shapes."""
+  assert download.short_name("h94/IP-Adapter/models/image_encoder@main") == (
+    "IP-Adapter/models/image_encoder")  # fmt: skip
+  for name in ("me/stable-diffusion-v1-5", "stable-diffusion-v1-5", "", "/a/folder", "a b"):
+    assert download.short_name(name) == name
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+  """A hub with one repository, and an empty cache; `hub.files` are what it has downloaded."""
+
+  class Hub:
+    sizes, licence, error = PUBLISHED | NOT_OURS, "openrail", None
+    root = tmp_path / "hub" / "models--stable-diffusion-v1-5--stable-diffusion-v1-5"
+    files: list = []
+
+    def model_info(self, repository, *, revision, files_metadata, timeout):
+      if hub.error:
+        raise hub.error
+      assert (repository, files_metadata) == (hub.root.name[8:].replace("--", "/"), True)
+      assert revision == COMMIT and timeout
+      siblings = [{"rfilename": file, "size": size} for file, size in hub.sizes.items()]
+      card = {"license": hub.licence} if hub.licence else None
+      return huggingface_hub.ModelInfo(id=repository, sha=COMMIT, siblings=siblings, cardData=card)
+
+    @staticmethod
+    def snapshot_download(*, repo_id, revision, allow_patterns):
+      if hub.error:
+        raise hub.error
+      for file in filter_repo_objects(hub.sizes, allow_patterns=allow_patterns):
+        hub.files.append(file)
+        hub.write(file)
+      return str(hub.root / "snapshots" / COMMIT)
+
+    @staticmethod
+    def write(file):
+      path = hub.root / "snapshots" / COMMIT / file
+      path.parent.mkdir(parents=True, exist_ok=True)
+      parts = dict(unet="UNet2DConditionModel", vae="AutoencoderKL", text_encoder="CLIPTextModel",
+                   tokenizer="CLIPTokenizer", scheduler="PNDMScheduler", safety_checker="Checker",
+                   feature_extractor="CLIPImageProcessor")  # fmt: skip
+      path.write_text(json.dumps({part: ["library", name] for part, name in parts.items()}))
+
+  hub = Hub()
+  hub.files = []
+  monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+  monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+  monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+  monkeypatch.setattr(huggingface_hub, "snapshot_download", hub.snapshot_download)
+  return hub
+
+
+NAME = f"stable-diffusion-v1-5/stable-diffusion-v1-5@{COMMIT}"
+
+
+def test_says_what_it_will_download(hub, capsys):
+  """The bytes of what is missing, the largest files and the licence; nothing once it is there."""
+  root = resolve_base(NAME)
+  assert set(hub.files) == set(PUBLISHED)
+  (line,) = capsys.readouterr().err.splitlines()
+  assert line.startswith(f"downloading 4.27 GB of {NAME} to ")
+  assert "unet/diffusion_pytorch_model.safetensors 3.44 GB, text_encoder/model.safet" in line
+  assert "and 8 more; licence: openrail, see https://huggingface.co/stable-diffusion-v1-5/" in line
+  assert resolve_base(NAME) == root
+  assert capsys.readouterr().err == ""
+  (root / "vae" / WEIGHTS).unlink()
+  hub.licence = None  # no model card: the table's
+  resolve_base(NAME)
+  (line,) = capsys.readouterr().err.splitlines()
+  assert line.startswith("downloading 0.33 GB of ") and ": vae/diff" in line
+  assert "licence: creativeml-openrail-m" in line
+  hub.error = HTTPError("no answer")  # that is for the download to say
+  with pytest.raises(UserError, match="nor in the hub's cache .no answer.; looked for"):
+    resolve_base(NAME)
+
+
+def test_shapes_need_no_weights_from_the_hub(hub, capsys):
+  with pytest.raises(UserError, match="unet/config.json"):  # the fake one says nothing
+    abstract_base(NAME)
+  assert hub.files and not any(file.endswith(".safetensors") for file in hub.files)
+  assert "downloading 0.00 GB" in capsys.readouterr().err  # the vocabulary
+
+
+def test_offline_error_has_the_layout_and_the_command(tmp_path, monkeypatch):
+  """One line; its command fetches what is used of a published repository and nothing else."""
+  monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+  with pytest.raises(UserError, match="HF_HUB_OFFLINE is set") as error:
+    load_base(NAME)
+  text = str(error.value)
+  assert "\n" not in text
+  folder = tmp_path / "models--stable-diffusion-v1-5--stable-diffusion-v1-5" / "snapshots" / COMMIT
+  assert f"looked for {folder} with model_index.json, scheduler/, tokenizer/, and config" in text
+  words = shlex.split(text.split("`")[1])
+  assert words[:5] == ["hf", "download", NAME.split("@")[0], "--revision", COMMIT]
+  assert set(words[5::2]) == {"--include"}
+  fetched = filter_repo_objects(PUBLISHED | NOT_OURS, allow_patterns=words[6::2])
+  assert set(fetched) == set(PUBLISHED)
+  with pytest.raises(UserError, match="/snapshots/.the commit in .*/refs/main. with") as error:
+    load_base("some/base")
+  assert "hf download some/base --include model_index.json" in str(error.value)
+  encoder = f"h94/IP-Adapter/models/image_encoder@{COMMIT}"
+  with pytest.raises(UserError) as error:
+    load_base("subjects3d-base", image_encoder=encoder)
+  folder = tmp_path / "models--h94--IP-Adapter" / "snapshots" / COMMIT / "models" / "image_encoder"
+  assert f"looked for {folder} with config.json and model.safetensors; " in str(error.value)
+  assert (f"hf download h94/IP-Adapter --revision {COMMIT} --include 'models/image_encoder/*.json' "
+          "--include models/image_encoder/model.safetensors`") in str(error.value)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+  "lost",
+  ["model_index.json", "unet/config.json", f"vae/{WEIGHTS}", "text_encoder/model.safetensors"],
+)
+def test_a_download_that_broke_off_is_named(lost, saved, tmp_path, monkeypatch):
+  """What is missing in the cache, and the command that goes on; not 'a base is a folder ...'."""
+  monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+  root = tmp_path / "models--some--base" / "snapshots" / COMMIT
+  shutil.copytree(saved, root)
+  name = f"some/base@{COMMIT}"
+  assert resolve_base(name) == root
+  (root / lost).unlink()
+  with pytest.raises(UserError, match=f"{root} lacks {lost} of model_index") as error:
+    resolve_base(name)
+  assert f"`hf download some/base --revision {COMMIT} --include" in str(error.value)

@@ -125,7 +125,7 @@ def random_base(
   def create(cls: type[nnx.Module], config: Any) -> nnx.Module:
     return cls(config, dtype=dtype, param_dtype=param_dtype, rngs=StatelessRngs(seed))
 
-  return _build(locate_base(name, image_encoder), create)
+  return _build(locate_base(name, image_encoder, weights=False), create)
 
 
 def abstract_base(
@@ -133,9 +133,8 @@ def abstract_base(
   image_encoder: str | Path | None = None,
 ) -> Base:
   """A base whose parameters are shapes and dtypes only, from the config files alone."""
-  return _build(
-    locate_base(name, image_encoder), lambda cls, config: _abstract(cls, config, dtype, param_dtype)
-  )
+  files = locate_base(name, image_encoder, weights=False)
+  return _build(files, lambda cls, config: _abstract(cls, config, dtype, param_dtype))
 
 
 def load_module(

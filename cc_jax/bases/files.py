@@ -78,11 +78,12 @@ def network_class(part: str, architecture: str) -> type[nnx.Module]:
   return classes[architecture]
 
 
-def resolve_base(name: str | Path) -> Path:
+def resolve_base(name: str | Path, *, weights: bool = True) -> Path:
   """The folder or file of a base: a path, the name of one inside the package, or a hub id.
 
   A hub id, `owner/name[@revision]` or `owner/name/file.safetensors[@revision]`, is downloaded, or
-  taken from the hub's cache (cc_jax.bases.download).
+  taken from the hub's cache (cc_jax.bases.download); of a folder without its weights, if the caller
+  needs none.
 
   Raises:
     UserError: it is none of these.
@@ -90,14 +91,13 @@ def resolve_base(name: str | Path) -> Path:
   for path in (Path(name), ASSETS / name):
     if path.exists():
       return path
+  if downloads.is_hub_id(str(name)):
+    return _download(str(name), weights)
   shipped = sorted(path.parent.name for path in ASSETS.glob("*/model_index.json"))
-  problem = f"base {str(name)!r} is no folder or file and not one of the package's ({shipped})"
-  if not downloads.is_hub_id(str(name)):
-    raise UserError(f"{problem}; give a path, or a hub id as owner/name")
-  try:
-    return _download(str(name))
-  except UserError as error:
-    raise UserError(f"{problem}; {error}") from error
+  raise UserError(
+    f"base {str(name)!r} is no folder or file and not one of the package's ({shipped}); give a "
+    "path, or a hub id as owner/name"
+  )
 
 
 @dataclasses.dataclass
@@ -136,11 +136,14 @@ class BaseFiles:
     return sources | {label: tensors.select(entries) for label, entries in used.items()}, unused
 
 
-def locate_base(name: str | Path, image_encoder: str | Path | None) -> BaseFiles:
-  path = resolve_base(name)
+def locate_base(
+  name: str | Path, image_encoder: str | Path | None, *, weights: bool = True
+) -> BaseFiles:
+  """Where the parts are. Without `weights`, none are downloaded of what a hub id names."""
+  path = resolve_base(name, weights=weights)
   files = _find_in_file(str(name), path) if path.is_file() else _find_in_folder(str(name), path)
   if image_encoder is not None:
-    folder = _image_encoder_folder(image_encoder)
+    folder = _image_encoder_folder(image_encoder, weights)
     files.configs["image_encoder"] = read_config(folder, _image_encoder_class(folder))
     files.weights["image_encoder"] = folder
   if "image_encoder" in files.configs:
@@ -213,34 +216,22 @@ def _find_in_file(name: str, file: Path) -> BaseFiles:
   )
 
 
-def _download(name: str) -> Path:
+def _download(name: str, weights: bool) -> Path:
   """What a hub id names: one weight file, or the parts of a folder that we use."""
   if Path(downloads.inside(name)).suffix:
     return downloads.fetch_file(name)
-  folder = downloads.fetch_folder(name, ("model_index.json",))
-  index = read_json(folder / "model_index.json")
+  index = read_json(downloads.fetch_index(name))
   parts = [part for part in (*COMPONENTS, *_OTHERS) if (index.get(part) or [None])[0]]
-  patterns = [f"{part}/*.{kind}" for part in parts for kind in ("json", "txt")]
   networks = {part: network_class(part, index[part][1]) for part in parts if part in COMPONENTS}
   stems = {part: NETWORKS[cls].stem for part, cls in networks.items()}
-  # Repositories hold a network in several precisions: the plain one, if there is one.
-  for variant in ("", ".fp16"):
-    for part, stem in stems.items():
-      patterns += [f"{part}/{stem}{variant}.safetensors", f"{part}/{stem}{variant}-0*.safetensors"]
-    folder = downloads.fetch_folder(name, patterns)
-    stems = {part: s for part, s in stems.items() if not any((folder / part).glob("*.safetensors"))}
-    if not stems:
-      break
-  return folder
+  return downloads.fetch_base(name, parts, stems, weights=weights)
 
 
-def _image_encoder_folder(name: str | Path) -> Path:
+def _image_encoder_folder(name: str | Path, weights: bool) -> Path:
   """The folder of an image encoder: itself, or image_encoder/ in it; a path or a hub id."""
   folder = Path(name)
   if not folder.is_dir() and downloads.is_hub_id(str(name)):
-    files = ("config.json", "preprocessor_config.json", "model.safetensors", "model-0*.safetensors",
-             "model.safetensors.index.json")  # fmt: skip
-    folder = downloads.fetch_folder(str(name), files)
+    folder = downloads.fetch_image_encoder(str(name), weights=weights)
   return folder / "image_encoder" if (folder / "image_encoder").is_dir() else folder
 
 

