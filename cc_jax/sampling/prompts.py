@@ -49,9 +49,9 @@ def encode_prompts(
     cut_off = [row[prompts.index(prompt)].cut_off for row in rows]
     if any(cut_off):
       warnings.warn(
-        f"the prompt is longer than the text encoder's {tokenizers[0].model_max_length} tokens; "
-        f"this is left out: {max(cut_off, key=len)!r} (long_prompts='chunk' takes it in)",
-        stacklevel=2,
+        f"the prompt {prompt[:30]!r}... is longer than {tokenizers[0].model_max_length} tokens; "
+        f"this is left out: {max(cut_off, key=len)!r}; long_prompts='chunk' takes it in",
+        stacklevel=3,
       )
   pieces = max(len(tokens.ids) for row in rows for tokens in row)
   ids = tuple(
