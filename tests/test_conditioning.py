@@ -32,6 +32,7 @@ from cc_jax.models.unet import UNet2DCondition
 from cc_jax.models.unet_config import UNetConfig
 from cc_jax.models.vae import AutoencoderKL, AutoencoderKLConfig
 from cc_jax.parallel.mesh import make_mesh
+from cc_jax.plan.lower import generate_program, train_program
 from cc_jax.sampling import pipeline, sample
 from cc_jax.training import losses
 from cc_jax.training.noise import StepNoise
@@ -170,8 +171,19 @@ class Setup:
       for i, branch in enumerate(config.branches)
     }
 
-  def trained(self, monkeypatch, reference=None, caption=PROMPT, *, text=True, image=True):
-    """What the UNet is told in training, of a row that the loader makes of the caption."""
+  def batch(self, monkeypatch, caption=PROMPT):
+    """One row, as training's loader makes it of the caption."""
+    monkeypatch.setattr(render, "batches", lambda maker, **_: maker)
+    mesh = make_mesh(self.config.mesh, self.config.train.batch_size)
+    maker = make_batches(self.config, self.base, 0, 0, mesh)
+    picture = np.full((3, 20, 20, 3), 90, np.uint8)
+    masks = np.full((3, 20, 20), 255, np.uint8)
+    table = SubjectTable(*(np.zeros(1, np.int32) for _ in SubjectTable._fields))
+    row = maker.example(np.random.default_rng(0), table, 0, picture, masks, caption, NOUN)
+    return stack([row])
+
+  def trained(self, monkeypatch, reference=None, *, text=True, image=True):
+    """What the UNet is told in training."""
     seen = []
 
     def look(self, latents, t, conditioning):
@@ -180,14 +192,7 @@ class Setup:
 
     monkeypatch.setattr(CustomContrast, "predict", look)
     monkeypatch.setattr(losses, "sample_latents", lambda *_: jnp.zeros((1, 16, 16, 4)))
-    monkeypatch.setattr(render, "batches", lambda maker, **_: maker)
-    mesh = make_mesh(self.config.mesh, self.config.train.batch_size)
-    maker = make_batches(self.config, self.base, 0, 0, mesh)
-    picture = np.full((3, 20, 20, 3), 90, np.uint8)
-    masks = np.full((3, 20, 20), 255, np.uint8)
-    table = SubjectTable(*(np.zeros(1, np.int32) for _ in SubjectTable._fields))
-    row = maker.example(np.random.default_rng(0), table, 0, picture, masks, caption, NOUN)
-    batch = stack([row])
+    batch = self.batch(monkeypatch)
     if reference is not None:
       batch["reference"] = reference
     features, _ = self.model.image_features(batch["reference"] / np.float32(255))
@@ -307,6 +312,19 @@ def test_wrong_words_of_the_gap_are_wrong_for_both_encoders(setups):  # P1
     np.testing.assert_array_equal(wrong[key], value, err_msg=key)
 
 
+def test_the_plan_knows_the_shapes(setups, picture, monkeypatch):
+  """Of a training batch, and of what drawing hands over, for two text encoders."""
+  setup = setups("sdxl")
+  mesh = make_mesh(setup.config.mesh, setup.config.train.batch_size)
+  shapes = lambda tree: jax.tree.map(lambda x: (x.shape[1:], np.dtype(x.dtype)), tree)  # noqa: E731
+  planned = train_program(setup.config, mesh).parts["batch"]
+  assert shapes(planned) == shapes(setup.batch(monkeypatch))
+  planned = generate_program(setup.config, mesh).parts["batch"]
+  inputs, _ = setup.drawing(PROMPT, NOUN, [picture])
+  for name in ("prompts", "negative", "references", "noise", "time_ids"):
+    assert shapes(getattr(planned, name)) == shapes(getattr(inputs, name)), name
+
+
 # ---- diffusers
 
 
@@ -420,7 +438,7 @@ def test_long_prompts_are_cut_as_diffusers_cuts_them(setups, picture, monkeypatc
   with pytest.raises(DataError, match="tokens; the limit is 24"):
     setup.drawing(LONG, long_prompts="error")
   with pytest.raises(DataError, match="shorten"):  # a caption is the user's to shorten
-    setup.trained(monkeypatch, caption=LONG)
+    setup.batch(monkeypatch, LONG)
 
 
 def test_long_prompts_in_pieces(setups):  # P26
