@@ -24,7 +24,7 @@ from cc_jax.bases.base import load_base
 from cc_jax.bases.save import finish_base, save_base, save_module
 from cc_jax.bases.tokenizer import train_tokenizer
 from cc_jax.customcontrast.adapter_file import Adapter
-from cc_jax.customcontrast.model import CustomContrast
+from cc_jax.customcontrast.model import CustomContrast, Subject
 from cc_jax.customcontrast.param_groups import is_trainable
 from cc_jax.models.clip_text import CLIPTextConfig, CLIPTextModel
 from cc_jax.models.clip_vision import CLIPVisionConfig, CLIPVisionModel
@@ -291,6 +291,31 @@ def test_each_tokenizer_pads_and_splits_its_own_way(setups, picture):  # P1
   assert setup.base.tokenizers[1].pad_token_id == 0 != setup.base.tokenizers[0].pad_token_id
 
 
+def test_two_subjects_have_places_for_each_encoder(setups, picture):  # P1
+  setup = setups("sdxl")
+  nouns = ["duck", "teddy bear"]
+  inputs, _ = setup.drawing("wow!! a duck!! and a teddy bear", nouns, [[picture], [picture]])
+  (first, second), ids = inputs.prompts.extra_subjects[0][0], inputs.prompts.ids
+  assert first[0] != second[0]
+  features, _ = setup.model.image_features(inputs.references[0] / np.float32(255))
+
+  def told(encoders):
+    choose = lambda arrays: tuple(arrays[k] for k in encoders)  # noqa: E731
+    also = Subject(features + 1, *map(choose, inputs.prompts.extra_subjects[0]))
+    prompts = map(choose, inputs.prompts[:3])
+    return told_by(setup.model.condition(features, *prompts, jnp.full(1, 400), also=[also]))
+
+  found = told((0, 1))["context"]
+  for encoder, part in enumerate((slice(0, 12), slice(12, None))):
+    # The other encoder's part is nonsense then: the ids are not its own.
+    alone = told((encoder, encoder))["context"]
+    np.testing.assert_array_equal(found[..., part], alone[..., part])
+  for tokenizer, row, *spans in zip(setup.base.tokenizers, ids, inputs.prompts.noun_span,
+                                    inputs.prompts.extra_subjects[0][1]):  # fmt: skip
+    said = [tokenizer.decode(row[0][slice(*span[0])]).strip() for span in spans]
+    assert said == nouns
+
+
 def test_wrong_words_of_the_gap_are_wrong_for_both_encoders(setups):  # P1
   from cc_jax.training.prompt_sensitivity import wrong_nouns
   from data_pipeline.tokens import encode_prompt, prompt_keys
@@ -386,6 +411,38 @@ def test_force_zeros_for_empty_prompt_is_read_and_kept(setups, written, tmp_path
     wanted = their_prompt(types.SimpleNamespace(diffusers=other), PROMPT, None)
     monkeypatch.setattr(setup.base, "force_zeros_for_empty_prompt", False)
     assert_near(setup.drawn(PROMPT)[sample.EMPTY]["context"][0], wanted[0][0])
+
+
+@pytest.mark.parametrize("kind", ["sd21", "sdxl"])
+def test_evaluation_and_laboratory_say_nothing_as_drawing_does(setups, kind):  # P2
+  from cc_jax.lab import pictures
+  from cc_jax.lab.trial_scores import draw_trials
+
+  setup, said = setups(kind), []
+
+  class Sampler:
+    is_subject_model = True
+
+    def noise(self, seeds):
+      return None
+
+    def __call__(self, prompts, negative, **_):
+      said.append((prompts, negative))
+      return np.zeros((1, 16, 16, 3)), ()
+
+  references = np.zeros((1, 16, 16, 3), np.uint8)
+  trials = types.SimpleNamespace(prompts=[PROMPT], nouns=[NOUN], references=references)
+  draw_trials(Sampler(), setup.base, trials, setup.config.sample, s_words=2, scale=1.0,
+              batch_size=1)  # fmt: skip
+  pipe = types.SimpleNamespace(base=setup.base, s_words=2, sampler=Sampler())
+  pictures.draw(pipe, [PROMPT], [NOUN], references, [0])
+  inputs, _ = setup.drawing(PROMPT, NOUN, [Image.new("RGBA", (8, 8), "red")])
+  for prompts, negative in said:
+    jax.tree.map(np.testing.assert_array_equal, prompts, inputs.prompts)
+    assert (negative is None) == (inputs.negative is None) == (kind == "sdxl")
+    if negative is not None:
+      jax.tree.map(np.testing.assert_array_equal, negative.ids, inputs.negative)
+  assert len(said) == 2
 
 
 # ---- guidance
