@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -30,6 +31,7 @@ from cc_jax.parallel.mesh import make_mesh, shard_batch
 from cc_jax.parallel.rules import shard_params
 from cc_jax.training import step
 from cc_jax.training.setup import adapter_configs, base_options, make_step_context, step_seed
+from data_pipeline.tokens import prompt_keys
 
 
 def main() -> None:
@@ -55,7 +57,7 @@ def main() -> None:
   context = make_step_context(config, definition, base)
   state = shard_params(step.init_state(trainable, config), mesh)
   frozen = shard_params(frozen, mesh)
-  batch = shard_batch(noise(size, config.data.image_size, len(context.empty_prompt)), mesh)
+  batch = shard_batch(noise(size, config.data.image_size, context.empty_prompt), mesh)
 
   began = time.perf_counter()
   seed = shard_params(step_seed(config), mesh)
@@ -101,18 +103,20 @@ def diffusers_unet(folder: Path, size: int, steps: int) -> float | None:
   return float(np.median(times[2:]))
 
 
-def noise(size: int, side: int, tokens: int) -> dict[str, np.ndarray]:
+def noise(size: int, side: int, empty_prompt: Sequence[Sequence[int]]) -> dict[str, np.ndarray]:
   """A batch in the loader's shapes and dtypes."""
   rng = np.random.default_rng(0)
   pictures = {
     name: rng.integers(0, 256, (size, side, side, 3), dtype=np.uint8)
     for name in ("positive", "reference", "target")
   }
-  return pictures | {
+  prompts = {}
+  for (ids, slot, span), empty in zip(prompt_keys(len(empty_prompt)), empty_prompt):
+    prompts[ids] = rng.integers(1, 90, (size, len(empty)), dtype=np.int32)
+    prompts[slot] = np.full(size, 3, np.int32)
+    prompts[span] = np.tile(np.asarray([2, 3], np.int32), (size, 1))
+  return pictures | prompts | {
     "target_mask": rng.integers(0, 256, (size, side, side), dtype=np.uint8),
-    "input_ids": rng.integers(1, 90, (size, tokens), dtype=np.int32),
-    "slot": np.full(size, 3, np.int32),
-    "noun_span": np.tile(np.asarray([2, 3], np.int32), (size, 1)),
     "subject_id": np.arange(size, dtype=np.int32),
     "family_id": np.arange(size, dtype=np.int32),
     "class_id": np.zeros(size, np.int32),

@@ -67,7 +67,7 @@ def _draw_options(config, base, model, count: int) -> dict[str, Any]:
   mesh = make_mesh(config.mesh, config.train.batch_size)
   schedule = NoiseSchedule.from_config(base.scheduler_config)
   return dict(
-    sampler=ImageSampler(model, schedule, mesh=mesh), tokenizers=base.tokenizers,
+    sampler=ImageSampler(model, schedule, mesh=mesh), base=base,
     settings=config.sample, s_words=config.encoder.s_words, scale=config.sample.scale,
     batch_size=min(-(-count // mesh.size), 12) * mesh.size)
 
@@ -108,7 +108,7 @@ def main(argv: Sequence[str]) -> None:
     guidance=f.guidance, image_guidance=f.image_guidance, steps=f.steps, sampler="default"))
   compare_with_base(
     make_trials(f.split, f.count or 100, **pipe.shown), f.workdir, scale=f.scale,
-    sampler=pipe.sampler, tokenizers=pipe.base.tokenizers, settings=settings,
+    sampler=pipe.sampler, base=pipe.base, settings=settings,
     s_words=pipe.s_words, batch_size=8 * len(jax.devices()))
 
 

@@ -33,6 +33,7 @@ from cc_jax.sampling.arguments import as_nouns, as_prompts, as_seeds, pictures_b
 from cc_jax.sampling.images import save
 from cc_jax.sampling.pipeline import Pipeline, load
 from cc_jax.sampling.sampler import check_guidance
+from data_pipeline.tokens import LONG_PROMPTS
 
 __all__ = ["Pipeline", "load"]
 
@@ -40,6 +41,7 @@ __all__ = ["Pipeline", "load"]
 _PIPELINE_FLAGS = (
   "prompt", "class_noun", "scale", "guidance", "image_guidance", "steps", "seed", "sampler", "eta",
   "negative_prompt", "num_images", "height", "width", "image", "strength", "clip_skip",
+  "long_prompts",
 )  # fmt: skip
 # Flags that are pairs of pixels: SDXL's size conditions.
 _PAIR_FLAGS = {
@@ -77,14 +79,16 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
   text("image_encoder", None, "The folder or hub id of the image encoder that the adapter was "
        "trained with, where it is not where the adapter says.")
   number("scale", 1.0, "How much of the subject; 0 draws with the base alone.")
-  number("guidance", 5.0, "Classifier-free guidance; 1 = none.")
+  number("guidance", 5.0, "Classifier-free guidance; up to 1 = none.")
   number("image_guidance", None, "The image's own guidance, apart from the prompt's.")
   number("steps", 20, "Denoising steps.")
   text("sampler", None, f"{' or '.join(SAMPLERS)}; the base's own by default.")
   number("seed", 0, "The first picture's; the next ones' follow.")
   number("eta", 0.0, "The share of fresh noise in ddim's steps.")
   number("num_images", 1, "Number of pictures; several are written as out-SEED.png.")
-  text("negative_prompt", "", "What the picture should not show.")
+  text("negative_prompt", None, "What the picture should not show; to SDXL none is not ''.")
+  flags.DEFINE_enum("long_prompts", "cut", LONG_PROMPTS, "Prompts over 77 tokens: their end is cut "
+                    "off, they go on in pieces of 75, or they are refused.", flag_values=values)
   for side in ("height", "width"):
     flags.DEFINE_integer(side, None, "In pixels; the base's own by default.", flag_values=values)
   text("image", None, "A picture to start from in place of noise alone (img2img).")

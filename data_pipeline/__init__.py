@@ -19,7 +19,7 @@ SOURCES = ("tfds", "render", "folder")
 
 def make_loader(
     data_config,
-    tokenizer: Callable,
+    tokenizers: Callable | Sequence[Callable],
     *,
     batch_size: int,
     seed: int,
@@ -37,7 +37,8 @@ def make_loader(
 
   Args:
     data_config: `config.data` of `configs/subjects3d.py`.
-    tokenizer: a CLIPTokenizer, or what behaves like one; T is its `model_max_length`.
+    tokenizers: a CLIPTokenizer, or what behaves like one; T is its `model_max_length`. A base
+      with two text encoders has two, which may pad and split words differently.
     batch_size: of the global batch; a multiple of process_count.
     seed: determines everything random, together with the step.
     start_step: the first batch's step.
@@ -56,6 +57,7 @@ def make_loader(
       slot         int32 [b]           index right after the class noun's tokens, where S+ goes
       noun_span    int32 [b, 2]        the class noun's tokens [start, end), end == slot
       subject_id, family_id, class_id  int32 [b], -1 where unknown
+    With two tokenizers also input_ids_2, slot_2 and noun_span_2, those of the second.
 
   Raises:
     DataError: a config value or input data that cannot be used, at once or with the batch that
@@ -70,7 +72,9 @@ def make_loader(
     raise DataError(
         f"batch size {batch_size} cannot be split over {process_count} hosts; use a multiple"
     )
-  maker = Maker(data_config, tokenizer, batch_size=batch_size, seed=seed, s_words=s_words)
+  if not isinstance(tokenizers, list | tuple):
+    tokenizers = (tokenizers,)
+  maker = Maker(data_config, tokenizers, batch_size=batch_size, seed=seed, s_words=s_words)
   if rows is None:
     local_batch = batch_size // process_count
     rows = range(process_index * local_batch, (process_index + 1) * local_batch)

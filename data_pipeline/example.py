@@ -8,18 +8,23 @@ import numpy as np
 from data_pipeline import sampling, tokens, triples
 from data_pipeline.errors import DataError
 
-# The keys and types of an example; for the shapes see `data_pipeline.make_loader`.
-SIGNATURE = dict(
-    positive=np.uint8, reference=np.uint8, target=np.uint8, target_mask=np.uint8,
-    input_ids=np.int32, slot=np.int32, noun_span=np.int32,
-    subject_id=np.int32, family_id=np.int32, class_id=np.int32,
-)  # fmt: skip
+
+def signature(text_encoders: int = 1) -> dict[str, type]:
+  """The keys and types of an example; for the shapes see `data_pipeline.make_loader`."""
+  pictures = ("positive", "reference", "target", "target_mask")
+  prompts = sum(tokens.prompt_keys(text_encoders), ())
+  labels = ("subject_id", "family_id", "class_id")
+  return dict.fromkeys(pictures, np.uint8) | dict.fromkeys(prompts + labels, np.int32)
 
 
 class Maker:
   """Makes rows of the global batch. A row's random numbers depend on (seed, step, row) alone."""
 
-  def __init__(self, data_config, tokenizer: Callable, *, batch_size: int, seed: int, s_words: int):
+  def __init__(
+    self, data_config, tokenizers: Sequence[Callable], *, batch_size: int, seed: int, s_words: int
+  ):
+    """`tokenizers`: one for each text encoder."""
+    self.signature = signature(len(tokenizers))
     self.triple = triples.TripleConfig.from_config(data_config)
     self._frames = data_config.frames
     sampling.check_frames(self._frames)
@@ -28,7 +33,15 @@ class Maker:
       raise DataError(f"data.caption_drop_detail_prob={self._terse_prob} must lie between 0 and 1")
     self._group, self._group_ratio = data_config.group, data_config.group_ratio
     self._batch_size, self._seed = batch_size, seed
-    encode = lambda caption, noun: tokens.encode_prompt(tokenizer, caption, noun, s_words)  # noqa: E731
+    keys = tokens.prompt_keys(len(tokenizers))
+
+    def encode(caption: str, noun: str) -> dict[str, np.ndarray]:
+      """The row's `prompt_keys`. Raises DataError for a caption without the noun or too long."""
+      encoded = {}
+      for names, tokenizer in zip(keys, tokenizers):
+        encoded |= zip(names, tokens.encode_prompt(tokenizer, caption, noun, s_words))
+      return encoded
+
     # A finite data set repeats its captions; the limit is for rendered ones, which are endless.
     self.encode = functools.lru_cache(maxsize=1 << 15)(encode)
     self._chosen_by_step: dict[int, np.ndarray] = {}
@@ -69,11 +82,11 @@ class Maker:
     row = triples.make_triple(rng, images, masks, self.triple)
     if rng.random() < self._terse_prob:  # the row's last draw, so that no other depends on it
       caption = f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
-    row["input_ids"], row["slot"], row["noun_span"] = self.encode(caption, noun)
+    row |= self.encode(caption, noun)
     row |= {name: column[subject] for name, column in table._asdict().items()}
-    return {key: np.asarray(row[key], dtype) for key, dtype in SIGNATURE.items()}
+    return {key: np.asarray(row[key], dtype) for key, dtype in self.signature.items()}
 
 
 def stack(examples: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
   """Rows to a batch."""
-  return {key: np.stack([example[key] for example in examples]) for key in SIGNATURE}
+  return {key: np.stack([example[key] for example in examples]) for key in examples[0]}

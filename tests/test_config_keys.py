@@ -129,7 +129,7 @@ def unread_by_training(config, workdir, monkeypatch):
     return tiny.batches(tokenizer, batch_size, start=start_step)
 
   monkeypatch.setattr(data_pipeline, "make_loader", make_loader)
-  monkeypatch.setattr(trial_scores, "encode_prompts", lambda *_, **__: None)
+  monkeypatch.setattr(trial_scores, "encode_with_negative", lambda *_, **__: (None, None))
   monkeypatch.setattr(loop, "compile_step", compile_step)
   monkeypatch.setattr(setup, "make_prompt_sensitivity", lambda *_: lambda *_: {"gap/class": 0.0})
   monkeypatch.setattr(evaluate, "ImageSampler", Sampler)

@@ -64,6 +64,7 @@ class Parts(nnx.Module):
       text_encoders=tuple(self.text_encoders),
       image_encoder=self.image_encoder,
       image_processor=dict(mean=(0.5, 0.4, 0.3), std=(0.3, 0.3, 0.2), size=8),
+      force_zeros_for_empty_prompt=False,
     )
 
 
@@ -531,6 +532,7 @@ def test_size_on_stable_diffusion_15():
       text_encoders=(Tower(hidden_size=768),),
       image_encoder=Tower(hidden_size=1280, num_hidden_layers=32, image_size=224, patch_size=14),
       image_processor=dict(mean=(0.5,) * 3, std=(0.3,) * 3, size=224),
+      force_zeros_for_empty_prompt=False,
     )
     return CustomContrast(base, *parts, rngs=rngs)
 

@@ -270,6 +270,8 @@ def test_single_file_as_diffusers_reads_it(kind, family):
     assert_bitwise(tensors(module), getattr(theirs, name))
   assert base.hash == load_base(folder).hash
   assert_images(base, theirs)
+  zeros = getattr(theirs.config, "force_zeros_for_empty_prompt", False)
+  assert base.force_zeros_for_empty_prompt == zeros  # P2
   assert base.scheduler_config["prediction_type"] == theirs.scheduler.config.prediction_type
   expected = {"betas", "model_ema.*"}
   if kind == "sd2":

@@ -404,10 +404,13 @@ MISTAKES = {
   "noun not in prompt": (dict(class_noun="rocket"), "does not contain the class noun 'rocket'"),
   "noun not given": (dict(class_noun=None), "--class_noun"),
   "no prompt": (dict(prompt=None), "--prompt"),
-  "prompt too long": (dict(prompt=PROMPT + " in the snow" * 9), "shorten"),
-  "prompt too long without reference": (
-    dict(reference=None, class_noun=None, prompt="at night " * 20), "shorten"
+  "prompt too long": (
+    dict(prompt=PROMPT + " in the snow" * 9, long_prompts="error"), "shorten"
   ),
+  "prompt too long without reference": (
+    dict(reference=None, class_noun=None, prompt="at night " * 20, long_prompts="error"), "shorten"
+  ),
+  "noun cut off": (dict(prompt="at night " * 9 + PROMPT), "cut after 14 tokens, before its class"),
   "no steps": (dict(steps=0), "at least 1 step"),
   "too many steps": (dict(steps=1001), "between 1 and 1000"),
   "guidance negative": (dict(guidance=-1), "guidance -1.0"),

@@ -640,7 +640,7 @@ def test_wrong_words_replace_what_they_should(setup):
     ("in the snow a teddy bear", "teddy bear"),
     ("a photo of a duck", "duck"),
   )
-  wrong, changed = wrong_nouns(right, tokenizer, 2)
+  wrong, changed = wrong_nouns(right, [tokenizer], 2)
   expected = captions(
     setup,
     ("a teddy bear on the beach", "teddy bear"),
@@ -652,7 +652,7 @@ def test_wrong_words_replace_what_they_should(setup):
     np.testing.assert_array_equal(wrong[key], expected[key], err_msg=key)
 
   scenes = ("beach", "snow", "teddy night")  # the last one has two words
-  wrong, changed = wrong_phrases(right, scenes, tokenizer, 2)
+  wrong, changed = wrong_phrases(right, scenes, [tokenizer], 2)
   expected = captions(
     setup,
     ("a duck on the snow", "duck"),
@@ -668,7 +668,7 @@ def test_wrong_words_replace_what_they_should(setup):
 def test_a_wrong_word_that_leaves_no_room_for_s_plus_is_left_out(setup):
   right = captions(setup, ("duck " * 11 + "car", "car"), ("a teddy bear", "teddy bear"))
   assert (right["input_ids"][0] != setup.base.tokenizers[0].pad_token_id).sum() == 13  # + EOS
-  wrong, changed = wrong_nouns(right, setup.base.tokenizers[0], 2)
+  wrong, changed = wrong_nouns(right, setup.base.tokenizers, 2)
   np.testing.assert_array_equal(changed, [False, True])
   np.testing.assert_array_equal(wrong["input_ids"][0], right["input_ids"][0])
 

@@ -174,7 +174,7 @@ def test_both_subjects_count_in_a_picture(pipe, shown):
 
 
 def test_mistakes_with_two_subjects(pipe, shown):
-  with pytest.raises(UserError, match="names 'duck' before 'teddy bear'"):
+  with pytest.raises(DataError, match="names 'duck' before 'teddy bear'"):
     pipe(PROMPT, NOUNS[::-1], shown[:2])
   with pytest.raises(UserError, match="1 lists of references and 2 of masks for 2 class nouns"):
     pipe(PROMPT, NOUNS, shown[:1])
@@ -188,11 +188,11 @@ def test_a_noun_that_comes_twice(pipe):
   tokenizers = pipe.base.tokenizers
   once = encode_prompts(tokenizers, ["a duck and a duck"], [("duck",)], s_words=2)
   twice = encode_prompts(tokenizers, ["a duck and a duck"], [("duck", "duck")], s_words=2)
-  assert twice.slot[0] == once.slot[0] and once.extra_subjects == ()
-  (slot, span), = twice.extra_subjects
-  assert slot[0] > once.slot[0] and span[0, 1] == slot[0]
+  assert twice.slot[0][0] == once.slot[0][0] and once.extra_subjects == ()
+  ((slot,), (span,)), = twice.extra_subjects
+  assert slot[0] > once.slot[0][0] and span[0, 1] == slot[0]
   ids = twice.ids[0][0]
-  assert list(ids[span[0, 0] : span[0, 1]]) == list(ids[slice(*twice.noun_span[0])])
+  assert list(ids[span[0, 0] : span[0, 1]]) == list(ids[slice(*twice.noun_span[0][0])])
 
 
 def test_configs_of_the_variants():

@@ -158,10 +158,11 @@ def tiny_config(base: str | Path, **changes) -> ml_collections.ConfigDict:
   return c
 
 
-def batches(tokenizer, size: int, *, seed: int = 0, start: int = 0):
+def batches(tokenizers, size: int, *, seed: int = 0, start: int = 0):
   """Stands for data_pipeline.make_loader: coloured blocks, a pure function of (seed, step)."""
-  from data_pipeline.tokens import encode_prompt
+  from data_pipeline.tokens import encode_prompt, prompt_keys
 
+  tokenizers = tokenizers if isinstance(tokenizers, list | tuple) else (tokenizers,)
   step = start
   while True:
     rng = np.random.default_rng([seed, step])
@@ -173,13 +174,14 @@ def batches(tokenizer, size: int, *, seed: int = 0, start: int = 0):
     batch["target"] = batch["target"].astype(np.float32)  # so that a picture can hold a NaN
     batch["target_mask"] = rng.integers(0, 256, (size, IMAGE, IMAGE), dtype=np.uint8)
     nouns = rng.integers(len(NOUNS), size=size)
-    rows = [
-      encode_prompt(tokenizer, CAPTIONS[(n + step) % 3].format(NOUNS[n]), NOUNS[n], 2)
-      for n in nouns
-    ]
-    batch["input_ids"] = np.stack([row[0] for row in rows])
-    batch["slot"] = np.asarray([row[1] for row in rows], np.int32)
-    batch["noun_span"] = np.stack([row[2] for row in rows])
+    for (ids, slot, span), tokenizer in zip(prompt_keys(len(tokenizers)), tokenizers):
+      rows = [
+        encode_prompt(tokenizer, CAPTIONS[(n + step) % 3].format(NOUNS[n]), NOUNS[n], 2)
+        for n in nouns
+      ]
+      batch[ids] = np.stack([row[0] for row in rows])
+      batch[slot] = np.asarray([row[1] for row in rows], np.int32)
+      batch[span] = np.stack([row[2] for row in rows])
     batch["class_id"] = nouns.astype(np.int32)
     batch["family_id"] = nouns.astype(np.int32)
     # Two samples of one subject in every batch of three or more.

@@ -46,6 +46,8 @@ class Base:
   plain_hash: str = ""  # the same without LoRAs: what adapters were trained on
   hashes: Mapping[str, str] = dataclasses.field(default_factory=dict)  # of each network's tensors
   unused: tuple[str, ...] = ()  # what the folder or file holds besides
+  # SDXL: no (negative) prompt at all is zeros in place of the encoded "", as in diffusers.
+  force_zeros_for_empty_prompt: bool = False
 
   @property
   def networks(self) -> dict[str, nnx.Module]:
@@ -159,6 +161,7 @@ def _build(files: BaseFiles, make: Callable[[type[nnx.Module], Any], nnx.Module]
     name=files.name, folder=files.folder, **_network_fields(modules),
     tokenizers=tuple(load_tokenizer(path) for path in tokenizers if path.is_dir()),
     scheduler_config=files.scheduler, image_processor=files.processor, unused=files.unused,
+    force_zeros_for_empty_prompt=files.force_zeros_for_empty_prompt,
   )
 
 

@@ -112,6 +112,7 @@ class BaseFiles:
   checkpoint: ldm_names.Checkpoint | None = None  # what that file is
   processor: dict[str, Any] | None = None
   unused: tuple[str, ...] = ()
+  force_zeros_for_empty_prompt: bool = False
 
   @property
   def classes(self) -> dict[str, type[nnx.Module]]:
@@ -177,6 +178,9 @@ def _find_in_folder(name: str, folder: Path) -> BaseFiles:
     name=name, folder=folder, configs=configs, weights={part: folder / part for part in configs},
     scheduler=read_json(folder / "scheduler" / "scheduler_config.json"),
     unused=tuple(f"{part}/" for part in unused),
+    # Only diffusers' pipelines of SDXL know the key; there it is true where it is not written.
+    force_zeros_for_empty_prompt="text_encoder_2" in configs
+    and bool(index.get("force_zeros_for_empty_prompt", True)),
   )
 
 
@@ -213,6 +217,7 @@ def _find_in_file(name: str, file: Path) -> BaseFiles:
   return BaseFiles(
     name=name, folder=folder, configs=configs, weights={part: file for part in configs},
     checkpoint=checkpoint, scheduler=scheduler,
+    force_zeros_for_empty_prompt="text_encoder_2" in configs,
   )
 
 

@@ -41,17 +41,20 @@ def save_base(base: Base, folder: str | Path, *, dtype: Any = None) -> None:
     save_tokenizer(tokenizer, folder / f"tokenizer{suffix}")
   for name, module in base.networks.items():
     save_module(module, folder / name, dtype=dtype)
-  finish_base(folder, base.scheduler_config, base.image_processor)
+  finish_base(folder, base.scheduler_config, base.image_processor,
+              force_zeros_for_empty_prompt=base.force_zeros_for_empty_prompt)
 
 
 def finish_base(
-  folder: str | Path, scheduler: Mapping[str, Any], processor: Mapping[str, Any] | None = None
+  folder: str | Path, scheduler: Mapping[str, Any], processor: Mapping[str, Any] | None = None, *,
+  force_zeros_for_empty_prompt: bool = True,
 ) -> None:
   """Adds what makes a folder of saved networks and tokenizers a base.
 
   Args:
     scheduler: the scheduler's config with its `_class_name`.
     processor: as in `Base.image_processor`; default the image encoder's own.
+    force_zeros_for_empty_prompt: of a base with two text encoders; see `Base`.
   """
   folder = Path(folder)
   index = {"_class_name": "StableDiffusionPipeline", "_diffusers_version": _diffusers_version()}
@@ -78,7 +81,8 @@ def finish_base(
     file = folder / "feature_extractor" / "preprocessor_config.json"
     _write_json(file, processor_to_dict(processor))
   if "text_encoder_2" in index:
-    index |= {"_class_name": "StableDiffusionXLPipeline", "force_zeros_for_empty_prompt": True}
+    index |= {"_class_name": "StableDiffusionXLPipeline",
+              "force_zeros_for_empty_prompt": force_zeros_for_empty_prompt}
   else:
     index |= {"safety_checker": [None, None], "requires_safety_checker": False}
   _write_json(folder / "model_index.json", index)

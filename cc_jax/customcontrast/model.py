@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from cc_jax.customcontrast.injection import InjectionConfig, LayerCondition, inject, scale_per_layer
 from cc_jax.customcontrast.mfi_encoder import MFIEncoder, MFIEncoderConfig, MFIFeatures
-from cc_jax.customcontrast.text_conditioning import check_room, encode_text
+from cc_jax.customcontrast.text_conditioning import check_room, encode_text, per_encoder
 from cc_jax.errors import UserError
 from cc_jax.models.clip_pixels import clip_pixels
 
@@ -41,8 +41,8 @@ class Subject:
   """One more subject of the same prompt, with a noun and a slot of its own, behind the first's."""
 
   features: Float[Array, "b p c"]  # of `image_features`
-  slot: Int[Array, " b"]
-  noun_span: Int[Array, "b 2"]
+  slot: Int[Array, " b"] | Sequence[Int[Array, " b"]]  # one per text encoder where they differ
+  noun_span: Int[Array, "b 2"] | Sequence[Int[Array, "b 2"]]
   visual: tuple[Float[Array, "b d"], Float[Array, "b v d"]] | None = None  # of `visual`, if known
 
 
@@ -77,6 +77,7 @@ class CustomContrast(nnx.Module):
     self.unet = base.unet
     self.vae = base.vae
     self.text_encoders = nnx.List(base.text_encoders)
+    self.force_zeros_for_empty_prompt = base.force_zeros_for_empty_prompt
     self.image_encoder = base.image_encoder
     self.image_processor = nnx.static(FrozenDict(base.image_processor))
     states = base.image_encoder.num_hidden_states
@@ -139,13 +140,14 @@ class CustomContrast(nnx.Module):
   def condition(
     self,
     features: Float[Array, "b p c"] | None,
-    input_ids: Int[Array, "b t"] | Sequence[Int[Array, "b t"]],
-    slot: Int[Array, " b"] | None,
-    noun_span: Int[Array, "b 2"] | None,
+    input_ids: Int[Array, "b *p t"] | Sequence[Int[Array, "b *p t"]],
+    slot: Int[Array, " b"] | Sequence[Int[Array, " b"]] | None,
+    noun_span: Int[Array, "b 2"] | Sequence[Int[Array, "b 2"]] | None,
     t: Int[Array, " b"],
     *,
     use_image: Bool[Array, " b"] | None = None,
     use_s_plus: Bool[Array, " b"] | bool = True,
+    zero_text: Bool[Array, " b"] | bool = False,
     visual: tuple[Float[Array, "b d"], Float[Array, "b v d"]] | None = None,
     scale: Float[Array, "*l_or_b"] | float = 1.0,
     time_ids: Float[Array, "b 6"] | None = None,
@@ -157,10 +159,12 @@ class CustomContrast(nnx.Module):
 
     Args:
       features: of `image_features`; None = no image (all zeros) and no S+ for the whole batch.
-      input_ids: prompt tokens; one array per text encoder where their padding differs.
-      slot: token index where S+ goes; noun_span: indices [start, end) of the class noun's tokens.
+      input_ids: prompt tokens, perhaps in pieces [B, P, T]; slot: token index where S+ goes;
+        noun_span: indices [start, end) of the class noun's tokens. Each is one array per text
+        encoder, since their tokenizers may pad and split differently; or one array for all.
       use_image: per sample; False zeroes the features and leaves S+ out of that prompt.
       use_s_plus: per sample; the Python value False spares the text encoder the L-fold batch.
+      zero_text: per sample; see `encode_text`.
       visual: of `self.visual` for the same features and use_image; computed if None.
       scale: the user's knob: one number, [L], [B], or any of [L, 1], [1, B], [L, B].
       time_ids: SDXL's (original h, w, crop top, left, target h, w).
@@ -174,8 +178,7 @@ class CustomContrast(nnx.Module):
     Raises:
       UserError: a prompt has no room for S+ (checked outside jit only), or scale has a wrong shape.
     """
-    ids = list(input_ids) if isinstance(input_ids, list | tuple) else [input_ids]
-    ids = ids * len(self.text_encoders) if len(ids) == 1 else ids
+    ids = per_encoder(input_ids, len(self.text_encoders))
     if features is None or self.mfi_encoder.config.s_plus_space == "none":
       use_s_plus = False
     if use_s_plus is not False:
@@ -190,14 +193,15 @@ class CustomContrast(nnx.Module):
       fused = jnp.concatenate([fused, *(other.fused for other in others)], axis=2)
     subjects = None
     if use_s_plus is not False:
-      subjects = [(encoded.words, slot, noun_span)]
-      subjects += [(e.words, other.slot, other.noun_span) for e, other in zip(others, also)]
+      said = [(encoded.words, slot, noun_span)]
+      said += [(e.words, other.slot, other.noun_span) for e, other in zip(others, also)]
+      subjects = [tuple(per_encoder(part, len(ids)) for part in subject) for subject in said]
     use = jnp.broadcast_to(jnp.asarray(use_s_plus), t.shape)
     use = use if use_image is None else use & use_image
 
     texts, plain, pooled = encode_text(
       self.text_encoders, ids, subjects, use, config=self.mfi_encoder.config,
-      addition=self.unet.config.addition_embed_type, clip_skip=clip_skip,
+      addition=self.unet.config.addition_embed_type, clip_skip=clip_skip, zero=zero_text,
     )  # fmt: skip
     scales = scale_per_layer(scale, len(self.group_of_layer), t.shape[0])
     context = tuple(

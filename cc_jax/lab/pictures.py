@@ -23,7 +23,7 @@ from cc_jax.lab.trials import Trials, make_interventions, make_trials
 from cc_jax.metrics import features
 from cc_jax.sampling.images import grid
 from cc_jax.sampling.pipeline import Pipeline, load
-from cc_jax.sampling.prompts import encode_prompts
+from cc_jax.sampling.prompts import encode_with_negative
 from data_pipeline.subjects3d import factors as world
 
 MARKERS = "os^Dv*P<X>hp"  # one for each subject
@@ -260,10 +260,11 @@ def draw(pipe: Pipeline, prompts: Sequence[str], nouns: Sequence, references, se
   A pipeline would cut out and re-centre them. `references` None draws with the base.
   """
   adapted = references is not None
-  prompts = encode_prompts(pipe.base.tokenizers, list(prompts), list(nouns) if adapted else None,
-                           s_words=pipe.s_words if adapted else 0)
+  prompts, negative = encode_with_negative(
+    pipe.base, list(prompts), list(nouns) if adapted else None,
+    s_words=pipe.s_words if adapted else 0)
   return pipe.sampler(
-    prompts, encode_prompts(pipe.base.tokenizers, [""]), batch_size=BATCH,
+    prompts, negative, batch_size=BATCH,
     noise=pipe.sampler.noise([int(seed) for seed in seeds]),
     references=references[:, None] if adapted else None, **options)
 

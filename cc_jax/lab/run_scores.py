@@ -72,7 +72,7 @@ class Scorer:
       _SAMPLERS[key] = ImageSampler(
         model, schedule, merge=lambda params: nnx.merge(definition, params), mesh=self.mesh)
     return draw_trials(
-      _SAMPLERS[key], self.base.tokenizers, trials, self.run.sample, params=params, scale=scale,
+      _SAMPLERS[key], self.base, trials, self.run.sample, params=params, scale=scale,
       s_words=self.run.encoder.s_words, batch_size=self.score.batch, progress=False)
 
   def pictures(self, model: nnx.Module, trials: Trials, scale: float = 1.0) -> dict:

@@ -14,7 +14,7 @@ from cc_jax.diffusion.schedule import NoiseSchedule
 from cc_jax.lab import judge as judging
 from cc_jax.lab.trials import SEED, Interventions, Trials, base_prompts
 from cc_jax.sampling.images import grid, save
-from cc_jax.sampling.prompts import encode_prompts
+from cc_jax.sampling.prompts import encode_with_negative
 from cc_jax.sampling.sample import bundle
 from cc_jax.sampling.sampler import ImageSampler
 
@@ -62,7 +62,7 @@ def score_images(images: UInt8[np.ndarray, "n h w 3"], trials: Trials, judge) ->
   return scores
 
 
-def draw_trials(sampler: ImageSampler, tokenizers, trials: Trials | Interventions, settings, *,
+def draw_trials(sampler: ImageSampler, base: Base, trials: Trials | Interventions, settings, *,
                 s_words: int, scale: float, batch_size: int, progress: bool = True,
                 params=None) -> np.ndarray | dict[str, np.ndarray]:
   """One image per trial, uint8 [n, h, w, 3]; `scale` 0 is the base, on the same noise.
@@ -80,8 +80,7 @@ def draw_trials(sampler: ImageSampler, tokenizers, trials: Trials | Intervention
   with_subject = scale > 0 and sampler.is_subject_model
   separate = with_subject and settings.image_guidance >= 0
   images, _ = sampler(
-    encode_prompts(tokenizers, prompts, nouns if with_subject else None, s_words=s_words),
-    encode_prompts(tokenizers, [""]),
+    *encode_with_negative(base, prompts, nouns if with_subject else None, s_words=s_words),
     noise=sampler.noise(seeds), references=references[:, None] if with_subject else None,
     scale=scale, guidance=settings.guidance,
     image_guidance=settings.image_guidance if separate else None, steps=settings.steps,
@@ -120,7 +119,7 @@ def evaluate_base(base: Base, count: int, workdir, *, guidance: float, steps: in
   sampler = ImageSampler(bundle(base), schedule, mesh=mesh)
   texts, factors = base_prompts(count)
   images, _ = sampler(
-    encode_prompts(base.tokenizers, texts), encode_prompts(base.tokenizers, [""]),
+    *encode_with_negative(base, texts),
     noise=sampler.noise(range(SEED, SEED + count)), guidance=guidance, steps=steps,
     batch_size=batch_size, progress=True)
   reading = judging.read(judging.load_judge()[0], images)

@@ -23,7 +23,8 @@ from cc_jax.sampling.sample import SamplerInputs, SamplingConfig, guidance_branc
 from cc_jax.training.setup import build_abstract, make_step_context
 from cc_jax.training.step import init_state, make_train_step
 from cc_jax.training.step_context import StepContext
-from data_pipeline.example import SIGNATURE
+from data_pipeline.example import signature
+from data_pipeline.tokens import prompt_keys
 
 
 class AbstractProgram(NamedTuple):
@@ -58,12 +59,15 @@ def train_program(config: ml_collections.ConfigDict, mesh: Mesh | AbstractMesh) 
   state, frozen = abstract_params((state, frozen), mesh)
   batch_size, side = config.train.batch_size, config.data.image_size
   shapes = dict.fromkeys(("positive", "reference", "target"), (side, side, 3))
-  shapes |= dict(target_mask=(side, side), input_ids=(len(context.empty_prompt),), noun_span=(2,))
+  shapes["target_mask"] = (side, side)
+  towers = len(context.empty_prompt)
+  for (ids, _, span), empty in zip(prompt_keys(towers), context.empty_prompt):
+    shapes |= {ids: (len(empty),), span: (2,)}
   batch = {
     name: jax.ShapeDtypeStruct(
       (batch_size, *shapes.get(name, ())), dtype, sharding=batch_sharding(mesh)
     )
-    for name, dtype in SIGNATURE.items()
+    for name, dtype in signature(towers).items()
   }
   parts = {
     "frozen base": frozen,
@@ -97,8 +101,9 @@ def generate_program(config: ml_collections.ConfigDict, mesh: Mesh) -> AbstractP
   side = pixels // base.vae.config.factor
   ids = tuple(sharded((t,), np.int32) for t in tokens)
   inputs = SamplerInputs(
-    prompts=Prompts(ids, sharded((), np.int32), sharded((2,), np.int32)),
-    negative=tuple(replicated((1, t), np.int32) for t in tokens),
+    prompts=Prompts(ids, *((sharded(s, np.int32),) * len(ids) for s in ((), (2,)))),
+    negative=None if base.force_zeros_for_empty_prompt
+    else tuple(replicated((1, t), np.int32) for t in tokens),
     references=sharded((1, pixels, pixels, 3), np.uint8),
     use_image=sharded((), bool),
     noise=sharded((side, side, base.vae.config.latent_channels), np.float32),

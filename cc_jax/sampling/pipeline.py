@@ -19,11 +19,12 @@ from cc_jax.bases.files import ASSETS
 from cc_jax.customcontrast.adapter_base import check_base
 from cc_jax.customcontrast.adapter_file import Adapter, apply_adapter, load_adapter
 from cc_jax.customcontrast.build import build_customcontrast, eval_shape_only, merge_params
+from cc_jax.customcontrast.text_conditioning import size_conditions
 from cc_jax.diffusion.schedule import NoiseSchedule
 from cc_jax.errors import UserError
 from cc_jax.sampling import arguments
 from cc_jax.sampling.images import read_reference, read_start, reference_display
-from cc_jax.sampling.prompts import encode_prompts
+from cc_jax.sampling.prompts import encode_with_negative
 from cc_jax.sampling.sample import bundle
 from cc_jax.sampling.sampler import ImageSampler, check_guidance
 from data_pipeline.triples import LAYOUTS
@@ -143,13 +144,14 @@ class Pipeline:
     seed: int | Sequence[int] = 0,
     sampler: str | None = None,
     eta: float = 0.0,
-    negative_prompt: str = "",
+    negative_prompt: str | None = None,
     num_images: int | None = None,
     height: int | None = None,
     width: int | None = None,
     image: Any = None,
     strength: float = 0.8,
     clip_skip: int = 0,
+    long_prompts: str = "cut",
     original_size: tuple[int, int] | None = None,
     crop: tuple[int, int] = (0, 0),
     target_size: tuple[int, int] | None = None,
@@ -170,11 +172,12 @@ class Pipeline:
       masks: one per reference (path, PIL image, array; None where there is none).
       scale: how much of the subject: 0 draws with the base, 1 is as in training; or [L] numbers
         per cross-attention layer, or [steps, L].
-      guidance: classifier-free, 1 = none; of prompt and image together, or of the prompt alone when
-        `image_guidance` is given.
+      guidance: classifier-free, up to 1 = none; of prompt and image together, or of the prompt
+        alone when `image_guidance` is given.
       steps, sampler, eta: the sampler is the base's own if None; `eta` is the share of fresh noise
         in DDIM's steps.
       seed: of the first picture, the next ones count up from it; or one for each picture.
+      negative_prompt: what the picture should not show. To SDXL, None is not "" but zeros.
       num_images: default 1, or as many as there are seeds.
       height, width: of the pictures in pixels, multiples of the VAE's factor (8 for Stable
         Diffusion); default the base's own.
@@ -184,6 +187,8 @@ class Pipeline:
         nothing of the image.
       clip_skip: how many layers of the text encoders to leave out at the end (0 = none; what other
         programs call 2 is 1 here, as in diffusers), for prompt and negative prompt alike.
+      long_prompts: of prompts over 77 tokens: 'cut' leaves out the end, with a warning, as
+        diffusers does; 'chunk' goes on in pieces of 75, as other programs do; or 'error'.
       original_size, crop, target_size: SDXL's size conditions: (height, width), (top, left) and
         (height, width) in pixels; default the pictures' size, not cropped. Other bases ignore them.
       s_plus: False leaves the pseudo-words out of the prompt.
@@ -219,18 +224,18 @@ class Pipeline:
     subjects = [np.stack([self.read_references(*pair)] * len(seeds))
                 for pair in zip(references, masks) if pair[0]]
     calls = len(self.sampler.table(**trajectory).step)  # Heun's, for one, are two per step
-    tokenizers = self.base.tokenizers
-    prompts = encode_prompts(
-      tokenizers, texts, [nouns] * len(seeds) if any(nouns) else None,
-      s_words=self.s_words if subjects and s_plus else 0)
-    negative = encode_prompts(tokenizers, [negative_prompt])
+    prompts, negative = encode_with_negative(
+      self.base, texts, [nouns] * len(seeds) if any(nouns) else None,
+      negative_prompt, s_words=self.s_words if subjects and s_plus else 0,
+      long_prompts=long_prompts)
     self._bar = tqdm(total=calls, desc="drawing", unit="step", disable=not progress)
     with self._bar:
       images, maps = self.sampler(
         prompts, negative, noise=self.sampler.noise(seeds, latent_size), image=start,
         references=subjects[0] if subjects else None, extra_subjects=subjects[1:],
         scale=scale, s_plus=s_plus, guidance=guidance, image_guidance=image_guidance,
-        time_ids=(*(original_size or (height, width)), *crop, *(target_size or (height, width))),
+        time_ids=size_conditions(
+          height, width, original_size=original_size, crop=crop, target_size=target_size),
         clip_skip=clip_skip, maps=return_maps, tick=self._tick if progress else None, **trajectory)
       jax.effects_barrier()  # the last ticks
     images = [Image.fromarray(image) for image in images]

@@ -14,6 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from cc_jax.customcontrast.model import Conditioning, CustomContrast, Subject
+from cc_jax.customcontrast.text_conditioning import encode_text
 from cc_jax.diffusion.guidance import classifier_free
 from cc_jax.diffusion.samplers import StepTable, integrate, keyed_noise
 from cc_jax.models.vae import images_to_latents, latents_to_images
@@ -27,7 +28,8 @@ class SamplerInputs(NamedTuple):
   """One batch: B images, each of one subject with R references, or of several subjects."""
 
   prompts: Prompts
-  negative: tuple[Int[Array, "1 t"], ...]  # the negative prompt, one for the whole batch
+  # The negative prompt, one for the whole batch; None: zeros, SDXL's way to say nothing.
+  negative: tuple[Int[Array, "1 *p t"], ...] | None
   references: UInt8[Array, "b r h w 3"] | None
   use_image: Bool[Array, " b"]
   noise: Float[Array, "b h w c"]  # unit normal
@@ -61,10 +63,15 @@ class SamplerOutput(NamedTuple):
 
 
 def guidance_branches(guidance: float, image_guidance: float | None) -> tuple[str, ...]:
-  """The conditions that guidance needs; `image_guidance` None = `guidance` is for both."""
-  if image_guidance is not None:
-    return (EMPTY, TEXT, FULL)
-  return (FULL,) if guidance == 1.0 else (EMPTY, FULL)
+  """The conditions that guidance needs; `image_guidance` None = `guidance` is for both.
+
+  A guidance up to 1 is none, as in diffusers: distilled models' cards say 0.
+  """
+  if image_guidance is None:
+    return (EMPTY, FULL) if guidance > 1 else (FULL,)
+  if guidance <= 1:
+    return (TEXT, FULL) if image_guidance > 1 else (FULL,)
+  return (EMPTY, TEXT, FULL)
 
 
 def bundle(base: Any) -> nnx.Module:
@@ -102,6 +109,8 @@ def sample_images(
     predictions = dict(zip(config.branches, jnp.split(prediction, count)))
     if count == 1:
       return predictions[FULL]
+    if EMPTY not in predictions:  # the prompt has no guidance, the image has
+      return classifier_free(predictions[TEXT], predictions[FULL], inputs.image_guidance)
     separate = {}
     if TEXT in predictions:
       separate = dict(text_only=predictions[TEXT], image_guidance=inputs.image_guidance)
@@ -156,25 +165,26 @@ def _subject_conditions(model: CustomContrast, inputs: SamplerInputs, config: Sa
     extra = zip(inputs.extra_subjects, prompts.extra_subjects, strict=True)
     for references, (extra_slot, extra_span) in extra:
       extra_features, extra_visual = encode_references(references)
-      extra_subjects.append(Subject(
-        extra_features, jnp.asarray(extra_slot), jnp.asarray(extra_span), extra_visual))
+      place = jax.tree.map(jnp.asarray, (extra_slot, extra_span))
+      extra_subjects.append(Subject(extra_features, *place, extra_visual))
     if inputs.interpolate_to is not None:
       references, weight = inputs.interpolate_to
       other_features, other_visual = encode_references(references)
       other = Subject(other_features, slot, noun_span, other_visual)
       interpolation = other, jnp.asarray(weight)
 
-  def without_image(ids, t) -> Conditioning:
+  def without_image(ids, t, *, zero_text: bool = False) -> Conditioning:
     rows = len(ids[0])
     visual = jax.tree.map(lambda x: jnp.repeat(x, rows, axis=0), visual_without_image)
     condition = model.condition(
       None, [jnp.asarray(i) for i in ids], None, None, jnp.full(rows, t), visual=visual,
-      time_ids=time_ids[:rows], clip_skip=config.clip_skip)
+      time_ids=time_ids[:rows], clip_skip=config.clip_skip, zero_text=zero_text)
     return _repeat_visual_tokens(condition, 1 + len(extra_subjects))
 
   def branch(name: str, t) -> Conditioning:
     if name == EMPTY:  # the same for all images, so computed once
-      return _repeat_row(without_image(inputs.negative, t), size)
+      ids, zero_text = _empty_prompt(inputs)
+      return _repeat_row(without_image(ids, t, zero_text=zero_text), size)
     if name == TEXT or features is None:
       return without_image(prompts.ids, t)
     return model.condition(
@@ -197,23 +207,28 @@ def _subject_conditions(model: CustomContrast, inputs: SamplerInputs, config: Sa
 def _base_conditions(model: nnx.Module, inputs: SamplerInputs, config: SamplingConfig):
   """`conditions(branches, t, step)` -> arguments of the UNet, for a plain base."""
   size, count = inputs.noise.shape[0], len(config.branches)
-  rows = []
+  rows, zero = [], []
   for name in config.branches:
-    ids = inputs.negative if name == EMPTY else inputs.prompts.ids
-    rows.append([jnp.broadcast_to(jnp.asarray(i), (size, i.shape[-1])) for i in ids])
+    ids, zero_text = _empty_prompt(inputs) if name == EMPTY else (inputs.prompts.ids, False)
+    rows.append([jnp.broadcast_to(jnp.asarray(i), (size, *i.shape[1:])) for i in ids])
+    zero += [zero_text] * size
   ids = [jnp.concatenate(column) for column in zip(*rows)]
-  outputs = [tower(i) for tower, i in zip(model.text_encoders, ids, strict=True)]
-  # SDXL: penultimate hidden states of both encoders, and the last one's pooled vector.
-  penultimate = len(outputs) > 1
-  states = [
-    tower.context(output, penultimate=penultimate, clip_skip=config.clip_skip)
-    for tower, output in zip(model.text_encoders, outputs)
-  ]
-  arguments = dict(context=jnp.concatenate(states, axis=-1))
-  if model.unet.config.addition_embed_type == "text_time":
+  texts, _, pooled = encode_text(
+    model.text_encoders, ids, addition=model.unet.config.addition_embed_type,
+    clip_skip=config.clip_skip, zero=jnp.asarray(zero) if any(zero) else False,
+  )  # fmt: skip
+  arguments = dict(context=texts[0])
+  if pooled is not None:
     time_ids = jnp.broadcast_to(inputs.time_ids, (size * count, 6))
-    arguments |= dict(text_embeds=outputs[-1].pooled, time_ids=time_ids)
+    arguments |= dict(text_embeds=pooled, time_ids=time_ids)
   return lambda branches, t, step: arguments
+
+
+def _empty_prompt(inputs: SamplerInputs) -> tuple[tuple[Int[Array, "1 *p t"], ...], bool]:
+  """(token ids of what guidance leads away from, whether zeros take the place of that text)."""
+  if inputs.negative is None:  # then the ids say nothing but how long the text is
+    return tuple(ids[:1] for ids in inputs.prompts.ids), True
+  return inputs.negative, False
 
 
 def _predict(model, latents, t, condition, *, maps: bool = False):

@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float, UInt8
 from tqdm import tqdm
 
 from cc_jax.customcontrast.model import CustomContrast
+from cc_jax.customcontrast.text_conditioning import size_conditions
 from cc_jax.diffusion.samplers import StepTable, adds_noise, padded, skip_of_strength, step_table
 from cc_jax.diffusion.schedule import NoiseSchedule
 from cc_jax.errors import UserError
@@ -78,7 +79,7 @@ class ImageSampler:
   def __call__(
     self,
     prompts: Prompts,
-    negative: Prompts,
+    negative: Prompts | None,
     *,
     noise: Float[np.ndarray, "n h w c"],
     references: UInt8[np.ndarray, "n r h w 3"] | None = None,
@@ -106,7 +107,7 @@ class ImageSampler:
 
     Args:
       prompts: N prompts.
-      negative: the negative prompt, one for all; usually the empty prompt.
+      negative: the negative prompt, one for all; see `prompts.encode_with_negative`.
       noise: see `noise`; equal noise makes images comparable. Its size is the images'.
       references: R references of each subject, as training shows them; None draws with the base.
       extra_subjects: references of the further subjects in `prompts.extra_subjects`.
@@ -116,8 +117,8 @@ class ImageSampler:
       scale: of the visual path: a number, [L] per layer, or [steps, L] (either may be 1). 0
         everywhere, like no reference, draws with the base: without S+.
       s_plus: False leaves S+ out of every prompt.
-      guidance: classifier-free; 1 = none (one branch less).
-      image_guidance: the image's own guidance; None = `guidance` is for both.
+      guidance: classifier-free; up to 1 = none (one branch less).
+      image_guidance: the image's own guidance, up to 1 = none; None = `guidance` is for both.
       eta: the share of fresh noise in DDIM's steps.
       image, strength: images to start from (img2img), of the size to draw, and the share of the
         steps that is run, (0, 1]; both or neither.
@@ -141,7 +142,7 @@ class ImageSampler:
     check_guidance(guidance, image_guidance)
     if time_ids is None:
       height, width = (side * self.factor for side in noise.shape[1:3])
-      time_ids = (height, width, 0, 0, height, width)
+      time_ids = size_conditions(height, width)
     if not self.is_subject_model or not scale.any():
       references = None
     if references is None:
@@ -158,14 +159,14 @@ class ImageSampler:
     table = padded(table, -(-len(table.step) // CALLS) * CALLS)
     inputs = SamplerInputs(
       prompts=prompts if extra_subjects else prompts._replace(extra_subjects=()),
-      negative=tuple(ids[:1] for ids in negative.ids),
+      negative=None if negative is None else tuple(ids[:1] for ids in negative.ids),
       references=references,
       use_image=np.asarray(use_image, bool),
       noise=np.asarray(noise, np.float32),
       image=image,
       scale=np.pad(scale, ((0, len(table.step) - steps_run), (0, 0))),
       guidance=np.float32(guidance),
-      image_guidance=np.float32(0.0 if image_guidance is None else image_guidance),
+      image_guidance=np.float32(max(image_guidance or 0.0, 1.0)),  # up to 1 it is none
       table=table,
       time_ids=np.asarray(time_ids, np.float32),
       extra_subjects=tuple(extra_subjects),
@@ -217,4 +218,5 @@ def check_guidance(guidance: float, image_guidance: float | None) -> None:
   """Raises UserError for a guidance that is negative or no number."""
   for name, value in (("guidance", guidance), ("image_guidance", image_guidance)):
     if value is not None and not (np.isfinite(value) and value >= 0):
-      raise UserError(f"{name} {value} makes no sense; use 1 (none) to about 10, usually 5")
+      raise UserError(
+        f"{name} {value} makes no sense; use 0 or 1 (none) to about 10, usually 5")

@@ -7,13 +7,15 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from cc_jax.customcontrast.model import CustomContrast
+from cc_jax.customcontrast.model import Conditioning, CustomContrast
+from cc_jax.customcontrast.text_conditioning import size_conditions
 from cc_jax.models.params import Params
 from cc_jax.models.vae import images_to_latents
 from cc_jax.objectives.diffusion import diffusion_loss, min_snr_weights
 from cc_jax.training.contrastive import compare_embeddings, contrastive_embeddings
 from cc_jax.training.noise import StepNoise, sample_step_noise
 from cc_jax.training.step_context import Batch, Metrics, StepContext, prefix_keys, to_unit_range
+from data_pipeline.tokens import prompt_keys
 
 
 def sample_latents(vae: nnx.Module, images: Array, keys: Array) -> Float[Array, "b h w c"]:
@@ -37,25 +39,37 @@ def denoise(
   step_noise: StepNoise,
 ) -> tuple[Float[Array, "b h w c"], Float[Array, "b h w c"]]:
   """(prediction, its target) for the target frame with the noise of t."""
-  t, keep_text, keep_image, keys = step_noise
+  t, keys = step_noise.t, step_noise.keys
   posterior_keys, noise_keys = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
   latents = sample_latents(model.vae, batch["target"], posterior_keys)
   noise = _normal(noise_keys, latents.shape[1:])
-  empty = jnp.asarray(context.empty_prompt, jnp.int32)
-  conditioning = model.condition(
+  conditioning = condition(context, model, batch, features, step_noise)
+  schedule = context.schedule
+  prediction = model.predict(schedule.add_noise(latents, noise, t), t, conditioning)
+  return prediction, schedule.target(latents, noise, t)
+
+
+def condition(
+  context: StepContext, model: CustomContrast, batch: Batch, features: Float[Array, "b p c"],
+  step_noise: StepNoise,
+) -> Conditioning:
+  """What the UNet is told of reference and caption, as far as they are kept."""
+  t, keep_text, keep_image, _ = step_noise
+  keys = prompt_keys(len(context.empty_prompt))
+  ids, slots, spans = ([batch[key] for key in names] for names in zip(*keys))
+  empty = [jnp.asarray(i, jnp.int32) for i in context.empty_prompt]
+  return model.condition(
     features,
-    jnp.where(keep_text[:, None], batch["input_ids"], empty),
-    batch["slot"],
-    batch["noun_span"],
+    [jnp.where(keep_text[:, None], *pair) for pair in zip(ids, empty)],
+    slots,
+    spans,
     t,
     use_image=keep_image,
     # An empty prompt has no noun for S+ to stand after. [R]
     use_s_plus=keep_image & keep_text,
-    time_ids=_uncropped_time_ids(model.unet, batch["target"]),
+    zero_text=~keep_text if model.force_zeros_for_empty_prompt else False,
+    time_ids=_time_ids(model.unet, batch["target"]),
   )
-  schedule = context.schedule
-  prediction = model.predict(schedule.add_noise(latents, noise, t), t, conditioning)
-  return prediction, schedule.target(latents, noise, t)
 
 
 def total_loss(
@@ -91,12 +105,12 @@ def diffusion_objective(
   return total, {"loss/diffusion": total, **prefix_keys("diffusion", metrics)}
 
 
-def _uncropped_time_ids(unet: nnx.Module, images: Array) -> Float[Array, "b 6"] | None:
-  """SDXL's original size, crop corner and target size of uncropped images; None for others."""
+def _time_ids(unet: nnx.Module, images: Array) -> Float[Array, "b 6"] | None:
+  """SDXL's size conditions of whole images; None for other bases."""
   if unet.config.addition_embed_type != "text_time":
     return None
   size, height, width = images.shape[:3]
-  return jnp.tile(jnp.asarray([height, width, 0, 0, height, width], jnp.float32), (size, 1))
+  return jnp.tile(jnp.asarray(size_conditions(height, width), jnp.float32), (size, 1))
 
 
 def _normal(keys: Array, shape: tuple[int, ...]) -> Float[Array, "b ..."]:

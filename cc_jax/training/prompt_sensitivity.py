@@ -5,7 +5,7 @@ replaced by a wrong one; 0 = the word is ignored. It needs neither sampling nor 
 training can log it (docs/method.md, "The wrong-word gap").
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -20,9 +20,11 @@ from cc_jax.parallel.mesh import replicated_sharding, shard_batch
 from cc_jax.training.losses import denoise
 from cc_jax.training.noise import StepNoise
 from cc_jax.training.step_context import Batch, StepContext, to_unit_range
+from data_pipeline.tokens import prompt_keys
 
 NOISE_LEVEL = 0.85  # t / T: so noisy that the picture itself tells little
 NumpyBatch = dict[str, np.ndarray]
+Swap = tuple[int, int, tuple[int, ...]]  # tokens [start, end), and what comes in their place
 
 
 def sample_losses(
@@ -78,43 +80,65 @@ def relative_rise(
   return jnp.where(before > 0, after / jnp.where(before > 0, before, 1.0) - 1.0, 0.0)
 
 
-def wrong_nouns(batch: NumpyBatch, tokenizer: Any, s_words: int) -> tuple[NumpyBatch, np.ndarray]:
+def wrong_nouns(
+  batch: NumpyBatch, tokenizers: Sequence[Any], s_words: int
+) -> tuple[NumpyBatch, np.ndarray]:
   """Replaces the class noun of every caption by that of the next sample which has another one.
 
   Returns:
-    (the batch with new input_ids, slot and noun_span, which samples changed [B]).
+    (the batch with new input_ids, slot and noun_span, for every text encoder's tokenizer; which
+    samples changed [B]).
   """
-  ids, spans = batch["input_ids"], batch["noun_span"]
-  nouns = [tuple(row[start:end]) for row, (start, end) in zip(ids, spans)]
-  swaps = []
-  for i, noun in enumerate(nouns):
-    others = (nouns[(i + k) % len(nouns)] for k in range(1, len(nouns)))
-    swaps.append((*spans[i], next((other for other in others if other != noun), noun)))
-  return _swapped(batch, swaps, tokenizer, s_words)
+
+  def swaps(ids, spans, tokenizer):
+    nouns = [tuple(row[start:end]) for row, (start, end) in zip(ids, spans)]
+    for i, noun in enumerate(nouns):
+      others = (nouns[(i + k) % len(nouns)] for k in range(1, len(nouns)))
+      yield *spans[i], next((other for other in others if other != noun), noun)
+
+  return _swap_words(batch, swaps, tokenizers, s_words)
 
 
 def wrong_phrases(
-  batch: NumpyBatch, phrases: Sequence[str], tokenizer: Any, s_words: int
+  batch: NumpyBatch, phrases: Sequence[str], tokenizers: Sequence[Any], s_words: int
 ) -> tuple[NumpyBatch, np.ndarray]:
   """Replaces the longest of `phrases` that a caption has by the next of them; see `wrong_nouns`."""
-  tokens = [tuple(tokenizer(phrase, add_special_tokens=False).input_ids) for phrase in phrases]
-  swaps = []
-  for row in batch["input_ids"]:
-    matches = [
-      (start, start + len(phrase), tokens[(k + 1) % len(tokens)])
-      for k, phrase in enumerate(tokens)
-      for start in range(1, len(row) - len(phrase))
-      if tuple(row[start : start + len(phrase)]) == phrase
-    ]
-    swaps.append(max(matches, key=lambda m: m[1] - m[0]) if matches else (0, 0, ()))
-  return _swapped(batch, swaps, tokenizer, s_words)
+
+  def swaps(ids, spans, tokenizer):
+    tokens = [tuple(tokenizer(phrase, add_special_tokens=False).input_ids) for phrase in phrases]
+    for row in ids:
+      matches = [
+        (start, start + len(phrase), tokens[(k + 1) % len(tokens)])
+        for k, phrase in enumerate(tokens)
+        for start in range(1, len(row) - len(phrase))
+        if tuple(row[start : start + len(phrase)]) == phrase
+      ]
+      yield max(matches, key=lambda m: m[1] - m[0]) if matches else (0, 0, ())
+
+  return _swap_words(batch, swaps, tokenizers, s_words)
+
+
+def _swap_words(
+  batch: NumpyBatch, swaps: Callable[..., Iterable[Swap]], tokenizers: Sequence[Any], s_words: int
+) -> tuple[NumpyBatch, np.ndarray]:
+  """Does `swaps(ids, spans, tokenizer)`, one for each row, for every text encoder or for none."""
+  wrong, changed = {}, np.ones(len(batch["slot"]), bool)
+  for names, tokenizer in zip(prompt_keys(len(tokenizers)), tokenizers):
+    ids, slot, span = (batch[key] for key in names)
+    arrays, possible = _swapped(ids, slot, span, swaps(ids, span, tokenizer), tokenizer, s_words)
+    wrong |= zip(names, arrays)
+    changed &= possible
+  for key, new in wrong.items():
+    wrong[key] = np.where(changed.reshape(-1, *[1] * (new.ndim - 1)), new, batch[key])
+  return {**batch, **wrong}, changed
 
 
 def _swapped(
-  batch: NumpyBatch, swaps: Sequence[tuple[int, int, tuple[int, ...]]], tokenizer: Any, s_words: int
-) -> tuple[NumpyBatch, np.ndarray]:
+  ids: np.ndarray, slot: np.ndarray, span: np.ndarray, swaps: Iterable[Swap], tokenizer: Any,
+  s_words: int,
+) -> tuple[tuple[np.ndarray, np.ndarray, np.ndarray], np.ndarray]:
   """Replaces tokens [start, end) of each row; a row without room for it and S+ stays as it is."""
-  ids, slot, span = (np.array(batch[key]) for key in ("input_ids", "slot", "noun_span"))
+  ids, slot, span = (np.array(array) for array in (ids, slot, span))
   changed = np.zeros(len(ids), bool)
   length = ids.shape[1]
   for i, (start, end, new) in enumerate(swaps):
@@ -131,4 +155,4 @@ def _swapped(
       span[i] += longer
       slot[i] += longer
     changed[i] = True
-  return {**batch, "input_ids": ids, "slot": slot, "noun_span": span}, changed
+  return (ids, slot, span), changed

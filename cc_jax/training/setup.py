@@ -28,7 +28,7 @@ from cc_jax.parallel.mesh import local_rows
 from cc_jax.training.config_checks import check_config, check_with_base
 from cc_jax.training.prompt_sensitivity import make_prompt_sensitivity, wrong_nouns, wrong_phrases
 from cc_jax.training.step_context import StepContext
-from data_pipeline.tokens import empty_prompt
+from data_pipeline.tokens import tokenize
 
 
 def adapter_configs(config: ml_collections.ConfigDict) -> tuple[MFIEncoderConfig, InjectionConfig]:
@@ -50,9 +50,9 @@ def make_step_context(
   """What the step depends on besides arrays. Raises UserError for settings that contradict."""
   check_with_base(config, base.unet.config, base.vae.config, base.scheduler_config)
   if base.tokenizers:
-    empty = tuple(int(i) for i in empty_prompt(base.tokenizers[0]))
+    empty = tuple(tuple(map(int, tokenize(t, "").ids[0])) for t in base.tokenizers)
   else:  # known architectures have none (`build_abstract`), and a plan needs no words
-    empty = (0,) * base.text_encoders[0].config.max_position_embeddings
+    empty = tuple((0,) * tower.config.max_position_embeddings for tower in base.text_encoders)
   schedule = NoiseSchedule.from_config(base.scheduler_config)
   return StepContext(definition, schedule, ml_collections.FrozenConfigDict(config), empty)
 
@@ -67,7 +67,7 @@ def make_batches(
 ) -> Iterator[dict[str, np.ndarray]]:
   """This process's rows of every batch from step `start` on."""
   return data_pipeline.make_loader(
-    config.data, base.tokenizers[0], batch_size=config.train.batch_size, seed=seed,
+    config.data, base.tokenizers, batch_size=config.train.batch_size, seed=seed,
     start_step=start, rows=local_rows(mesh, config.train.batch_size),
     s_words=config.encoder.s_words,
   )
@@ -78,10 +78,10 @@ def heldout_prompt_sensitivity(
 ) -> Callable[[Params, Params], dict[str, float]]:
   """Wrong-word gaps on one batch that training does not see: class noun and, if known, scene."""
   batch = next(make_batches(config, base, config.seed + 1, 0, mesh))
-  tokenizer, words = base.tokenizers[0], config.encoder.s_words
-  wrong = {"class": wrong_nouns(batch, tokenizer, words)}
+  tokenizers, words = base.tokenizers, config.encoder.s_words
+  wrong = {"class": wrong_nouns(batch, tokenizers, words)}
   if scenes := data_pipeline.context_phrases(config.data):
-    wrong["scene"] = wrong_phrases(batch, scenes, tokenizer, words)
+    wrong["scene"] = wrong_phrases(batch, scenes, tokenizers, words)
   return make_prompt_sensitivity(context, mesh, batch, wrong)
 
 

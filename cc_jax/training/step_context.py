@@ -33,7 +33,7 @@ class StepContext:
   definition: nnx.GraphDef
   schedule: NoiseSchedule
   config: ml_collections.ConfigDict
-  empty_prompt: tuple[int, ...]  # [T] token ids of ""
+  empty_prompt: tuple[tuple[int, ...], ...]  # per text encoder, [T] token ids of ""
   mesh: Mesh | None = None  # over which the batch is sharded; the contrastive losses use it
 
   def __post_init__(self):

@@ -92,7 +92,7 @@ def batches(maker: Maker, *, folder: str, start_step: int, rows: range) -> Itera
     pictures, masks = zip(*(frame.load() for frame in frames))
     return maker.example(rng, table, number, pictures, masks, frames[2].caption, subject.noun)
 
-  return tf_data.batches(make_row, start_step=start_step, rows=rows)
+  return tf_data.batches(make_row, maker.signature, start_step=start_step, rows=rows)
 
 
 def read_folder(folder: Path) -> list[Subject]:

@@ -11,7 +11,6 @@ import numpy as np
 
 from data_pipeline.cores import available_cores
 from data_pipeline.errors import DataError
-from data_pipeline.example import SIGNATURE
 
 
 def import_tensorflow():
@@ -70,12 +69,14 @@ def import_tfds():
 
 
 def batches(
-    make_row: Callable[[int, int], dict[str, np.ndarray]], *, start_step: int, rows: range
+    make_row: Callable[[int, int], dict[str, np.ndarray]], signature: dict[str, type], *,
+    start_step: int, rows: range,
 ) -> Iterator[dict[str, np.ndarray]]:
   """Endless batches of make_row(step, row) for the rows of this host, from `start_step` on.
 
   make_row is a pure function, so any start_step is free and the order of the threads does not
-  matter; its slow parts (reading, decoding, resizing) release the GIL.
+  matter; its slow parts (reading, decoding, resizing) release the GIL. `signature`: the keys and
+  types of what it returns.
   """
   tf = import_tensorflow()
   errors: list[Exception] = []
@@ -87,11 +88,11 @@ def batches(
     except Exception as error:  # tensorflow would hide it in a long message
       errors.append(error)
       raise
-    return tuple(example[key] for key in SIGNATURE)
+    return tuple(example[key] for key in signature)
 
   def load(index):
-    values = tf.numpy_function(row_of, [index], list(SIGNATURE.values()))
-    return dict(zip(SIGNATURE, values, strict=True))
+    values = tf.numpy_function(row_of, [index], list(signature.values()))
+    return dict(zip(signature, values, strict=True))
 
   first = start_step * len(rows)
   data = tf.data.Dataset.range(first, np.iinfo(np.int64).max)

@@ -39,7 +39,7 @@ def batches(maker: Maker, builder, *, split: str, start_step: int, rows: range) 
     noun = subject.texts("class_noun")[0]
     return maker.example(rng, subjects.table, number, pictures, masks, caption, noun)
 
-  return tf_data.batches(make_row, start_step=start_step, rows=rows)
+  return tf_data.batches(make_row, maker.signature, start_step=start_step, rows=rows)
 
 
 def open_builder(name: str, data_dir: str = ""):
