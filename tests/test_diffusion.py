@@ -299,6 +299,15 @@ def test_karras_on_cosine_betas_is_diffusers(name, latents, fresh):
     compare(name, config, 10, latents, fresh, cut=name == "dpmsolver++")
 
 
+@pytest.mark.parametrize("name", ["euler", "heun", "dpmsolver++", "unipc"])
+def test_one_step_is_diffusers(name, latents, fresh):
+  """P25: the respaced levels are one, and sigma_min is not reached."""
+  for options in ({}, KARRAS, {**KARRAS, "sigma_max": 9.0}, {"use_exponential_sigmas": True}):
+    config = {**SD, **options, "timestep_spacing": "leading", "clip_sample": False}
+    theirs = getattr(diffusers, CLASSES[name]).from_config(config)
+    compare(name, config, 1, latents, fresh, theirs=theirs, cut=True)
+
+
 @pytest.mark.parametrize("eta", [0.4, 1.0])
 def test_ddim_with_noise_is_diffusers(eta, latents, fresh):
   for prediction in ("epsilon", "v_prediction", "sample"):

@@ -83,7 +83,7 @@ def interpolated(
     high, low = (all_r[-1], all_r[0]) if multistep else (r[0], r[-1])
     if requested != ["use_lu_lambdas"]:
       high, low = schedule.option("sigma_max", high), schedule.option("sigma_min", low)
-      if not 0 < low < high:
+      if not low > 0 or (steps > 1 and low >= high):
         raise UserError(
           f"the scheduler config gives sigma_min={low:g} and sigma_max={high:g}; sigma_min lies "
           "between 0 and sigma_max"
