@@ -362,7 +362,7 @@ for source in ("tfds", "folder"):
 
 
 def write_blobs(data_dir, *, file_format, frames=3, subject_ids=None, leave_out=(), masks=None,
-                splits=("train",)):
+                splits=("train",), features=(), values=()):
   """A data set of boxes as in `write_folder`, with what the pipeline calls optional left out."""
   from data_pipeline.sources.tf_data import import_tfds
 
@@ -378,15 +378,17 @@ def write_blobs(data_dir, *, file_format, frames=3, subject_ids=None, leave_out=
         "class_noun": "teapot",
         "subject_id": subject,
     }
+    example |= dict(values)
     examples.append({key: value for key, value in example.items() if key not in leave_out})
   f = tfds.features
-  features = {
+  known = {
       "frames": f.Sequence(f.Image(shape=(None, None, 3))),
       "masks": f.Sequence(f.Image(shape=(None, None, 1))),
       "captions": f.Sequence(f.Text()),
       "class_noun": f.Text(),
       "subject_id": f.Text() if isinstance(subject_ids[0], str) else f.Scalar(np.int64),
   }
+  features = known | dict(features)
   (data_dir / "blobs/1.0.0").mkdir(parents=True)
   identity = tfds.core.DatasetIdentity(
       name="blobs", version=tfds.core.Version("1.0.0"), module_name="",

@@ -40,7 +40,7 @@ def read_listing(file: epath.Path) -> Listing:
   if not _is_text(noun) or not isinstance(captions, dict):
     raise DataError(f'{file} needs "class_noun" (a text) and "captions" (picture -> text)')
   return Listing(
-      _nfc(noun),
+      " ".join(_nfc(noun).split()),
       {name: _captions(file, name, caption) for name, caption in captions.items()},
       _references(file, values.get("references")),
       _family(file, values.get("family")),
