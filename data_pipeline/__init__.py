@@ -1,13 +1,14 @@
 """Input pipelines and the rendered world; imports nothing of cc_jax.
 
-Training reads its data through `make_loader` only. Tensorflow is imported only when a loader of
-source 'tfds' or 'folder' is made.
+Training reads its data through `make_loader` and `heldout_subjects` only. Tensorflow is imported
+only when a loader of source 'tfds' or 'folder' is made, or for a TFDS data set.
 """
 
 import re
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
+from absl import logging
 
 from data_pipeline.errors import DataError
 
@@ -79,6 +80,10 @@ def make_loader(
   if source == "render":
     from data_pipeline.sources import render
 
+    if maker.holdout:
+      logging.log_first_n(
+        logging.WARNING, "data.holdout_subjects=%d has no effect: rendered subjects have splits", 1,
+        maker.holdout)
     return render.batches(maker, split=split, start_step=start_step, rows=rows)
   if source == "folder":
     from data_pipeline.sources import folder

@@ -4,12 +4,11 @@ import json
 import shutil
 import sys
 import unicodedata
-from pathlib import PurePosixPath
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from etils import epath
+from fake_bucket import FakePath
 from PIL import Image
 from test_sources import (
   assert_equal,
@@ -27,6 +26,7 @@ import data_pipeline
 from data_pipeline import sampling
 from data_pipeline.errors import DataError
 from data_pipeline.example import Maker
+from data_pipeline.sources import records
 from data_pipeline.sources.folder import FolderSubjects, read_folder
 
 
@@ -265,6 +265,8 @@ BAD = {
     "UTF-16": (raw('{"class_noun": "teapot"}'.encode("utf-16")), "is not UTF-8 .*; save it as"),
     "Latin-1": (raw('{"class_noun": "blåbær"}'.encode("latin-1")), "is not UTF-8 .*; save it as"),
     "nothing": (raw(b""), "captions.json is not JSON"),
+    "hidden ending": (lambda place: (place / "captions.json").rename(place / "captions.json.txt"),
+                      "captions.json is missing; write .*mean 'captions.json.txt'"),
     "near name": (renamed("2.png", "2.png", "2.jpg"), "names '2.jpg', .* mean '2.png'"),
     "two spellings": (captions("a teddy bear", "0.PNG"), "'0.png' in two spellings; keep"),
     "raw picture": (renamed("2.png", "2.dng"), "2.dng: pictures of the kind .dng cannot .*; save"),
@@ -331,6 +333,7 @@ GOOD = {
     "no reference": in_json(references=[]),
     "capital ending": renamed("1.jpg", "1.JPG", "1.jpg"),
     "capital in json": renamed("1.jpg", "1.jpg", "1.JPG"),
+    "capitals": lambda place: (place / "captions.json").rename(place / "Captions.JSON"),
     "NFD": renamed("0.png", unicodedata.normalize("NFD", NORDIC), NORDIC),
     "NFC": renamed("0.png", NORDIC, unicodedata.normalize("NFD", NORDIC)),
     "capital mask": lambda place: (place / "2_mask.png").rename(place / "2_MASK.PNG"),
@@ -546,46 +549,11 @@ def test_tfds_values_that_cannot_be_used(tmp_path, tokenizer, values, message):
 # Data in a bucket (C15).
 
 
-class FakePath(PurePosixPath):
-  """fake://bucket/... as `root`/bucket/...: what epath asks of a path class, and no more."""
-
-  root = None
-
-  def __str__(self):
-    return "fake://" + "/".join(self.parts[1:])
-
-  __fspath__ = __str__
-
-  @property
-  def _here(self):
-    return epath.Path(self.root).joinpath(*self.parts[1:])
-
-  def __getattr__(self, name):
-    if name not in ("exists", "is_dir", "open", "read_bytes", "read_text", "stat", "unlink",
-                    "write_bytes", "mkdir"):
-      raise AttributeError(name)
-    return getattr(self._here, name)
-
-  def iterdir(self):
-    return (self / path.name for path in self._here.iterdir())
-
-  def expanduser(self):
-    return self
-
-  def glob(self, pattern):
-    return (self / str(path.relative_to(self._here)) for path in self._here.glob(pattern))
-
-  def replace(self, target):
-    self._here.replace(target._here)
-    return target
-
-
 @pytest.fixture
 def bucket(tmp_path, monkeypatch):
-  """A file system that only etils.epath knows."""
+  """Where fake:// is on this machine."""
   (tmp_path / "cloud").mkdir()
   monkeypatch.setattr(FakePath, "root", tmp_path / "cloud")
-  epath.register_path_cls("fake://")(FakePath)
   monkeypatch.chdir(tmp_path)
   return tmp_path / "cloud"
 
@@ -609,17 +577,23 @@ def test_a_folder_in_a_bucket(bucket, tokenizer):
   assert not (bucket.parent / "fake:").exists()
 
 
-def test_a_tfds_set_in_a_bucket(bucket, tokenizer):
+def test_a_tfds_set_in_a_bucket(bucket, tokenizer, monkeypatch):
   """C15: TFRecord files are read by seeking, the index lies beside them."""
   write_blobs(bucket / "mine", file_format="tfrecord")
   local = take(blobs(bucket / "mine"), tokenizer, 2)
   for file in bucket.rglob("subjects_*.npz"):
     file.unlink()
-  remote = take(blobs("fake://mine"), tokenizer, 2)
-  for a, b in zip(local, remote):
-    assert_equal(a, b)
-  assert len(list(bucket.rglob("subjects_train_*.npz"))) == 1
+  searched = []
+  search = records._tfrecord_offsets
+  monkeypatch.setattr(records, "_tfrecord_offsets", lambda *a: searched.append(a) or search(*a))
+  for first_use in (True, False):
+    remote = take(blobs("fake://mine"), tokenizer, 2)
+    for a, b in zip(local, remote):
+      assert_equal(a, b)
+    assert len(list(bucket.rglob("subjects_train_*.npz"))) == 1
+    assert len(searched) == 3 * first_use  # files; later the index knows where records are
+    searched.clear()
   assert not (bucket.parent / "fake:").exists()
   write_blobs(bucket / "array", file_format="array_record")
-  with pytest.raises(DataError, match="^fake://array.*: ArrayRecord files are read from local disk"):
+  with pytest.raises(DataError, match="^fake://array.*: ArrayRecord files are read from local"):
     take(blobs("fake://array"), tokenizer, 1)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from etils import epath
 
 from data_pipeline.errors import DataError
-from data_pipeline.sources.listing import nearest
+from data_pipeline.sources.listing import entries, nearest
 
 _KEYS = ("captions", "class_noun", "family", "references")
 
@@ -49,9 +49,9 @@ def read_listing(file: epath.Path) -> Listing:
 
 def _read_json(file: epath.Path) -> Any:
   if not file.exists():
-    raise DataError(
-        f'{file} is missing; write {{"class_noun": "...", "captions": {{"picture.png": "..."}}}}'
-    )
+    near = nearest(file.name, [other.name for other in entries(file.parent)])
+    example = '{"class_noun": "...", "captions": {"picture.png": "..."}}'
+    raise DataError(f"{file} is missing; write {example}{near}")
 
   def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     seen: dict[str, Any] = {}

@@ -9,20 +9,35 @@
       old_teapot/
         ...
 
-captions.json:
+captions.json, in UTF-8:
 
     {
       "class_noun": "mug",
-      "captions": {"on_desk.png": "a mug on a desk", "in_garden.jpg": "a mug in a garden"},
+      "captions": {
+        "on_desk.png": "a mug on a desk",
+        "in_garden.jpg": ["a mug in a garden", "the mug between flowers"]
+      },
       "references": ["on_desk.png"],
       "family": "mugs of the blue set"
     }
 
 Every picture has a caption that contains the class noun and does not describe what the reference
-shows (colours, patterns). Optional: "references" lists the pictures that may serve as reference (by
-default all), "family" is shared by subjects that are hard to distinguish. A subject needs at least
-two pictures. Subjects with the same noun form a class; they are numbered in the order of their
+shows (colours, patterns). Of a list of captions one is drawn for each triple. Optional:
+"references" lists the pictures that may serve as reference (by default all), "family" (a text or a
+whole number) is shared by subjects that are hard to distinguish. A subject needs at least two
+pictures. Subjects with the same noun form a class; subjects are numbered in the order of their
 folders' names.
+
+- Spelling: nouns, families and names of files count as equal when they differ in capitals or in the
+  Unicode form of their accents only (1.JPG is found as 1.jpg).
+- Pictures: PNG, JPEG, WebP, BMP, TIFF, GIF, AVIF, JPEG 2000, as Pillow reads them; HEIC if the
+  package pillow-heif is installed. Of several pictures in a file the first counts.
+- Skipped: empty folders, names with a dot in front, and what systems leave (__MACOSX, @eaDir,
+  Thumbs.db, desktop.ini ...).
+- The folder may lie in a bucket (gs://..., s3://..., what etils.epath knows).
+- Everything but the pictures' pixels is checked before the first step. A picture that turns out to
+  be unreadable ends the run, or up to `data.max_bad_share` of all is left out.
+- `data.holdout_subjects` are left out of training, for pictures that are drawn meanwhile.
 '''
 
 import dataclasses
@@ -72,14 +87,10 @@ class Subject:
   """A subject's folder."""
 
   place: epath.Path
+  where: str  # the file with its captions
   noun: str
   family: str | None
   frames: tuple[Frame, ...]
-
-  @property
-  def where(self) -> str:
-    """Names the source of the captions in errors."""
-    return str(self.place / "captions.json")
 
   def is_reference(self) -> np.ndarray:
     """bool [frames]: can frame f serve as a reference?"""
@@ -187,7 +198,8 @@ def _check_depth(folder, inside, subfolders) -> None:
 
 
 def _read_subject(folder: epath.Path, inside: list[epath.Path], lenient: bool) -> Subject:
-  file = folder / "captions.json"
+  spelled = (path for path in inside if path.name.lower() == "captions.json")
+  file = next(spelled, folder / "captions.json")
   values = read_listing(file)
   files = {path.name: path for path in inside}
   captions: dict[str, tuple[str, ...]] = {}
@@ -218,7 +230,7 @@ def _read_subject(folder: epath.Path, inside: list[epath.Path], lenient: bool) -
         f"{folder} has {len(frames)} picture(s); a triple needs 2 or more of a subject: "
         "add some, or move the folder away"
     )
-  return Subject(folder, values.class_noun, values.family, tuple(frames))
+  return Subject(folder, str(file), values.class_noun, values.family, tuple(frames))
 
 
 def _may_have_alpha(file: epath.Path, lenient: bool) -> bool:

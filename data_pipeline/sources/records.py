@@ -19,25 +19,33 @@ _HEADER, _FOOTER = 12, 4  # of a TFRecord: length uint64, crc uint32; the data; 
 
 
 class Records:
-  """`records[n]` are the serialized bytes of example n, in the order of the files."""
+  """`records[n]` are the serialized bytes of example n, in the order of the files.
 
-  def __init__(self, files: Sequence[epath.Path]):
-    self._array_records = None
+  `places` int64 [n, 3] are each record's file, offset and length, as an earlier object of the same
+  files found them: in a bucket, looking for them takes a request for every record. ArrayRecord
+  files know them by themselves.
+  """
+
+  def __init__(self, files: Sequence[epath.Path], places: np.ndarray | None = None):
+    self._array_records, self.places = None, np.zeros((0, 3), np.int64)
     if any("array_record" in file.name for file in files):
       self._array_records = _open_array_records(files)
       return
     self._files = [_LocalFile(f) if is_local(f) else _RemoteFile(f) for f in files]
-    offsets = [_tfrecord_offsets(opened, file) for opened, file in zip(self._files, files)]
-    self._file = np.repeat(np.arange(len(files)), [len(of_file) for of_file in offsets])
-    self._offset, self._length = np.concatenate(offsets).T
+    if places is None:
+      offsets = [_tfrecord_offsets(opened, file) for opened, file in zip(self._files, files)]
+      number = np.repeat(np.arange(len(files)), [len(of_file) for of_file in offsets])
+      places = np.column_stack([number, np.concatenate(offsets)])
+    self.places = places
 
   def __len__(self) -> int:
-    return len(self._array_records if self._array_records is not None else self._file)
+    return len(self._array_records if self._array_records is not None else self.places)
 
   def __getitem__(self, n: int) -> bytes:
     if self._array_records is not None:
       return self._array_records[n]
-    return self._files[self._file[n]].read(int(self._length[n]), int(self._offset[n]))
+    file, offset, length = map(int, self.places[n])
+    return self._files[file].read(length, offset)
 
 
 def _open_array_records(files: Sequence[epath.Path]):

@@ -45,6 +45,11 @@ def make_batches(
   numbers = np.flatnonzero(~left_out)
   table = sampling.SubjectTable(*(column[numbers] for column in table))
   maker.check(table)
+  if len(numbers) == 1:
+    logging.log_first_n(
+        logging.WARNING, "%s has one subject to train on: there is nothing to contrast it with", 1,
+        subjects.where,
+    )  # fmt: skip
   make_row = _RowMaker(maker, subjects, numbers, table)
   return tf_data.batches(make_row, start_step=start_step, rows=rows)
 

@@ -31,7 +31,7 @@ from data_pipeline.sources.records import Records
 from data_pipeline.sources.rows import make_batches
 
 _IDS = ("subject_id", "family_id", "class_id")
-_INDEX = (*_IDS, "name", "frames")  # columns of the index file
+_INDEX = (*_IDS, "name", "frames", "places")  # columns of the index file
 
 
 def batches(maker: Maker, builder, *, split: str, start_step: int, rows: range) -> Iterator[dict]:
@@ -87,8 +87,14 @@ class SubjectRecords:
     self.where = f"{name} ({split})"
     self._parse = tf_data.import_tensorflow().train.Example.FromString
     files = [epath.Path(file) for file in builder.info.splits[split].filepaths]
-    self._records = Records(files)
-    index = self._read_index(_index_file(epath.Path(builder.data_path), split, files))
+    index_file = _index_file(epath.Path(builder.data_path), split, files)
+    index = _read_index(index_file)
+    self._records = Records(files, index.get("places"))
+    if not len(self):
+      raise DataError(f"{self.where} has no examples; build the data set again")
+    if not index:
+      index = self._make_index()
+      _write_atomically(index_file, index)
     self.names = [str(name) for name in index["name"]]
     self.pictures = int(index["frames"].sum())
     self.table = sampling.SubjectTable(*(index[key] for key in _IDS))
@@ -100,12 +106,8 @@ class SubjectRecords:
     data = self._records[number]
     return SubjectRecord(self._parse(data), data, self._schema, f"{self.where}, example {number}")
 
-  def _read_index(self, file: epath.Path) -> dict[str, np.ndarray]:
-    """Columns of the index file, which the first use writes in one pass over the data."""
-    if file.exists():
-      with np.load(io.BytesIO(file.read_bytes())) as stored:
-        if set(_INDEX) <= set(stored):  # it is not of an earlier version
-          return {key: stored[key] for key in _INDEX}
+  def _make_index(self) -> dict[str, np.ndarray]:
+    """The columns of the index file, in one pass over the data."""
     columns: dict[str, list] = {key: [] for key in (*_IDS, "noun", "name", "frames")}
     for number in range(len(self)):
       subject = self[number]
@@ -122,7 +124,7 @@ class SubjectRecords:
     index = {key: _numbers(columns[key], len(self), key) for key in _IDS}
     index["name"] = np.array(columns["name"], np.str_)
     index["frames"] = np.array(columns["frames"], np.int32)
-    _write_atomically(file, index)
+    index["places"] = self._records.places
     return index
 
 
@@ -251,6 +253,14 @@ def _size_and_time(file: epath.Path) -> tuple[int, int]:
     return status.st_size, status.st_mtime_ns
   status = file.stat()
   return status.length, int(status.mtime or 0)
+
+
+def _read_index(file: epath.Path) -> dict[str, np.ndarray]:
+  """What the first use of the data set has written; {} if there is none of this version."""
+  if not file.exists():
+    return {}
+  with np.load(io.BytesIO(file.read_bytes())) as stored:
+    return {key: stored[key] for key in _INDEX} if set(_INDEX) <= set(stored) else {}
 
 
 def _write_atomically(file: epath.Path, index: dict[str, np.ndarray]) -> None:
