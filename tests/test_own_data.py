@@ -269,6 +269,8 @@ BAD = {
                       "captions.json is missing; write .*mean 'captions.json.txt'"),
     "near name": (renamed("2.png", "2.png", "2.jpg"), "names '2.jpg', .* mean '2.png'"),
     "two spellings": (captions("a teddy bear", "0.PNG"), "'0.png' in two spellings; keep"),
+    "mask of that kind": (lambda place: (place / "2_mask.png").rename(place / "2_mask.jxl"),
+                          "2_mask.jxl: pictures of the kind .jxl cannot be read here; save it as"),
     "raw picture": (renamed("2.png", "2.dng"), "2.dng: pictures of the kind .dng cannot .*; save"),
     "HEIC": (renamed("2.png", "2.HEIC"), "2.HEIC: .*kind .heic cannot .* pillow-heif"),
     "no caption": (lambda place: shutil.copy(place / "0.png", place / "3.bmp"),
@@ -544,6 +546,36 @@ def test_tfds_values_that_cannot_be_used(tmp_path, tokenizer, values, message):
   write_blobs(tmp_path, file_format="tfrecord", values=values)
   with pytest.raises(DataError, match=f"blobs.*{message}"):
     take(blobs(tmp_path), tokenizer, 1)
+
+
+def test_tfds_classes_and_families_by_spelling(tmp_path, tokenizer):
+  """P10 for texts in a TFDS set, whose ids keep their spelling."""
+  f = tfds_features()
+  spellings = iter([("Teapot", "Set"), ("teapot", "set"), ("TEA  pot", "other"), ("tea pot", "x")])
+
+  def examples():
+    noun, family = next(spellings)
+    return dict(class_noun=noun, family_id=family, captions=[f"a {noun}"] * 3)
+
+  write_blobs(tmp_path, file_format="tfrecord", subject_ids=["a", "A", "b", "c"],
+              features=dict(family_id=f.Text()), values=examples)
+  [batch] = take(blobs(tmp_path), tokenizer, 1)
+  row = {int(subject): n for n, subject in enumerate(batch["subject_id"])}  # in ASCII's order
+  a, b = [[batch[key][row[n]] for n in (1, 0, 2, 3)] for key in ("class_id", "family_id")]
+  assert a[0] == a[1] != a[2] == a[3]
+  assert b[0] == b[1] and len(set(b)) == 3
+
+
+def test_one_subject_is_told(tmp_path, tokenizer, caplog):
+  """It can be trained on, but without contrast."""
+  write_folder(tmp_path, subjects=1)
+  data_pipeline.make_loader(config(name=str(tmp_path)), tokenizer, batch_size=2, seed=0)
+  assert f"{tmp_path} has one subject to train on: there is nothing to contrast" in caplog.text
+
+
+def test_no_folder_is_named(tokenizer):
+  with pytest.raises(DataError, match="data.name is empty; set it to the folder of your subjects"):
+    take(config(), tokenizer, 1)
 
 
 # Data in a bucket (C15).

@@ -1,6 +1,7 @@
 """Every source gives a pure function of (seed, step), whole triples, and readable errors."""
 
 import json
+import shutil
 import subprocess
 import sys
 import types
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from fake_bucket import FakePath
 from PIL import Image
 from test_triples import make_tokenizer
 
@@ -378,7 +380,7 @@ def write_blobs(data_dir, *, file_format, frames=3, subject_ids=None, leave_out=
         "class_noun": "teapot",
         "subject_id": subject,
     }
-    example |= dict(values)
+    example |= values() if callable(values) else dict(values)
     examples.append({key: value for key, value in example.items() if key not in leave_out})
   f = tfds.features
   known = {
@@ -498,6 +500,16 @@ def test_subjects3d(data_dir, tokenizer):
   assert set(batch["subject_id"]) == set(multi_view.plan("tiny", "test").subject_id[:, 0])
 
 
+def test_subjects3d_in_a_bucket(data_dir, tokenizer, tmp_path, monkeypatch):
+  """C15: what lies there is read, and nothing is written into a folder called 'fake:'."""
+  shutil.copytree(data_dir, tmp_path / "cloud/mine")
+  monkeypatch.setattr(FakePath, "root", tmp_path / "cloud")
+  monkeypatch.chdir(tmp_path)
+  [local], [remote] = (take(tiny(place), tokenizer, 1) for place in (data_dir, "fake://mine"))
+  assert_equal(local, remote)
+  assert [path.name for path in tmp_path.iterdir()] == ["cloud"]
+
+
 def test_subjects_for_evaluation(data_dir):
   read = data_pipeline.load_subjects("subjects3d/tiny", "test", str(data_dir))
   anew = data_pipeline.load_subjects("subjects3d/tiny", "test", source="render")
@@ -537,8 +549,6 @@ def test_data_dir_that_cannot_be_written(tmp_path, tokenizer):
 
 
 def test_checksum_of_factors_that_were_changed(data_dir, tmp_path):
-  import shutil
-
   from data_pipeline.subjects3d import builder
 
   shutil.copytree(data_dir, tmp_path / "copy")

@@ -35,8 +35,8 @@ folders' names.
 - Skipped: empty folders, names with a dot in front, and what systems leave (__MACOSX, @eaDir,
   Thumbs.db, desktop.ini ...).
 - The folder may lie in a bucket (gs://..., s3://..., what etils.epath knows).
-- Everything but the pictures' pixels is checked before the first step. A picture that turns out to
-  be unreadable ends the run, or up to `data.max_bad_share` of all is left out.
+- Names and captions are checked before the first step. A picture that turns out to be unreadable
+  ends the run; others take its place while at most `data.max_bad_share` of all pictures are so.
 - `data.holdout_subjects` are left out of training, for pictures that are drawn meanwhile.
 '''
 
@@ -116,6 +116,8 @@ class FolderSubjects:
   """
 
   def __init__(self, name: str, *, lenient: bool = False):
+    if not name:
+      raise DataError("data.name is empty; set it to the folder of your subjects")
     folder = listing.data_path(name, "data.name")
     self._subjects = read_folder(folder, lenient=lenient)
     self.where = str(folder)
@@ -191,7 +193,8 @@ def _check_depth(folder, inside, subfolders) -> None:
   for place, files in subfolders.items():
     below = [file for file in files if file.is_dir() and is_subject(listing.entries(file))]
     if below:
-      remedy = f"set data.name to {place}" if len(subfolders) == 1 else "move them a level up"
+      remedy = f"set data.name to {place}"
+      remedy += ", or move them all a level up" if len(subfolders) > 1 else ""
       raise DataError(
           f"{folder}: the subjects' folders lie a level too deep, as {below[0]}; {remedy}"
       )
@@ -222,6 +225,8 @@ def _read_subject(folder: epath.Path, inside: list[epath.Path], lenient: bool) -
     if picture.name not in captions:
       raise DataError(f"{picture} has no caption; add one to {file}")
     mask = masks.get(sampling.spelling_key(f"{picture.stem}_mask"))
+    if mask is not None:
+      listing.check_kind(mask)
     if mask is None and not _may_have_alpha(picture, lenient):
       raise _no_mask(picture)
     frames.append(Frame(picture, mask, captions[picture.name], picture.name in references))
