@@ -264,7 +264,11 @@ def test_config_changes_name_dotted_keys(config):
   before = jsonable(config)
   config.train.steps = 11
   config.encoder.extra = True
-  assert config_changes(before, config) == {"train.steps": (10, 11), "encoder.extra": (None, True)}
+  del before["data"]["holdout_subjects"], before["data"]["max_bad_share"]  # of an older run
+  config.data.max_bad_share = 0.1
+  assert config_changes(before, config) == {
+    "train.steps": (10, 11), "encoder.extra": (None, True), "data.max_bad_share": (0.0, 0.1)
+  }
 
 
 def lines(folder):

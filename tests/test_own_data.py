@@ -25,7 +25,6 @@ from test_triples import make_tokenizer
 import data_pipeline
 from data_pipeline import sampling
 from data_pipeline.errors import DataError
-from data_pipeline.example import Maker
 from data_pipeline.sources import records
 from data_pipeline.sources.folder import FolderSubjects, read_folder
 
@@ -165,7 +164,7 @@ def test_classes_and_families_by_spelling(tmp_path, tokenizer):
   assert len(set(classes)) == len(set(family_ids)) == 3
   assert [a == b for a, b in zip(family_ids[::2], family_ids[1::2])] == [True] * 3
   assert subjects[0].captions(0) == ("My Teapot here",)  # the caption stays as it was written
-  subjects.check_captions(Maker(config(), tokenizer, batch_size=1, seed=0, s_words=2).encode)
+  data_pipeline.make_loader(config(name=str(tmp_path)), tokenizer, batch_size=2, seed=0)
 
 
 @pytest.mark.parametrize("source, name, answer", [
