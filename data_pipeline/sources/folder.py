@@ -70,9 +70,9 @@ class Frame:
 
   def load(self) -> tuple[np.ndarray, np.ndarray]:
     """Picture uint8 [h, w, 3] and mask uint8 [h, w]; raises DataError naming the file."""
-    picture = images.read_image(*_content(self.picture))
+    picture = images.read_image(_content(self.picture), str(self.picture))
     if self.mask is not None:
-      mask = images.read_mask(*_content(self.mask))
+      mask = images.read_mask(_content(self.mask), str(self.mask))
     elif picture.shape[-1] == 3 or np.all(picture[..., -1] == 255):
       raise _no_mask(self.picture)
     else:
@@ -247,12 +247,12 @@ def _may_have_alpha(file: epath.Path, lenient: bool) -> bool:
     return True  # `Frame.load` will say what is wrong
 
 
-def _content(file: epath.Path) -> tuple[epath.Path | bytes, str]:
-  """The file as `images` takes it, and its name: Pillow cannot open what lies in a bucket."""
+def _content(file: epath.Path) -> epath.Path | bytes:
+  """The file as `images` takes it: Pillow cannot open what lies in a bucket."""
   if listing.is_local(file):
-    return file, str(file)
+    return file
   try:
-    return file.read_bytes(), str(file)
+    return file.read_bytes()
   except OSError as error:
     reason = error.strerror or error
     raise DataError(f"{file} cannot be read ({reason}); check that it is there") from error
