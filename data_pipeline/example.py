@@ -23,13 +23,13 @@ class Maker:
     self.triple = triples.TripleConfig.from_config(data_config)
     self._frames = data_config.frames
     sampling.check_frames(self._frames)
+    self.holdout = sampling.check_holdout(data_config.holdout_subjects)
+    self.max_bad_share = sampling.check_bad_share(data_config.max_bad_share)
     self._terse_prob = data_config.caption_drop_detail_prob
     if not 0 <= self._terse_prob <= 1:
       raise DataError(f"data.caption_drop_detail_prob={self._terse_prob} must lie between 0 and 1")
     self._group, self._group_ratio = data_config.group, data_config.group_ratio
     self._batch_size, self._seed = batch_size, seed
-    self.holdout = sampling.check_holdout(data_config.holdout_subjects)
-    self.max_bad_share = sampling.check_bad_share(data_config.max_bad_share)
     encode = lambda caption, noun: tokens.encode_prompt(tokenizer, caption, noun, s_words)  # noqa: E731
     # A finite data set repeats its captions; the limit is for rendered ones, which are endless.
     self.encode = functools.lru_cache(maxsize=1 << 15)(encode)
