@@ -10,13 +10,13 @@ from jaxtyping import Bool, Int
 
 from data_pipeline.errors import DataError
 
-# Domains of the random streams: the batch's subjects; a row's triple; what few rows draw.
-_SUBJECTS, _TRIPLE, _SPARE = 0, 1, 2
+_SUBJECTS, _TRIPLE = 0, 1  # domains of the random streams: the batch's subjects, one row's triple
 _GROUPS = ("class", "family")
 # 'multi_view': target and reference are different frames (docs/method.md). 'self': the reference
 # is cut out of the target's frame, as in the training of earlier encoders; positives, targets,
 # captions and random numbers are those of 'multi_view', so that runs can be compared in pairs.
 FRAMES = ("multi_view", "self")
+_SPARE = 2  # another domain: what only few rows draw
 
 
 class SubjectTable(NamedTuple):
