@@ -104,10 +104,6 @@ class Subject:
     """Frame f's picture uint8 [h, w, 3] and mask uint8 [h, w]."""
     return self.frames[f].load()
 
-  def frame_name(self, f: int) -> str:
-    """Frame f's file."""
-    return str(self.frames[f].picture)
-
 
 class FolderSubjects:
   """The subjects of a folder, a `data_pipeline.sources.rows.SubjectSet`.

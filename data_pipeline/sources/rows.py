@@ -1,5 +1,6 @@
 """Rows of batches from subjects that are at hand: the same for a folder and a TFDS data set."""
 
+import functools
 import threading
 from collections.abc import Iterator, Sequence
 from typing import Protocol
@@ -22,7 +23,6 @@ class Subject(Protocol):
   def is_reference(self) -> np.ndarray: ...  # bool [frames]
   def captions(self, f: int) -> Sequence[str]: ...  # of frame f one, or several to draw from
   def frame(self, f: int) -> tuple[np.ndarray, np.ndarray]: ...  # uint8 [h, w, 3], uint8 [h, w]
-  def frame_name(self, f: int) -> str: ...
 
 
 class SubjectSet(Protocol):
@@ -64,8 +64,7 @@ class _RowMaker:
   def __call__(self, step: int, row: int) -> dict[str, np.ndarray]:
     rng, spare = self._maker.rng(step, row), self._maker.spare_rng(step, row)
     chosen = self._maker.subjects(self._table, step)
-    entry, frames, loaded = self._load(rng, spare, chosen, int(chosen[row]))
-    subject = self._subjects[self._numbers[entry]]
+    entry, subject, frames, loaded = self._load(rng, spare, chosen, int(chosen[row]))
     pictures, masks = zip(*loaded)
     captions = subject.captions(frames[2])
     caption = captions[int(spare.integers(len(captions)))] if len(captions) > 1 else captions[0]
@@ -75,7 +74,7 @@ class _RowMaker:
       raise DataError(f"{subject.where}: {error}") from None
 
   def _load(self, rng, spare, in_batch: np.ndarray, entry: int):
-    """The row's subject (of `table`), frames (i, j, k), and their pictures with masks.
+    """The row's subject (its row in `table`, and itself), frames (i, j, k), and their pictures.
 
     In place of a bad picture come other frames of the subject, and then other subjects, those
     first that are not in the batch. Both depend on the row and on which pictures are bad alone.
@@ -101,7 +100,7 @@ class _RowMaker:
       loaded = {f: self._bad.load(subject, number, f) for f in dict.fromkeys(frames)}
       bad = {(number, f) for f, pair in loaded.items() if pair is None}
       if not bad:
-        return entry, frames, [loaded[f] for f in frames]
+        return entry, subject, frames, [loaded[f] for f in frames]
       failed |= bad
 
 
@@ -123,7 +122,6 @@ class BadPictures:
       if not self._limit:
         raise
       with self._lock:
-        is_new = (number, f) not in self._known
         self._known.add((number, f))
         count = len(self._known)
       if count > self._limit:
@@ -131,6 +129,11 @@ class BadPictures:
             f"{error}; with it {count} of {self._pictures} pictures are bad, more than "
             f"data.max_bad_share={self._share}"
         ) from None
-      if is_new:
-        logging.warning("left out, others take its place: %s", error)
+      _tell(str(error))
       return None
+
+
+@functools.cache
+def _tell(error: str) -> None:
+  """Once in a process, which may have several loaders."""
+  logging.warning("left out, others take its place: %s", error)

@@ -188,7 +188,7 @@ class SubjectRecord:
 
   def frame(self, f: int) -> tuple[np.ndarray, np.ndarray]:
     """Picture uint8 [h, w, 3] and mask uint8 [h, w]."""
-    name = self.frame_name(f)
+    name = f"{self.where}, frame {f}"
     image, mask = self._stored("frames")[f], self._stored("masks")[f]
     if isinstance(image, bytes):
       image = images.read_image(image, name)[..., :3]
@@ -198,10 +198,6 @@ class SubjectRecord:
       mask = mask[..., 0]
     triples.check_frame(image, mask, name)
     return image, mask
-
-  def frame_name(self, f: int) -> str:
-    """Names frame f in errors."""
-    return f"{self.where}, frame {f}"
 
   def _stored(self, key: str) -> Sequence[bytes] | np.ndarray:
     """The frames or masks as they are stored: encoded pictures, or an array."""
@@ -226,7 +222,7 @@ class SubjectRecord:
         raise DataError(f"{self.where} has {self.frames} frames, but {count} {key}; give one each")
     for f, captions in enumerate(self._captions):
       if not all(caption.strip() for caption in captions or [""]):
-        raise DataError(f"{self.frame_name(f)} has an empty caption; give it one")
+        raise DataError(f"{self.where}, frame {f} has an empty caption; give it one")
 
 
 def _numbers(values: list, subjects: int, key: str) -> np.ndarray:
