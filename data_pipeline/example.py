@@ -28,6 +28,8 @@ class Maker:
     self.triple = triples.TripleConfig.from_config(data_config)
     self._frames = data_config.frames
     sampling.check_frames(self._frames)
+    self.holdout = sampling.check_holdout(data_config.holdout_subjects)
+    self.max_bad_share = sampling.check_bad_share(data_config.max_bad_share)
     self._terse_prob = data_config.caption_drop_detail_prob
     if not 0 <= self._terse_prob <= 1:
       raise DataError(f"data.caption_drop_detail_prob={self._terse_prob} must lie between 0 and 1")
@@ -52,6 +54,9 @@ class Maker:
 
   def rng(self, step: int, row: int) -> np.random.Generator:
     return sampling.row_rng(self._seed, step, row)
+
+  def spare_rng(self, step: int, row: int) -> np.random.Generator:
+    return sampling.spare_rng(self._seed, step, row)
 
   def subjects(self, table: sampling.SubjectTable, step: int) -> np.ndarray:
     """Rows of `table`, one for each row of the global batch."""

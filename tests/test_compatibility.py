@@ -107,7 +107,10 @@ def test_records_of_older_runs_are_compared_by_todays_names():
   assert config_changes(saved, config) == {}
   saved["data"]["reference_share"], saved["train"]["remat_unet"] = 0.5, ["none", "products"]
   config.train.remat_unet = ("none", "dots")
-  assert config_changes(saved, config) == {"data.reference_ratio": (0.5, 0.8)}
+  del saved["data"]["holdout_subjects"], saved["data"]["max_bad_share"]  # that run knew neither
+  config.data.max_bad_share = 0.1
+  changes = {"data.reference_ratio": (0.5, 0.8), "data.max_bad_share": (0.0, 0.1)}
+  assert config_changes(saved, config) == changes
 
 
 def command(tmp_path, *arguments, text=""):

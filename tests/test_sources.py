@@ -1,6 +1,7 @@
 """Every source gives a pure function of (seed, step), whole triples, and readable errors."""
 
 import json
+import shutil
 import subprocess
 import sys
 import types
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from fake_bucket import FakePath
 from PIL import Image
 from test_triples import make_tokenizer
 
@@ -29,6 +31,7 @@ def config(**changes):
       source="folder", name="", data_dir="", image_size=32, reference_ratio=0.8,
       reference_jitter=0.0, positive_ratio=(0.4, 0.9), group="class", group_ratio=0.5,
       reference_layout="centred", frames="multi_view", caption_drop_detail_prob=0.0,
+      holdout_subjects=0, max_bad_share=0.0,
   )  # fmt: skip
   return types.SimpleNamespace(**fields | changes)
 
@@ -360,7 +363,8 @@ for source in ("tfds", "folder"):
 # Any TFDS data set.
 
 
-def write_blobs(data_dir, *, file_format, frames=3, subject_ids=None, leave_out=(), masks=None):
+def write_blobs(data_dir, *, file_format, frames=3, subject_ids=None, leave_out=(), masks=None,
+                splits=("train",), features=(), values=()):
   """A data set of boxes as in `write_folder`, with what the pipeline calls optional left out."""
   from data_pipeline.sources.tf_data import import_tfds
 
@@ -376,15 +380,17 @@ def write_blobs(data_dir, *, file_format, frames=3, subject_ids=None, leave_out=
         "class_noun": "teapot",
         "subject_id": subject,
     }
+    example |= values() if callable(values) else dict(values)
     examples.append({key: value for key, value in example.items() if key not in leave_out})
   f = tfds.features
-  features = {
+  known = {
       "frames": f.Sequence(f.Image(shape=(None, None, 3))),
       "masks": f.Sequence(f.Image(shape=(None, None, 1))),
       "captions": f.Sequence(f.Text()),
       "class_noun": f.Text(),
       "subject_id": f.Text() if isinstance(subject_ids[0], str) else f.Scalar(np.int64),
   }
+  features = known | dict(features)
   (data_dir / "blobs/1.0.0").mkdir(parents=True)
   identity = tfds.core.DatasetIdentity(
       name="blobs", version=tfds.core.Version("1.0.0"), module_name="",
@@ -395,8 +401,8 @@ def write_blobs(data_dir, *, file_format, frames=3, subject_ids=None, leave_out=
       features=f.FeaturesDict({k: v for k, v in features.items() if k not in leave_out}),
   )
   writer = tfds.core.SequentialWriter(info, max_examples_per_shard=2, file_format=file_format)
-  writer.initialize_splits(["train"])
-  writer.add_examples({"train": examples})
+  writer.initialize_splits(splits)
+  writer.add_examples(dict.fromkeys(splits, examples))
   writer.close_all()
 
 
@@ -494,6 +500,16 @@ def test_subjects3d(data_dir, tokenizer):
   assert set(batch["subject_id"]) == set(multi_view.plan("tiny", "test").subject_id[:, 0])
 
 
+def test_subjects3d_in_a_bucket(data_dir, tokenizer, tmp_path, monkeypatch):
+  """C15: what lies there is read, and nothing is written into a folder called 'fake:'."""
+  shutil.copytree(data_dir, tmp_path / "cloud/mine")
+  monkeypatch.setattr(FakePath, "root", tmp_path / "cloud")
+  monkeypatch.chdir(tmp_path)
+  [local], [remote] = (take(tiny(place), tokenizer, 1) for place in (data_dir, "fake://mine"))
+  assert_equal(local, remote)
+  assert [path.name for path in tmp_path.iterdir()] == ["cloud"]
+
+
 def test_subjects_for_evaluation(data_dir):
   read = data_pipeline.load_subjects("subjects3d/tiny", "test", str(data_dir))
   anew = data_pipeline.load_subjects("subjects3d/tiny", "test", source="render")
@@ -533,8 +549,6 @@ def test_data_dir_that_cannot_be_written(tmp_path, tokenizer):
 
 
 def test_checksum_of_factors_that_were_changed(data_dir, tmp_path):
-  import shutil
-
   from data_pipeline.subjects3d import builder
 
   shutil.copytree(data_dir, tmp_path / "copy")

@@ -2,51 +2,62 @@
 
 Features of an example: `frames` Sequence(Image), `masks` Sequence(Image), `captions`
 Sequence(Text), `class_noun` Text, `subject_id` (number or text); optional `family_id`, `class_id`
-(by default, subjects with the same noun form a class) and `is_reference` Sequence(bool). Only the
-three frames of a triple are decoded. The files may be TFRecord or ArrayRecord.
+(by default, subjects with the same noun form a class) and `is_reference` Sequence(bool). Frames and
+masks may also be uint8 tensors, captions a list for each frame, the noun a ClassLabel
+(`features.py`). Only the three frames of a triple are decoded. The files may be TFRecord, also in a
+bucket, or ArrayRecord.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import io
 import os
-from collections.abc import Iterator
-from pathlib import Path
+import uuid
+from collections.abc import Iterator, Sequence
 
 import numpy as np
+from absl import logging
+from etils import epath
 
 from data_pipeline import images, sampling, triples
 from data_pipeline.errors import DataError
 from data_pipeline.example import Maker
 from data_pipeline.sources import tf_data
+from data_pipeline.sources.features import Schema
+from data_pipeline.sources.listing import data_path, is_local
 from data_pipeline.sources.records import Records
+from data_pipeline.sources.rows import make_batches
 
-_NEEDED = ("frames", "masks", "captions", "class_noun", "subject_id")
 _IDS = ("subject_id", "family_id", "class_id")
+_INDEX = (*_IDS, "name", "frames", "places")  # columns of the index file
 
 
 def batches(maker: Maker, builder, *, split: str, start_step: int, rows: range) -> Iterator[dict]:
   """Endless batches of the data set of a TFDS builder, see `open_builder`."""
   subjects = SubjectRecords(builder, split)
-  maker.check(subjects.table)
+  holdout = maker.holdout if split == "train" else 0
+  if holdout and heldout_split(builder):
+    logging.log_first_n(
+        logging.WARNING, "data.holdout_subjects=%d has no effect: %s has the split %r", 1,
+        holdout, builder.info.full_name, heldout_split(builder),
+    )  # fmt: skip
+    holdout = 0
+  return make_batches(maker, subjects, heldout=holdout, start_step=start_step, rows=rows)
 
-  def make_row(step: int, row: int) -> dict[str, np.ndarray]:
-    rng = maker.rng(step, row)
-    number = maker.subjects(subjects.table, step)[row]
-    subject = subjects[number]
-    frames = maker.frames(sampling.choose_frames(rng, subject.is_reference()))
-    pictures, masks = zip(*(subject.frame(f) for f in frames))
-    caption = subject.texts("captions")[frames[2]]
-    noun = subject.texts("class_noun")[0]
-    return maker.example(rng, subjects.table, number, pictures, masks, caption, noun)
 
-  return tf_data.batches(make_row, maker.signature, start_step=start_step, rows=rows)
+def heldout_split(builder) -> str | None:
+  """The split of subjects that training does not see, if the data set has one."""
+  return next((split for split in ("validation", "test") if split in builder.info.splits), None)
 
 
 def open_builder(name: str, data_dir: str = ""):
   """The TFDS builder of a data set that is on disk. Raises DataError where there is none."""
   tfds = tf_data.import_tfds()
+  folder = os.fspath(data_path(data_dir, "data.data_dir")) if data_dir else None
   try:
-    builder = tfds.builder(name, data_dir=os.path.expanduser(data_dir) or None)
+    builder = tfds.builder(name, data_dir=folder)
   except (tfds.core.DatasetNotFoundError, ValueError, KeyError):
     root = data_dir or tfds.core.constants.DATA_DIR
     raise DataError(
@@ -63,7 +74,8 @@ def open_builder(name: str, data_dir: str = ""):
 class SubjectRecords:
   """The subjects of a split: `len`, `records[n]` -> SubjectRecord, and the `table` of their ids.
 
-  Raises DataError for a missing split or feature and for a subject with fewer than two frames.
+  Raises DataError for a missing split, a feature that is missing or of another type, and a subject
+  with fewer than two frames.
   """
 
   def __init__(self, builder, split: str):
@@ -71,49 +83,58 @@ class SubjectRecords:
     if split not in builder.info.splits:
       known = ", ".join(builder.info.splits)
       raise DataError(f"data set {name} has no split {split!r}; it has {known}")
-    missing = [key for key in _NEEDED if key not in builder.info.features]
-    if missing:
-      raise DataError(
-          f"data set {name} has no feature {missing[0]!r}; needed are {', '.join(_NEEDED)}"
-      )
-    self._name = f"{name} ({split})"
+    self._schema = Schema(builder.info.features, name)
+    self.where = f"{name} ({split})"
     self._parse = tf_data.import_tensorflow().train.Example.FromString
-    files = [Path(file) for file in builder.info.splits[split].filepaths]
-    self._records = Records(files)
-    self.table = self._read_table(_index_file(builder, split, files))
+    files = [epath.Path(file) for file in builder.info.splits[split].filepaths]
+    index_file = _index_file(epath.Path(builder.data_path), split, files)
+    index = _read_index(index_file)
+    self._records = Records(files, index.get("places"))
+    if not len(self):
+      raise DataError(f"{self.where} has no examples; build the data set again")
+    if not index:
+      index = self._make_index()
+      _write_atomically(index_file, index)
+    self.names = [str(name) for name in index["name"]]
+    self.pictures = int(index["frames"].sum())
+    self.table = sampling.SubjectTable(*(index[key] for key in _IDS))
 
   def __len__(self) -> int:
     return len(self._records)
 
   def __getitem__(self, number: int) -> SubjectRecord:
-    example = self._parse(self._records[number])
-    return SubjectRecord(example, f"{self._name}, example {number}")
+    data = self._records[number]
+    return SubjectRecord(self._parse(data), data, self._schema, f"{self.where}, example {number}")
 
-  def _read_table(self, file: Path) -> sampling.SubjectTable:
-    """The table from the index file, which the first use writes in one pass over the data."""
-    if file.exists():
-      with np.load(file) as stored:
-        return sampling.SubjectTable(*(stored[key] for key in _IDS))
-    columns: dict[str, list] = {key: [] for key in (*_IDS, "noun")}
+  def _make_index(self) -> dict[str, np.ndarray]:
+    """The columns of the index file, in one pass over the data."""
+    columns: dict[str, list] = {key: [] for key in (*_IDS, "noun", "name", "frames")}
     for number in range(len(self)):
       subject = self[number]
       subject.check()
-      columns["noun"].append(subject.texts("class_noun")[0])
+      columns["noun"].append(subject.noun)
+      columns["frames"].append(subject.frames)
       for key in _IDS:
-        columns[key].extend(subject.values(key)[:1])
+        columns[key].extend(subject.ids(key)[:1])
+    columns["name"] = [str(name) for name in columns["subject_id"]]
     if not columns["class_id"]:
       columns["class_id"] = columns["noun"]
-    table = sampling.SubjectTable(*(_numbers(columns[key], len(self), key) for key in _IDS))
-    _write_atomically(file, table)
-    return table
+    for key in ("class_id", "family_id"):
+      columns[key] = [sampling.spelling_key(v) if isinstance(v, str) else v for v in columns[key]]
+    index = {key: _numbers(columns[key], len(self), key) for key in _IDS}
+    index["name"] = np.array(columns["name"], np.str_)
+    index["frames"] = np.array(columns["frames"], np.int32)
+    index["places"] = self._records.places
+    return index
 
 
 class SubjectRecord:
-  """One subject, parsed but not decoded. `name` is for errors."""
+  """One subject, parsed but not decoded; `data` are its serialized bytes. `where` is for errors."""
 
-  def __init__(self, example, name: str):
+  def __init__(self, example, data: bytes, schema: Schema, where: str):
     self._features = example.features.feature
-    self._name = name
+    self._data, self._schema = data, schema
+    self.where = where
 
   def values(self, key: str) -> list:
     """The numbers or byte strings of a feature, flat; [] if the example lacks it."""
@@ -122,7 +143,39 @@ class SubjectRecord:
     return list(getattr(feature, kind).value) if kind else []
 
   def texts(self, key: str) -> list[str]:
-    return [value.decode() for value in self.values(key)]
+    return [self._text(value, key) for value in self.values(key)]
+
+  def _text(self, value: bytes, key: str) -> str:
+    try:
+      return value.decode()
+    except UnicodeDecodeError:
+      raise DataError(f"{self.where}: {key!r} holds {value[:40]!r}, which is not UTF-8") from None
+
+  def ids(self, key: str) -> list[str] | list[int]:
+    """The values of an id: texts or numbers."""
+    return [self._text(v, key) if isinstance(v, bytes) else v for v in self.values(key)]
+
+  @property
+  def noun(self) -> str:
+    values = self.ids("class_noun")
+    noun = " ".join(self._schema.noun(values[0]).split()) if values else ""
+    if not noun:
+      raise DataError(f"{self.where} has no class noun; give it to all examples")
+    return noun
+
+  def captions(self, f: int) -> Sequence[str]:
+    """Frame f's captions."""
+    return self._captions[f]
+
+  @functools.cached_property
+  def _captions(self) -> list[list[str]]:
+    """Of each frame one caption, or several."""
+    lengths = self.values("captions/ragged_row_lengths_0")  # TFDS' names for lists of lists
+    if not lengths:
+      return [[caption] for caption in self.texts("captions")]
+    texts = self.texts("captions/ragged_flat_values")
+    ends = np.cumsum(lengths)
+    return [texts[end - length : end] for end, length in zip(ends, lengths)]
 
   def is_reference(self) -> np.ndarray:
     """bool [frames]: can frame f serve as a reference? By default all can."""
@@ -131,27 +184,42 @@ class SubjectRecord:
 
   @property
   def frames(self) -> int:
-    return len(self._features["frames"].bytes_list.value)
+    return len(self._stored("frames"))
 
   def frame(self, f: int) -> tuple[np.ndarray, np.ndarray]:
     """Picture uint8 [h, w, 3] and mask uint8 [h, w]."""
-    name = f"{self._name}, frame {f}"
-    picture, mask = (self._features[key].bytes_list.value[f] for key in ("frames", "masks"))
-    image, mask = images.read_pair(picture, mask, name, f"{name}, mask")
+    name = f"{self.where}, frame {f}"
+    image, mask = images.read_pair(
+        self._stored("frames")[f], self._stored("masks")[f], name, f"{name}, mask"
+    )
     image = image[..., :3]
     triples.check_frame(image, mask, name)
     return image, mask
+
+  def _stored(self, key: str) -> Sequence[bytes] | np.ndarray:
+    """The frames or masks as they are stored: encoded pictures, or an array."""
+    if key not in self._arrays:
+      self._arrays[key] = self._schema.tensor(key, self._data)
+    array = self._arrays[key]
+    return self._features[key].bytes_list.value if array is None else array
+
+  @functools.cached_property
+  def _arrays(self) -> dict[str, np.ndarray | None]:
+    return {}
 
   def check(self) -> None:
     """Raises DataError unless there are two frames, and a mask and a caption for each."""
     if self.frames < 2:
       raise DataError(
-          f"{self._name} has {self.frames} encoded frame(s); a triple needs 2 or more of a subject"
+          f"{self.where} has {self.frames} encoded frame(s); a triple needs 2 or more of a subject"
       )
-    for key in ("masks", "captions", "is_reference"):
-      count = len(self.values(key))
-      if count != self.frames and not (key == "is_reference" and count == 0):
-        raise DataError(f"{self._name} has {self.frames} frames, but {count} {key}; give one each")
+    counts = dict(masks=len(self._stored("masks")), captions=len(self._captions))
+    for key, count in (counts | {"is_reference": len(self.is_reference())}).items():
+      if count != self.frames:
+        raise DataError(f"{self.where} has {self.frames} frames, but {count} {key}; give one each")
+    for f, captions in enumerate(self._captions):
+      if not all(caption.strip() for caption in captions or [""]):
+        raise DataError(f"{self.where}, frame {f} has an empty caption; give it one")
 
 
 def _numbers(values: list, subjects: int, key: str) -> np.ndarray:
@@ -166,18 +234,37 @@ def _numbers(values: list, subjects: int, key: str) -> np.ndarray:
   return np.unique(array, return_inverse=True)[1].astype(np.int32)
 
 
-def _index_file(builder, split: str, files: list[Path]) -> Path:
+def _index_file(folder: epath.Path, split: str, files: Sequence[epath.Path]) -> epath.Path:
   # Sizes and times of the files are in the name: data that is rebuilt gets another index.
-  stats = [file.stat() for file in files]
-  stamp = hash(tuple((s.st_size, s.st_mtime_ns) for s in stats)) % 2**32
-  return Path(builder.data_path) / f"subjects_{split}_{stamp:08x}.npz"
+  stamp = hash(tuple(map(_size_and_time, files))) % 2**32
+  return folder / f"subjects_{split}_{stamp:08x}.npz"
 
 
-def _write_atomically(file: Path, table: sampling.SubjectTable) -> None:
-  temporary = file.with_name(f".{os.getpid()}_{file.name}")
+def _size_and_time(file: epath.Path) -> tuple[int, int]:
+  if is_local(file):
+    status = os.stat(file)
+    return status.st_size, status.st_mtime_ns
+  status = file.stat()
+  return status.length, int(status.mtime or 0)
+
+
+def _read_index(file: epath.Path) -> dict[str, np.ndarray]:
+  """What the first use of the data set has written; {} if there is none of this version."""
+  if not file.exists():
+    return {}
+  with np.load(io.BytesIO(file.read_bytes())) as stored:
+    return {key: stored[key] for key in _INDEX} if set(_INDEX) <= set(stored) else {}
+
+
+def _write_atomically(file: epath.Path, index: dict[str, np.ndarray]) -> None:
+  # Hosts may write to one bucket at the same time.
+  temporary = file.parent / f".{uuid.uuid4().hex[:12]}_{file.name}"
+  content = io.BytesIO()
+  np.savez(content, **index)
+  unwritable = (OSError, tf_data.import_tensorflow().errors.OpError)
   try:
-    with temporary.open("wb") as out:
-      np.savez(out, **table._asdict())
+    temporary.write_bytes(content.getvalue())
     temporary.replace(file)
-  except OSError:  # the data set is read-only: the next start makes another pass
-    temporary.unlink(missing_ok=True)
+  except unwritable:  # the data set is read-only: the next start makes another pass
+    with contextlib.suppress(*unwritable):
+      temporary.unlink(missing_ok=True)

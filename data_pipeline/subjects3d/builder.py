@@ -13,7 +13,6 @@ import os
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 from absl import logging
@@ -21,6 +20,7 @@ from etils import epath
 from PIL import Image
 
 from data_pipeline.errors import DataError
+from data_pipeline.sources.listing import data_path, is_local
 from data_pipeline.sources.tf_data import import_tfds
 from data_pipeline.sources.tfds_source import SubjectRecord, SubjectRecords
 from data_pipeline.subjects3d import factors as factors_lib
@@ -134,7 +134,7 @@ def build(name: str, data_dir: str = "") -> Subjects3d:
   if config not in multi_view.CONFIGS:
     known = ", ".join(f"subjects3d/{c}" for c in multi_view.CONFIGS)
     raise DataError(f"TFDS knows no data set {name!r}; choose one of {known}")
-  root = Path(data_dir or tfds.core.constants.DATA_DIR).expanduser()
+  root = data_path(data_dir or tfds.core.constants.DATA_DIR, "data.data_dir")
   try:
     root.mkdir(parents=True, exist_ok=True)
     with _quiet_tfds():
@@ -232,8 +232,11 @@ def _png(image: np.ndarray) -> bytes:
 
 
 @contextlib.contextmanager
-def _lock(file: Path):
-  """Waits until no other process of this machine builds."""
+def _lock(file: epath.Path):
+  """Waits until no other process of this machine builds; a bucket knows no locks."""
+  if not is_local(file):
+    yield
+    return
   try:
     import fcntl
   except ImportError:  # Windows: there the user must not start two builds at the same time
