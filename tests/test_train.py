@@ -6,6 +6,7 @@ import importlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -101,15 +102,19 @@ def test_killed_runs_go_on_bit_for_bit(setup, loader, tmp_path, quick_compile):
   whole, killed = tmp_path / "whole", tmp_path / "killed"
   train(setup.config, whole)
 
-  between = run(setup.config.base, killed, quick_compile, kill="term:4")
+  base = tmp_path / "base"  # the same, and something in it that training has no use for
+  shutil.copytree(setup.config.base, base)
+  (base / "safety_checker").mkdir()
+  between = run(base, killed, quick_compile, kill="term:4")
   assert between.returncode == 143, between.stderr
+  assert f"{base}: not used: safety_checker/" in between.stderr  # C2
   assert "SIGTERM: step 5 is saved" in between.stdout  # the step that ran when it came
   assert sorted(os.listdir(killed / "checkpoints")) == ["3", "5"]
-  during = run(setup.config.base, killed, quick_compile, kill="save:6")
+  during = run(base, killed, quick_compile, kill="save:6")
   assert during.returncode == -signal.SIGKILL, during.stderr
   assert sorted(p.split(".")[0] for p in os.listdir(killed / "checkpoints")) == ["3", "5", "6"]
   assert not (killed / "checkpoints" / "6").exists()  # there is only the unfinished one
-  after = run(setup.config.base, killed, quick_compile)
+  after = run(base, killed, quick_compile)
   assert after.returncode == 0, after.stderr
   same_to_the_bit(whole, killed)
   logs = read_log(whole / "metrics.jsonl")
