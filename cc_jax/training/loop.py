@@ -1,5 +1,6 @@
 """The training loop. Read from the top down: set up, restore or initialise, loop, finish."""
 
+import contextlib
 import functools
 import time
 from collections.abc import Mapping
@@ -13,24 +14,30 @@ from jax.sharding import Mesh
 from cc_jax.bases.base import Base, load_base
 from cc_jax.customcontrast import ip_adapter
 from cc_jax.customcontrast.build import build_customcontrast
+from cc_jax.errors import UserError
 from cc_jax.models.params import Params
 from cc_jax.parallel.distributed import initialize_distributed, set_cpu_devices
 from cc_jax.parallel.mesh import gather_to_host, make_mesh, shard_batch
 from cc_jax.parallel.rules import init_sharded, param_sharding_fn, shard_params, shards_params
 from cc_jax.parallel.sharding_report import check_sharding, describe_sharding
 from cc_jax.training import setup
-from cc_jax.training.checkpoint import Checkpoints, config_changes, jsonable
+from cc_jax.training.checkpoint import Checkpoints, config_changes
 from cc_jax.training.preemption import EXIT_CODE, Preemption
 from cc_jax.training.run import (
   NO_CALLBACKS,
   Callbacks,
+  FinishedStep,
   Run,
+  log_latest,
   log_step,
   run_callback,
-  save_final_adapter,
+  save,
+  save_after_error,
+  write_adapter,
 )
 from cc_jax.training.step import TrainState, init_state, make_train_step
 from cc_jax.training.telemetry import Profile, Telemetry
+from data_pipeline.errors import DataError
 
 
 def train(
@@ -43,9 +50,12 @@ def train(
     workdir: a folder or a bucket's URL, the same for all processes.
     profile_steps: the first and last step of a trace in workdir/profile; (0, 0) = none.
 
+  An error after the first step leaves the state saved, and says so.
+
   Raises:
     UserError: a mistake in the config, the base or the checkpoint; a workdir that cannot be
       written; max_bad_steps losses in a row that are not finite; processes that did not join.
+    DataError: a mistake in the data.
     SystemExit: 143 after SIGTERM, when the state is saved.
   """
   run = set_up(config, epath.Path(workdir))
@@ -53,12 +63,20 @@ def train(
   try:
     if run.start < config.train.steps:
       run_steps(run, callbacks, profile)
+    else:
+      write_adapter(run, run.start)
     run.checkpoints.wait()
+  except (Exception, KeyboardInterrupt) as error:
+    saved = save_after_error(run, error)
+    if isinstance(error, UserError | DataError):
+      raise type(error)(f"{error}; {saved}") from error
+    run.log.say(saved)
+    raise
   finally:
     profile.close()
     run.log.close()
-    run.checkpoints.close()
-  save_final_adapter(run)
+    with contextlib.suppress(UserError):  # a save that failed is told above
+      run.checkpoints.close()
   run_callback(run, callbacks.on_finish, run.workdir)
   return run.state
 
@@ -134,8 +152,9 @@ def run_steps(run: Run, callbacks: Callbacks, profile: Profile) -> None:
   """The steps from `run.start` on, each with what is due after it.
 
   While a step runs, the metrics of the one before are logged and the next batch is transferred.
-  After it the order is: log, evaluate, save. A checkpoint keeps the running sums of the log, and a
-  restart truncates the log to the checkpoint's step: by then it must hold all that belongs there.
+  After it the order is: log, save, evaluate. So a run that dies of drawing has saved the step, and
+  goes on behind it when it is started again: that step is not evaluated once more. A restart
+  truncates the log to the checkpoint's step, and keeps the lines of that step's evaluation.
   """
   config, settings, mesh, log = run.config, run.config.train, run.mesh, run.log
   with log.spent("starting"):
@@ -148,16 +167,16 @@ def run_steps(run: Run, callbacks: Callbacks, profile: Profile) -> None:
       config, run.base, run.context, mesh
     )
 
-  unlogged = None  # the latest step, its metrics and the ids of its batch
   with Preemption() as preemption:
     for step in range(run.start + 1, settings.steps + 1):
       profile.before(step)
       with jax.transfer_guard("disallow"):  # what the step needs is on the devices
         run.state, metrics = step_fn(run.state, run.frozen, batch, seed)
       profile.after(step, metrics)
-      if unlogged:
-        log_step(run, *unlogged)
-      unlogged = step, metrics, {key: ids for key, ids in rows.items() if key.endswith("_id")}
+      ids = {key: values for key, values in rows.items() if key.endswith("_id")}
+      before, run.unlogged = run.unlogged, FinishedStep(step, metrics, ids)
+      if before is not None:
+        log_step(run, before)
       if step < settings.steps:
         began = time.perf_counter()
         rows = next(batches)
@@ -166,23 +185,18 @@ def run_steps(run: Run, callbacks: Callbacks, profile: Profile) -> None:
           log.waited(time.perf_counter() - began)
 
       stops = preemption.stops_after(step)
-      evaluates = due(step, settings.prompt_sensitivity_every, settings.sample_every)
-      saves = stops or due(step, settings.save_every, settings.steps)
-      if evaluates or saves:
-        log_step(run, *unlogged)
-        unlogged = None
-      if evaluates:
+      if stops or due(step, settings.save_every, settings.steps):
+        save(run, step)
+      if stops:
+        run.checkpoints.wait()  # the machine may be gone before the step is evaluated
+      if due(step, settings.prompt_sensitivity_every, settings.sample_every):
+        log_latest(run)
         with log.spent("evaluating"):
           if due(step, settings.prompt_sensitivity_every):
             log.write(step, sensitivity_fn(run.state.ema, run.frozen))
           if due(step, settings.sample_every):
             run_callback(run, callbacks.on_sample, run.workdir / "samples" / f"{step:07d}.png")
-      if saves:
-        with log.spent("saving"):
-          record = {"base_hash": run.base.hash, "config": jsonable(config)}
-          run.checkpoints.save(step, run.state, record | {"telemetry": log.state()})
       if stops:
-        run.checkpoints.wait()
         log.say(f"SIGTERM: step {step} is saved; the same command goes on from there")
         raise SystemExit(EXIT_CODE)
 

@@ -1,5 +1,6 @@
 """A training run and what it leaves behind: log, checkpoints, adapter, pictures."""
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -17,7 +18,7 @@ from cc_jax.errors import UserError
 from cc_jax.models.params import Params
 from cc_jax.parallel.mesh import gather_to_host
 from cc_jax.training import setup
-from cc_jax.training.checkpoint import Checkpoints
+from cc_jax.training.checkpoint import Checkpoints, jsonable, reason
 from cc_jax.training.step import TrainState
 from cc_jax.training.step_context import StepContext
 from cc_jax.training.telemetry import Telemetry
@@ -29,7 +30,7 @@ class Callbacks(NamedTuple):
   """Each gets (config, base, model with EMA weights, where to write). cc_jax.evaluate has both.
 
   on_sample: every config.train.sample_every steps, with the file of a picture.
-  on_finish: once the adapter is written, with the workdir.
+  on_finish: once the training has ended, with the workdir.
   """
 
   on_sample: Callback | None = None
@@ -37,6 +38,18 @@ class Callbacks(NamedTuple):
 
 
 NO_CALLBACKS = Callbacks()
+
+
+class LossNotFiniteError(UserError):
+  """train.max_bad_steps losses or gradients in a row were not finite."""
+
+
+class FinishedStep(NamedTuple):
+  """A step whose metrics may still be computed."""
+
+  step: int
+  metrics: Any
+  ids: Mapping[str, np.ndarray]  # of subjects, families and classes in its batch
 
 
 @dataclasses.dataclass
@@ -53,23 +66,77 @@ class Run:
   start: int  # finished steps at the beginning of this process
   checkpoints: Checkpoints
   log: Telemetry
+  unlogged: FinishedStep | None = None  # the latest step, until it is logged
+  last_update: int = 0  # the latest logged step that changed the weights
 
 
-def log_step(run: Run, step: int, metrics: Any, ids: Mapping[str, np.ndarray]) -> None:
-  """Fetches the metrics of a step, which waits for it; stops a run that went wrong (UserError)."""
+def log_latest(run: Run) -> None:
+  """`log_step` of the latest step, unless it is logged already."""
+  latest, run.unlogged = run.unlogged, None
+  if latest is not None:
+    log_step(run, latest)
+
+
+def log_step(run: Run, finished: FinishedStep) -> None:
+  """Fetches the metrics of a step, which waits for it. LossNotFiniteError: the run goes wrong."""
+  step, metrics, ids = finished
   metrics = jax.device_get(metrics)
   run.log.step(step, metrics)
-  if not metrics["bad_steps"]:
+  bad_steps = int(metrics["bad_steps"])
+  if not bad_steps:
+    run.last_update = step
     return
-  file = run.log.dump(step, ids, metrics)
-  if metrics["bad_steps"] >= run.config.train.max_bad_steps:
-    latest = run.checkpoints.latest_step()
-    kept = "no checkpoint yet" if latest is None else f"the checkpoint of step {latest} is intact"
-    raise UserError(
-      f"loss or gradient is not finite, {int(metrics['bad_steps'])} steps in a row up to step "
-      f"{step}; {kept}; lower train.learning_rate, look at the data (subjects and norms are in "
-      f"{file}), or raise train.max_bad_steps to skip such steps"
+  file, limit = run.log.dump(step, ids, metrics), run.config.train.max_bad_steps
+  if bad_steps >= limit:
+    raise LossNotFiniteError(
+      f"loss or gradient is not finite, {bad_steps} steps in a row up to step {step}; lower "
+      f"train.learning_rate, look at the data (subjects and norms are in {file}), or raise "
+      "train.max_bad_steps to skip more such steps"
     )
+  if bad_steps == 1:
+    run.log.say(f"step {step} is skipped, its loss or gradient is not finite: see {file}")
+
+
+def save(run: Run, step: int) -> None:
+  """Starts the checkpoint of `step`, the latest one, and writes the adapter.
+
+  The step is logged before: a checkpoint holds the running sums of the log. All processes must call
+  it. Raises UserError if the storage does not take it.
+  """
+  log_latest(run)
+  with run.log.spent("saving"):
+    record = {"base_hash": run.base.hash, "config": jsonable(run.config)}
+    run.checkpoints.save(step, run.state, record | {"telemetry": run.log.state()})
+    write_adapter(run, step)
+
+
+def save_after_error(run: Run, error: BaseException) -> str:
+  """Saves what was learned since the latest checkpoint; says in words what is saved.
+
+  Steps that are not finite change no weights, so the state is good after them too. If only such
+  steps came after the latest checkpoint, that one stays the latest.
+  """
+  failure = ""
+  try:
+    # A step that failed has taken its state with it, at once or when its result is waited for.
+    if any(leaf.is_deleted() for leaf in jax.tree.leaves(run.state)):
+      raise UserError("the step that failed has used up the state")
+    jax.block_until_ready(run.state)
+    if jax.process_count() > 1 and not isinstance(error, LossNotFiniteError):
+      raise UserError("of several processes one cannot save alone")
+    with contextlib.suppress(LossNotFiniteError):
+      log_latest(run)
+    with contextlib.suppress(UserError):  # of an earlier save
+      run.checkpoints.wait()
+    if run.last_update > (run.checkpoints.latest_step() or 0):
+      save(run, int(run.state.step))
+      run.checkpoints.wait()
+  except Exception as second:
+    failure = f"the latest steps could not be saved ({reason(second)}); "
+  latest = run.checkpoints.latest_step()
+  if latest is None:
+    return f"{failure}there is no checkpoint yet"
+  return f"{failure}step {latest} is saved, and the same command goes on from there"
 
 
 def run_callback(run: Run, callback: Callback | None, path: epath.Path) -> None:
@@ -82,20 +149,27 @@ def run_callback(run: Run, callback: Callback | None, path: epath.Path) -> None:
   callback(run.config, run.base, run.context.model(run.state.ema, run.frozen), path)
 
 
-def save_final_adapter(run: Run) -> None:
-  """Writes the EMA weights to workdir/adapter.safetensors; all processes must call it."""
+def write_adapter(run: Run, step: int) -> None:
+  """Writes the EMA weights to workdir/adapter.safetensors; all processes must call it.
+
+  A step whose checkpoint is kept for good (train.keep_every) has a file of its own besides.
+  """
   tensors, config = gather_to_host(run.state.ema), run.config
   if jax.process_index() != 0:
     return
   encoder, injection = setup.adapter_configs(config)
   notes = {
-    "steps": str(int(run.state.step)),
+    "steps": str(step),
     "data": f"{config.data.source} {config.data.name}",
     # How references are displayed: sampling does the same.
     "reference_share": str(config.data.reference_ratio),
     "reference_place": config.data.reference_layout,
   }
-  save_adapter(
-    run.workdir / "adapter.safetensors", tensors, encoder=encoder, injection=injection,
-    base_name=run.base.name, base_hash=run.base.hash, notes=notes,
-  )  # fmt: skip
+  names = ["adapter.safetensors"]
+  if config.train.keep_every and step % config.train.keep_every == 0:
+    names.append(f"adapter-{step:07d}.safetensors")
+  for name in names:
+    save_adapter(
+      run.workdir / name, tensors, encoder=encoder, injection=injection,
+      base_name=run.base.name, base_hash=run.base.hash, notes=notes,
+    )  # fmt: skip
