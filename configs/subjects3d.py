@@ -32,6 +32,11 @@ def get_config() -> ml_collections.ConfigDict:
   c.data.frames = "multi_view"  # 'self': the reference is the target's frame (a control)
   # Probability that a caption is only the class noun, "a teapot": real captions are often as short.
   c.data.caption_drop_detail_prob = 0.0
+  # Subjects of a folder, or of a TFDS set with 'train' only, that training leaves out: pictures are
+  # drawn of them while it goes on. Families stay together. 0 = pictures of training subjects.
+  c.data.holdout_subjects = 0
+  # Share of the pictures that may be unreadable: others take their place. 0 = each is an error.
+  c.data.max_bad_share = 0.0
   c.data.group = "family"  # hard negatives: 'class' | 'family'
   c.data.group_ratio = 0.0  # fraction of the global batch that is drawn from one group
 

@@ -11,7 +11,10 @@ import numpy as np
 
 from data_pipeline.errors import DataError
 
-__all__ = ["DataError", "context_phrases", "is_subjects3d", "load_subjects", "make_loader"]
+__all__ = [
+  "DataError", "context_phrases", "heldout_subjects", "is_subjects3d", "load_subjects",
+  "make_loader",
+]
 
 _SOURCES = ("tfds", "render", "folder")
 
@@ -85,19 +88,69 @@ def make_loader(
     return folder.batches(maker, folder=data_config.name, start_step=start_step, rows=rows)
   from data_pipeline.sources import tfds_source
 
-  name, data_dir = data_config.name, data_config.data_dir
-  if re.split("[/:]", name)[0] == "subjects3d":
-    from data_pipeline.subjects3d import builder as subjects3d
-
-    builder = subjects3d.build(name, data_dir)
-  else:
-    builder = tfds_source.open_builder(name, data_dir)
+  builder = _open_builder(data_config)
   return tfds_source.batches(maker, builder, split=split, start_step=start_step, rows=rows)
 
 
+def _open_builder(data_config):
+  """The TFDS builder of `config.data`; subjects3d is written on its first use."""
+  if is_subjects3d(data_config):
+    from data_pipeline.subjects3d import builder as subjects3d
+
+    return subjects3d.build(data_config.name, data_config.data_dir)
+  from data_pipeline.sources import tfds_source
+
+  return tfds_source.open_builder(data_config.name, data_config.data_dir)
+
+
+def heldout_subjects(data_config, count: int, seed: int = 0) -> list:
+  """Subjects for pictures that are drawn while training goes on, of any data set on disk.
+
+  They are those that training leaves out (`data.holdout_subjects`); of a TFDS data set with a
+  split 'validation' or 'test', that split's. Where nothing is left out they are training subjects.
+
+  Args:
+    data_config: `config.data`.
+    count: how many at most; there may be fewer.
+    seed: which of them, in which order, and which of their frames.
+
+  Returns:
+    A list of `data_pipeline.heldout.HeldoutSubject`: name, class_noun, image uint8 [h, w, 3],
+    mask uint8 [h, w], caption, held_out.
+
+  Raises:
+    DataError: data that cannot be used, or source 'render', whose subjects are rendered anew
+      (`load_subjects`).
+  """
+  from data_pipeline import heldout, sampling
+
+  bad_share = sampling.check_bad_share(data_config.max_bad_share)
+  holdout = sampling.check_holdout(data_config.holdout_subjects)
+  if data_config.source == "folder":
+    from data_pipeline.sources import folder
+
+    subjects, has_split = folder.FolderSubjects(data_config.name, lenient=bad_share > 0), False
+  elif data_config.source == "tfds":
+    from data_pipeline.sources import tfds_source
+
+    builder = _open_builder(data_config)
+    split = tfds_source.heldout_split(builder)
+    subjects, has_split = tfds_source.SubjectRecords(builder, split or "train"), bool(split)
+  else:
+    raise DataError(f"data.source={data_config.source!r} has no stored subjects; use 'tfds'")
+  return heldout.draw_subjects(
+      subjects, count, seed, holdout=holdout, has_split=has_split, max_bad_share=bad_share
+  )
+
+
 def is_subjects3d(data_config) -> bool:
-  """Whether `config.data` asks for the rendered world, whose factors are known."""
-  return data_config.source == "render" or data_config.name.startswith("subjects3d")
+  """Whether `config.data` asks for the rendered world, whose factors are known.
+
+  Its TFDS data set is subjects3d[/config][:version] and no other name that begins so.
+  """
+  if data_config.source == "render":
+    return True
+  return data_config.source == "tfds" and re.split("[/:]", data_config.name)[0] == "subjects3d"
 
 
 def context_phrases(data_config) -> Sequence[str]:

@@ -28,6 +28,8 @@ class Maker:
       raise DataError(f"data.caption_drop_detail_prob={self._terse_prob} must lie between 0 and 1")
     self._group, self._group_ratio = data_config.group, data_config.group_ratio
     self._batch_size, self._seed = batch_size, seed
+    self.holdout = sampling.check_holdout(data_config.holdout_subjects)
+    self.max_bad_share = sampling.check_bad_share(data_config.max_bad_share)
     encode = lambda caption, noun: tokens.encode_prompt(tokenizer, caption, noun, s_words)  # noqa: E731
     # A finite data set repeats its captions; the limit is for rendered ones, which are endless.
     self.encode = functools.lru_cache(maxsize=1 << 15)(encode)
@@ -39,6 +41,9 @@ class Maker:
 
   def rng(self, step: int, row: int) -> np.random.Generator:
     return sampling.row_rng(self._seed, step, row)
+
+  def spare_rng(self, step: int, row: int) -> np.random.Generator:
+    return sampling.spare_rng(self._seed, step, row)
 
   def subjects(self, table: sampling.SubjectTable, step: int) -> np.ndarray:
     """Rows of `table`, one for each row of the global batch."""

@@ -1,5 +1,8 @@
 """Which subjects and which frames a batch shows: a pure function of (seed, step)."""
 
+import hashlib
+import unicodedata
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -7,7 +10,8 @@ from jaxtyping import Bool, Int
 
 from data_pipeline.errors import DataError
 
-_SUBJECTS, _TRIPLE = 0, 1  # domains of the random streams: the batch's subjects, one row's triple
+# Domains of the random streams: the batch's subjects; a row's triple; what few rows draw.
+_SUBJECTS, _TRIPLE, _SPARE = 0, 1, 2
 _GROUPS = ("class", "family")
 # 'multi_view': target and reference are different frames (docs/method.md). 'self': the reference
 # is cut out of the target's frame, as in the training of earlier encoders; positives, targets,
@@ -30,6 +34,14 @@ def row_rng(seed: int, step: int, row: int) -> np.random.Generator:
   row of any step.
   """
   return _rng(seed, step, _TRIPLE, row)
+
+
+def spare_rng(seed: int, step: int, row: int) -> np.random.Generator:
+  """A second stream of a row, for what only some rows draw, so that no other draw is disturbed.
+
+  It decides which of several captions is used, and what takes the place of a bad picture.
+  """
+  return _rng(seed, step, _SPARE, row)
 
 
 def _rng(seed: int, step: int, domain: int, row: int = 0) -> np.random.Generator:
@@ -85,6 +97,44 @@ def _group_first(
   return np.concatenate([members, order[~np.isin(order, members)]])
 
 
+def spelling_key(text: str) -> str:
+  """What spellings of one name share: upper and lower case, accents in one or two characters."""
+  folded = unicodedata.normalize("NFC", text).casefold()
+  return " ".join(unicodedata.normalize("NFC", folded).split())
+
+
+def name_hash(name: str) -> int:
+  """64 bits of the name's SHA-256, the same on every machine and for all spellings of the name."""
+  return int.from_bytes(hashlib.sha256(spelling_key(name).encode()).digest()[:8])
+
+
+def choose_heldout(
+    names: Sequence[str], family_id: Int[np.ndarray, " s"], count: int, where: str
+) -> Bool[np.ndarray, " s"]:
+  """Which subjects training leaves out: at least `count` of them, whole families at a time.
+
+  A function of the names and families alone: neither of a seed nor of the order of listing.
+  Raises DataError, which names the data set `where`, when no subject is left to train on.
+  """
+  hashes = np.array([name_hash(name) for name in names], np.uint64)
+  # A subject without family is a family of its own.
+  unit = np.where(family_id >= 0, family_id, -1 - np.arange(len(hashes)))
+  ids, inverse = np.unique(unit, return_inverse=True)
+  rank = np.full(len(ids), np.iinfo(np.uint64).max, np.uint64)
+  np.minimum.at(rank, inverse, hashes)
+  heldout = np.zeros(len(hashes), bool)
+  for family in np.argsort(rank, kind="stable"):
+    if heldout.sum() >= count:
+      break
+    heldout |= inverse == family
+  if heldout.all():
+    raise DataError(
+        f"data.holdout_subjects={count} leaves nothing to train on: {where} has {len(hashes)} "
+        f"subject(s) in {len(ids)} family(s), which stay together; lower it, or add subjects"
+    )
+  return heldout
+
+
 def check_group(table: SubjectTable, group: str, group_ratio: float) -> None:
   """Raises DataError when the batches that the config asks for cannot be drawn from `table`."""
   if group not in _GROUPS:
@@ -103,6 +153,20 @@ def check_frames(frames: str) -> None:
   """Raises DataError for an unknown `data.frames`."""
   if frames not in FRAMES:
     raise DataError(f"data.frames={frames!r} is unknown; choose one of {', '.join(FRAMES)}")
+
+
+def check_holdout(count: int) -> int:
+  """`data.holdout_subjects`; raises DataError unless it is a count."""
+  if isinstance(count, bool) or not isinstance(count, int | np.integer) or count < 0:
+    raise DataError(f"data.holdout_subjects={count!r} must be a whole number, 0 or more")
+  return int(count)
+
+
+def check_bad_share(share: float) -> float:
+  """`data.max_bad_share`; raises DataError unless it is a share below 1."""
+  if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share < 1:
+    raise DataError(f"data.max_bad_share={share!r} must be a number, at least 0 and below 1")
+  return float(share)
 
 
 def choose_frames(

@@ -29,6 +29,7 @@ def config(**changes):
       source="folder", name="", data_dir="", image_size=32, reference_ratio=0.8,
       reference_jitter=0.0, positive_ratio=(0.4, 0.9), group="class", group_ratio=0.5,
       reference_layout="centred", frames="multi_view", caption_drop_detail_prob=0.0,
+      holdout_subjects=0, max_bad_share=0.0,
   )  # fmt: skip
   return types.SimpleNamespace(**fields | changes)
 
@@ -360,7 +361,8 @@ for source in ("tfds", "folder"):
 # Any TFDS data set.
 
 
-def write_blobs(data_dir, *, file_format, frames=3, subject_ids=None, leave_out=(), masks=None):
+def write_blobs(data_dir, *, file_format, frames=3, subject_ids=None, leave_out=(), masks=None,
+                splits=("train",)):
   """A data set of boxes as in `write_folder`, with what the pipeline calls optional left out."""
   from data_pipeline.sources.tf_data import import_tfds
 
@@ -395,8 +397,8 @@ def write_blobs(data_dir, *, file_format, frames=3, subject_ids=None, leave_out=
       features=f.FeaturesDict({k: v for k, v in features.items() if k not in leave_out}),
   )
   writer = tfds.core.SequentialWriter(info, max_examples_per_shard=2, file_format=file_format)
-  writer.initialize_splits(["train"])
-  writer.add_examples({"train": examples})
+  writer.initialize_splits(splits)
+  writer.add_examples(dict.fromkeys(splits, examples))
   writer.close_all()
 
 

@@ -26,36 +26,39 @@ folders' names.
 '''
 
 import dataclasses
-import json
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from etils import epath
 
 from data_pipeline import images, sampling, triples
 from data_pipeline.errors import DataError
 from data_pipeline.example import Maker
-from data_pipeline.sources import tf_data
-
-_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+from data_pipeline.sources import listing
+from data_pipeline.sources.captions_file import read_listing
+from data_pipeline.sources.rows import make_batches
 
 
 @dataclasses.dataclass(frozen=True)
 class Frame:
-  """The files of a picture and its mask (None: the alpha channel is the mask), and its caption."""
+  """The files of a picture and its mask (None: the alpha channel is the mask), and its captions."""
 
-  picture: Path
-  mask: Path | None
-  caption: str
+  picture: epath.Path
+  mask: epath.Path | None
+  captions: tuple[str, ...]
   is_reference: bool
+
+  @property
+  def caption(self) -> str:
+    """The first of the captions."""
+    return self.captions[0]
 
   def load(self) -> tuple[np.ndarray, np.ndarray]:
     """Picture uint8 [h, w, 3] and mask uint8 [h, w]; raises DataError naming the file."""
-    picture = images.read_image(self.picture)
+    picture = images.read_image(*_content(self.picture))
     if self.mask is not None:
-      mask = images.read_mask(self.mask)
-    elif np.all(picture[..., -1] == 255):
+      mask = images.read_mask(*_content(self.mask))
+    elif picture.shape[-1] == 3 or np.all(picture[..., -1] == 255):
       raise _no_mask(self.picture)
     else:
       mask = picture[..., 3]
@@ -68,106 +71,177 @@ class Frame:
 class Subject:
   """A subject's folder."""
 
+  place: epath.Path
   noun: str
   family: str | None
   frames: tuple[Frame, ...]
 
+  @property
+  def where(self) -> str:
+    """Names the source of the captions in errors."""
+    return str(self.place / "captions.json")
+
+  def is_reference(self) -> np.ndarray:
+    """bool [frames]: can frame f serve as a reference?"""
+    return np.array([frame.is_reference for frame in self.frames])
+
+  def captions(self, f: int) -> tuple[str, ...]:
+    """Frame f's captions."""
+    return self.frames[f].captions
+
+  def frame(self, f: int) -> tuple[np.ndarray, np.ndarray]:
+    """Frame f's picture uint8 [h, w, 3] and mask uint8 [h, w]."""
+    return self.frames[f].load()
+
+  def frame_name(self, f: int) -> str:
+    """Frame f's file."""
+    return str(self.frames[f].picture)
+
+
+class FolderSubjects:
+  """The subjects of a folder, a `data_pipeline.sources.rows.SubjectSet`.
+
+  With `lenient`, a file that is no picture is found when it is read, not before.
+  """
+
+  def __init__(self, name: str, *, lenient: bool = False):
+    folder = listing.data_path(name, "data.name")
+    self._subjects = read_folder(folder, lenient=lenient)
+    self.where = str(folder)
+    self.names = [subject.place.name for subject in self._subjects]
+    self.table = _table(self._subjects)
+    self.pictures = sum(len(subject.frames) for subject in self._subjects)
+
+  def __getitem__(self, number: int) -> Subject:
+    return self._subjects[number]
+
+  def check_captions(self, encode) -> None:
+    """Raises DataError for a caption that encode(caption, noun) refuses."""
+    for subject in self._subjects:
+      for frame in subject.frames:
+        for caption in frame.captions:
+          try:
+            encode(caption, subject.noun)
+          except DataError as error:
+            raise DataError(f"{subject.where}: {error}") from None
+
 
 def batches(maker: Maker, *, folder: str, start_step: int, rows: range) -> Iterator[dict]:
   """Endless batches of the subjects in `folder`."""
-  subjects = read_folder(Path(folder).expanduser())
-  for subject in subjects:
-    for frame in subject.frames:
-      try:
-        maker.encode(frame.caption, subject.noun)
-      except DataError as error:
-        raise DataError(f"{frame.picture.parent / 'captions.json'}: {error}") from None
-  table = _table(subjects)
-  maker.check(table)
-  flags = [np.array([frame.is_reference for frame in subject.frames]) for subject in subjects]
-
-  def make_row(step: int, row: int) -> dict[str, np.ndarray]:
-    rng = maker.rng(step, row)
-    number = maker.subjects(table, step)[row]
-    subject = subjects[number]
-    chosen = maker.frames(sampling.choose_frames(rng, flags[number]))
-    frames = [subject.frames[f] for f in chosen]
-    pictures, masks = zip(*(frame.load() for frame in frames))
-    return maker.example(rng, table, number, pictures, masks, frames[2].caption, subject.noun)
-
-  return tf_data.batches(make_row, start_step=start_step, rows=rows)
+  subjects = FolderSubjects(folder, lenient=maker.max_bad_share > 0)
+  subjects.check_captions(maker.encode)
+  return make_batches(maker, subjects, heldout=maker.holdout, start_step=start_step, rows=rows)
 
 
-def read_folder(folder: Path) -> list[Subject]:
+def read_folder(folder: epath.PathLike, *, lenient: bool = False) -> list[Subject]:
   """The subjects of a folder in the layout above; reads the pictures' headers only.
 
   Raises DataError that names the file and the remedy: no folder, no subjects, no or invalid
   captions.json, a picture without caption or mask, a caption without picture, a file that is no
-  picture, fewer than two pictures.
+  picture (unless `lenient`), fewer than two pictures.
   """
+  folder = epath.Path(folder)
   if not folder.is_dir():
-    raise DataError(f"{folder} is not a folder; set data.name to the folder of your subjects")
-  subfolders = sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+    raise DataError(_not_a_folder(folder))
+  inside = listing.entries(folder)
+  subfolders = {place: listing.entries(place) for place in inside if place.is_dir()}
+  subfolders = {place: files for place, files in subfolders.items() if files}  # copies leave some
+  _check_depth(folder, inside, subfolders)
+  return [_read_subject(place, files, lenient) for place, files in subfolders.items()]
+
+
+def _not_a_folder(folder: epath.Path) -> str:
+  if not folder.exists():
+    return f"{folder} is not a folder; set data.name to the folder of your subjects"
+  remedy = "set data.name to the folder of your subjects"
+  if folder.suffix.lower() in (".zip", ".tar", ".gz", ".tgz", ".7z", ".rar"):
+    remedy = "unpack it, and set data.name to the folder that comes out"
+  return f"{folder} is a file, not a folder; {remedy}"
+
+
+def _check_depth(folder, inside, subfolders) -> None:
+  """Raises DataError for a folder that is a level too high or too low, or empty."""
+  if any(file.name == "captions.json" for file in inside):
+    raise DataError(
+        f"{folder} is the folder of one subject: it has a captions.json; set data.name to the "
+        f"folder above it, {folder.parent}"
+    )
   if not subfolders:
-    raise DataError(f"{folder} has no folders in it; put the pictures of each subject into one")
-  return [_read_subject(subfolder) for subfolder in subfolders]
+    found = "pictures, but no folders" if any(map(listing.is_picture, inside)) else "no folders"
+    raise DataError(
+        f"{folder} has {found} in it; put the pictures of each subject into a folder of its own, "
+        "with a captions.json"
+    )
+  is_subject = lambda files: any(  # noqa: E731
+      file.name.lower() == "captions.json" or listing.is_picture(file) for file in files
+  )
+  if any(map(is_subject, subfolders.values())):
+    return
+  for place, files in subfolders.items():
+    below = [file for file in files if file.is_dir() and is_subject(listing.entries(file))]
+    if below:
+      remedy = f"set data.name to {place}" if len(subfolders) == 1 else "move them a level up"
+      raise DataError(
+          f"{folder}: the subjects' folders lie a level too deep, as {below[0]}; {remedy}"
+      )
 
 
-def _read_subject(folder: Path) -> Subject:
-  metadata = _read_captions(folder / "captions.json")
-  captions, references = metadata["captions"], metadata.get("references")
-  files = {p.name: p for p in sorted(folder.iterdir()) if p.suffix.lower() in _SUFFIXES}
-  masks = {name for name in files if Path(name).stem.endswith("_mask")}
-  for name in [*captions, *(references or ())]:
-    if name not in files:
-      raise DataError(f"{folder / 'captions.json'} names {name!r}, which is not in its folder")
+def _read_subject(folder: epath.Path, inside: list[epath.Path], lenient: bool) -> Subject:
+  file = folder / "captions.json"
+  values = read_listing(file)
+  files = {path.name: path for path in inside}
+  captions: dict[str, tuple[str, ...]] = {}
+  for name, texts in values.captions.items():
+    picture = listing.find(name, files, file)
+    if picture.name in captions:
+      raise DataError(f"{file} names {picture.name!r} in two spellings; keep one of them")
+    listing.check_kind(picture)
+    captions[picture.name] = texts
+  references = {listing.find(name, files, file).name for name in values.references or captions}
+  masks = {
+      sampling.spelling_key(path.stem): path for path in reversed(inside)
+      if listing.is_picture(path) and path.name not in captions
+      and sampling.spelling_key(path.stem).endswith("_mask")
+  }  # fmt: skip
   frames = []
-  for name, file in files.items():
-    if name in masks:
+  for picture in filter(listing.is_picture, inside):
+    if picture in masks.values():
       continue
-    if name not in captions:
-      raise DataError(f"{file} has no caption; add one to {folder / 'captions.json'}")
-    mask = next((files[m] for m in masks if Path(m).stem == f"{file.stem}_mask"), None)
-    if mask is None and not _has_alpha(file):
-      raise _no_mask(file)
-    is_reference = references is None or name in references
-    frames.append(Frame(file, mask, captions[name], is_reference))
+    if picture.name not in captions:
+      raise DataError(f"{picture} has no caption; add one to {file}")
+    mask = masks.get(sampling.spelling_key(f"{picture.stem}_mask"))
+    if mask is None and not _may_have_alpha(picture, lenient):
+      raise _no_mask(picture)
+    frames.append(Frame(picture, mask, captions[picture.name], picture.name in references))
   if len(frames) < 2:
     raise DataError(
         f"{folder} has {len(frames)} picture(s); a triple needs 2 or more of a subject: "
         "add some, or move the folder away"
     )
-  return Subject(metadata["class_noun"], metadata.get("family"), tuple(frames))
+  return Subject(folder, values.class_noun, values.family, tuple(frames))
 
 
-def _read_captions(file: Path) -> dict:
-  if not file.exists():
-    raise DataError(
-        f'{file} is missing; write {{"class_noun": "...", "captions": {{"picture.png": "..."}}}}'
-    )
+def _may_have_alpha(file: epath.Path, lenient: bool) -> bool:
   try:
-    metadata = json.loads(file.read_text(encoding="utf-8"))
-  except ValueError as error:
-    raise DataError(f"{file} is not JSON ({error}); mend it") from None
-  captions = metadata.get("captions") if isinstance(metadata, dict) else None
-  if not isinstance(captions, dict) or not isinstance(metadata.get("class_noun"), str):
-    raise DataError(f'{file} needs "class_noun" (a text) and "captions" (picture -> text)')
-  known = {"class_noun", "captions", "references", "family"}
-  unknown = sorted(set(metadata) - known)
-  if unknown:
-    raise DataError(f"{file} has the unknown key {unknown[0]!r}; it may have {sorted(known)}")
-  return metadata
+    return listing.holds_alpha(file)
+  except DataError:
+    if not lenient:
+      raise
+    return True  # `Frame.load` will say what is wrong
 
 
-def _has_alpha(file: Path) -> bool:
+def _content(file: epath.Path) -> tuple[epath.Path | bytes, str]:
+  """The file as `images` takes it, and its name: Pillow cannot open what lies in a bucket."""
+  if listing.is_local(file):
+    return file, str(file)
   try:
-    with Image.open(file) as image:
-      return images.has_alpha(image)
-  except OSError:
-    raise DataError(f"{file} is not a picture that can be read; give a PNG or JPEG") from None
+    return file.read_bytes(), str(file)
+  except OSError as error:
+    reason = error.strerror or error
+    raise DataError(f"{file} cannot be read ({reason}); check that it is there") from error
 
 
-def _no_mask(file: Path) -> DataError:
+def _no_mask(file: epath.Path) -> DataError:
   return DataError(
       f"{file} has no mask, so the subject cannot be cut out; save it as PNG with a transparent "
       f"background, or put {file.stem}_mask.png (white = subject) beside it"
@@ -175,11 +249,12 @@ def _no_mask(file: Path) -> DataError:
 
 
 def _table(subjects: list[Subject]) -> sampling.SubjectTable:
-  nouns = [subject.noun for subject in subjects]
-  families = sorted({subject.family for subject in subjects if subject.family is not None})
-  number = {None: -1} | {family: n for n, family in enumerate(families)}
+  """Numbers subjects in their order; spellings of one noun or family have one number."""
+  nouns = [sampling.spelling_key(subject.noun) for subject in subjects]
+  families = [subject.family and sampling.spelling_key(subject.family) for subject in subjects]
+  number = {family: n for n, family in enumerate(sorted({*families} - {None}))}
   return sampling.SubjectTable(
       subject_id=np.arange(len(subjects)),
-      family_id=np.array([number[subject.family] for subject in subjects]),
+      family_id=np.array([number.get(family, -1) for family in families]),
       class_id=np.unique(nouns, return_inverse=True)[1],
   )
