@@ -60,4 +60,8 @@ def get_config() -> ml_collections.ConfigDict:
   c.sample.subjects = 8
   c.sample.steps = 30
   c.sample.guidance = 7.5
+  c.sample.prompts = (
+    "a {noun} on the beach", "a {noun} in the snow", "a {noun} on a bookshelf",
+    "a watercolour painting of a {noun}",
+  )  # fmt: skip
   return c

@@ -117,7 +117,7 @@ def get_config() -> ml_collections.ConfigDict:
   c.train.remat_unet = ("none",)
   c.train.remat_text = "none"  # the text encoders, which see a sequence for every layer
   c.train.warm_start = ""  # an IP-Adapter(-plus) .safetensors file to start from; '' = random
-  c.train.max_bad_steps = 1  # consecutive steps that are not finite before the run stops
+  c.train.max_bad_steps = 10  # steps in a row that are not finite, and skipped, until a run stops
   c.train.log_every = 50
   c.train.save_every = 500
   c.train.keep = 2
@@ -135,11 +135,14 @@ def get_config() -> ml_collections.ConfigDict:
   c.mesh.cpu_devices = -1  # virtual CPU devices when there is no accelerator; -1 = one per core
 
   c.sample = ml_collections.ConfigDict()  # the grid and the scores at the end of the run
-  c.sample.split = "test"
+  c.sample.split = "test"  # of subjects3d; of other data, subjects that training leaves out
   c.sample.subjects = 40
   c.sample.sampler = "dpmsolver++"
   c.sample.steps = 20
   c.sample.guidance = 5.0
   c.sample.image_guidance = -1.0  # guidance of the image, separate from the text's, if >= 0
   c.sample.scale = 1.0
+  # Drawn every sample_every steps, and at the end of data other than subjects3d; {noun} is the
+  # subject's class noun. () = other scenes (subjects3d), the subjects' own captions (other data).
+  c.sample.prompts = ()
   return c

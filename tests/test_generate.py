@@ -378,7 +378,7 @@ def call(folder, **changes):
 
 MISTAKES = {
   "checkpoint missing": (dict(checkpoint="{}/none.safetensors"), "leave --checkpoint out"),
-  "training unfinished": (dict(checkpoint="{}/empty_run"), "has not finished"),
+  "training without a save": (dict(checkpoint="{}/empty_run"), "has saved yet"),
   "checkpoint truncated": (dict(checkpoint="{}/truncated.safetensors"), "truncated"),
   "checkpoint of another base": (dict(checkpoint="{}/foreign.safetensors"), "trained on the base"),
   "base missing": (dict(base="{}/none"), "is no folder"),

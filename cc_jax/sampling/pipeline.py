@@ -70,8 +70,8 @@ def _adapter_file(checkpoint: str | os.PathLike | None) -> Path:
     path = path / "adapter.safetensors"
     if not path.is_file():
       raise UserError(
-        f"{path} is missing: the training in {checkpoint} has not finished; run its command again "
-        "to go on with it")
+        f"{path} is missing: no training in {checkpoint} has saved yet; it does so every "
+        "train.save_every steps, and at its end")
   if not path.is_file():
     raise UserError(
       f"checkpoint {path} is missing; give an adapter's .safetensors file or a training's workdir, "

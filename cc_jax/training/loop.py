@@ -61,6 +61,8 @@ def train(
   run = set_up(config, epath.Path(workdir))
   profile = Profile(run.workdir / "profile", profile_steps)
   try:
+    if callbacks.on_start is not None and jax.process_count() == 1:
+      callbacks.on_start(config, run.base)
     if run.start < config.train.steps:
       run_steps(run, callbacks, profile)
     else:
@@ -68,9 +70,10 @@ def train(
     run.checkpoints.wait()
   except (Exception, KeyboardInterrupt) as error:
     saved = save_after_error(run, error)
-    if isinstance(error, UserError | DataError):
+    if saved and isinstance(error, UserError | DataError):
       raise type(error)(f"{error}; {saved}") from error
-    run.log.say(saved)
+    if saved:
+      run.log.say(saved)
     raise
   finally:
     profile.close()

@@ -27,14 +27,18 @@ Callback = Callable[[ml_collections.ConfigDict, Base, CustomContrast, epath.Path
 
 
 class Callbacks(NamedTuple):
-  """Each gets (config, base, model with EMA weights, where to write). cc_jax.evaluate has both.
+  """What draws, in a run of one process. cc_jax.evaluate has all three.
 
+  The last two get (config, base, model with EMA weights, where to write).
+
+  on_start: before the first step, with (config, base): finds what the others would stumble over.
   on_sample: every config.train.sample_every steps, with the file of a picture.
   on_finish: once the training has ended, with the workdir.
   """
 
   on_sample: Callback | None = None
   on_finish: Callback | None = None
+  on_start: Callable[[ml_collections.ConfigDict, Base], None] | None = None
 
 
 NO_CALLBACKS = Callbacks()
@@ -111,7 +115,7 @@ def save(run: Run, step: int) -> None:
 
 
 def save_after_error(run: Run, error: BaseException) -> str:
-  """Saves what was learned since the latest checkpoint; says in words what is saved.
+  """Saves what was learned since the latest checkpoint; says what is saved, "" if nothing was done.
 
   Steps that are not finite change no weights, so the state is good after them too. If only such
   steps came after the latest checkpoint, that one stays the latest.
@@ -135,7 +139,7 @@ def save_after_error(run: Run, error: BaseException) -> str:
     failure = f"the latest steps could not be saved ({reason(second)}); "
   latest = run.checkpoints.latest_step()
   if latest is None:
-    return f"{failure}there is no checkpoint yet"
+    return failure and f"{failure}there is no checkpoint yet"
   return f"{failure}step {latest} is saved, and the same command goes on from there"
 
 
