@@ -37,7 +37,7 @@ from cc_jax.objectives import macl as macl_lib
 from cc_jax.parallel import rules
 from cc_jax.parallel.mesh import AXES, make_mesh, replicate, shard_batch
 from cc_jax.parallel.rules import shard_params
-from cc_jax.training import loop, step
+from cc_jax.training import loop, prompt_sensitivity, step
 from cc_jax.training.accumulation import (
   accumulate_gradients,
   merge_microbatches,
@@ -49,7 +49,12 @@ from cc_jax.training.loop import Callbacks, train
 from cc_jax.training.losses import diffusion_objective, sample_latents, subject_weights, total_loss
 from cc_jax.training.noise import keep_conditions, sample_step_noise, sample_timesteps
 from cc_jax.training.parameter_table import parameter_table
-from cc_jax.training.prompt_sensitivity import relative_rise, wrong_nouns, wrong_phrases
+from cc_jax.training.prompt_sensitivity import (
+  make_prompt_sensitivity,
+  relative_rise,
+  wrong_nouns,
+  wrong_phrases,
+)
 from cc_jax.training.setup import adapter_configs, base_options, make_step_context, step_seed
 from cc_jax.training.step_context import to_unit_range
 from cc_jax.training.telemetry import read_log
@@ -812,6 +817,18 @@ def test_relative_rise_counts_changed_samples_only():
   )
   assert float(rise) == 0.5
   assert float(relative_rise(jnp.ones(2), jnp.ones(2), jnp.zeros(2, bool))) == 0.0
+
+
+def test_a_gap_of_which_nothing_changed_is_left_out(setup, monkeypatch, caplog):
+  """C13: 0 would say that the word is ignored."""
+  monkeypatch.setattr(prompt_sensitivity, "sample_losses", lambda c, a, f, batch: batch["loss"])
+  right = {"loss": np.asarray([1.0, 2.0], np.float32), "slot": np.zeros(2, np.int32)}
+  wrong = {"loss": np.asarray([9.0, 3.0], np.float32), "slot": right["slot"]}
+  masks = {"class": np.asarray([False, False]), "scene": np.asarray([False, True])}
+  measure = make_prompt_sensitivity(
+    None, make_mesh(setup.config.mesh, 2), right, {k: (wrong, mask) for k, mask in masks.items()})
+  assert measure({}, {}) == {"gap/scene": 0.5}  # 3 / 2 - 1
+  assert "gap/class is left out" in caplog.text and "gap/scene" not in caplog.text
 
 
 # The command line and the config.

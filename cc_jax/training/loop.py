@@ -196,7 +196,8 @@ def run_steps(run: Run, callbacks: Callbacks, profile: Profile) -> None:
         log_latest(run)
         with log.spent("evaluating"):
           if due(step, settings.prompt_sensitivity_every):
-            log.write(step, sensitivity_fn(run.state.ema, run.frozen))
+            if gaps := sensitivity_fn(run.state.ema, run.frozen):
+              log.write(step, gaps)
           if due(step, settings.sample_every):
             run_callback(run, callbacks.on_sample, run.workdir / "samples" / f"{step:07d}.png")
       if stops:
