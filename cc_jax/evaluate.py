@@ -41,20 +41,20 @@ LOOK_SUBJECTS, GRID_SUBJECTS = 4, 20  # at most, in pictures of other data on th
 # ---- callbacks of training: cc_jax.training.loop.Callbacks
 
 
-def check_drawing(config: ml_collections.ConfigDict, base: Base) -> None:
+def check_drawing(config: ml_collections.ConfigDict, base: Base) -> str:
   """Before the first step: what the drawing of other data than subjects3d would stumble over later.
 
-  Says whom the pictures will show, and which key has no effect on such data. Raises UserError or
-  DataError: a prompt without noun or too long, no subject that can be drawn.
+  Returns what is to be said: whom the pictures will show, and which key has no effect on such data.
+  Raises UserError or DataError: a prompt without noun or too long, no subject that can be drawn.
   """
   if data_pipeline.is_subjects3d(config.data) and not config.sample.prompts:
-    return
+    return ""
   cells = _prompts_to_draw(config, LOOK_SUBJECTS)
   encode_prompts(base.tokenizers, cells.prompts, cells.nouns, s_words=config.encoder.s_words)
   if data_pipeline.is_subjects3d(config.data):
-    return
-  print(f"pictures of {config.data.name} will show {', '.join(cells.rows)}; "
-        f"config.sample.split={config.sample.split} has no effect on these data")
+    return ""
+  return (f"pictures of {config.data.name} will show {', '.join(cells.rows)}; "
+          f"config.sample.split={config.sample.split} has no effect on these data")
 
 
 def draw_validation_grid(

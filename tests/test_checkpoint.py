@@ -361,6 +361,16 @@ def test_a_skipped_step_stays_out_of_the_averages(tmp_path):
   assert second["gap"] == "inf"
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux has a disk that is always full")
+def test_a_log_that_finds_no_room_is_one_line(tmp_path):
+  """P13"""
+  log = telemetry.Telemetry(epath.Path(tmp_path), start=0, steps=4, every=1, batch_size=2)
+  log._file = open("/dev/full", "a")  # noqa: SIM115 (the log closes it)
+  with pytest.raises(UserError, match="cannot write .*metrics.jsonl: .*No space left.*; make room"):
+    log.step(1, {"loss": 1.0, "bad_steps": 0})
+  log.close()  # the error that is on its way stays the first
+
+
 def test_adamw_and_ema_against_numpy():
   train = ml_collections.ConfigDict(
     dict(

@@ -159,8 +159,7 @@ def test_prompts_are_drawn_of_subjects_that_training_leaves_out(own_data, tmp_pa
   config, base, drawn = own_data
   config.data.holdout_subjects = 2
   config.sample.update(prompts=("a photo of a {noun}", "the {noun} at night"), guidance=3.0)
-  check_drawing(config, base)
-  said = capsys.readouterr().out
+  said = check_drawing(config, base)
   names = [name for name in COLOURS if name in said]
   assert len(names) == 2 and said.count("config.sample.split=test has no effect") == 1
   assert "in training" not in said
@@ -195,8 +194,7 @@ def test_prompts_are_drawn_of_subjects_that_training_leaves_out(own_data, tmp_pa
   # Only as many as one has time to look at while training goes on, and it is said who they are.
   config.data.holdout_subjects = 0
   config.sample.subjects = 1
-  check_drawing(config, base)
-  assert "(in training)" in capsys.readouterr().out
+  assert "(in training)" in check_drawing(config, base)
   draw_validation_grid(config, base, None, file)
   assert len(drawn[2]["references"]) == 1
 
@@ -213,13 +211,13 @@ def test_prompts_of_subjects3d(own_data, trials, tmp_path, monkeypatch):
   monkeypatch.setattr(evaluate, "make_trials", make)
   monkeypatch.setattr(evaluate, "contact_sheet", lambda *_: Image.new("RGB", (2, 2)))
   config.data.update(source="render", image_size=64)
-  check_drawing(config, base)
+  assert check_drawing(config, base) == ""
   draw_validation_grid(config, base, None, tmp_path / "a.png")
   assert asked == [("validation", 10, dict(ratio=0.8, size=64, layout="centred"))]
   assert len(drawn[0]["noise"]) == 2
   config.sample.prompts = ("a {noun} in the snow",)
   config.sample.subjects = 1
-  check_drawing(config, base)
+  assert check_drawing(config, base) == ""
   draw_validation_grid(config, base, None, tmp_path / "b.png")
   np.testing.assert_array_equal(drawn[1]["references"][:, 0], trials.references[:1])
   text = base.tokenizers[0].decode(drawn[1]["ids"][0], skip_special_tokens=True)

@@ -62,7 +62,8 @@ def train(
   profile = Profile(run.workdir / "profile", profile_steps)
   try:
     if callbacks.on_start is not None and jax.process_count() == 1:
-      callbacks.on_start(config, run.base)
+      if line := callbacks.on_start(config, run.base):
+        run.log.say(line)
     if run.start < config.train.steps:
       run_steps(run, callbacks, profile)
     else:

@@ -31,14 +31,15 @@ class Callbacks(NamedTuple):
 
   The last two get (config, base, model with EMA weights, where to write).
 
-  on_start: before the first step, with (config, base): finds what the others would stumble over.
+  on_start: before the first step, with (config, base): finds what the others would stumble over,
+    and returns a line to say, or "".
   on_sample: every config.train.sample_every steps, with the file of a picture.
   on_finish: once the training has ended, with the workdir.
   """
 
   on_sample: Callback | None = None
   on_finish: Callback | None = None
-  on_start: Callable[[ml_collections.ConfigDict, Base], None] | None = None
+  on_start: Callable[[ml_collections.ConfigDict, Base], str] | None = None
 
 
 NO_CALLBACKS = Callbacks()
