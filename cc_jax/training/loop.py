@@ -46,11 +46,11 @@ def train(
 ) -> TrainState:
   """Trains until config.train.steps, from the latest checkpoint in `workdir` if there is one.
 
+  An error behind the first step leaves the state saved, as a checkpoint and as an adapter.
+
   Args:
     workdir: a folder or a bucket's URL, the same for all processes.
     profile_steps: the first and last step of a trace in workdir/profile; (0, 0) = none.
-
-  An error after the first step leaves the state saved, and says so.
 
   Raises:
     UserError: a mistake in the config, the base or the checkpoint; a workdir that cannot be

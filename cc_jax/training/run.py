@@ -116,26 +116,31 @@ def save(run: Run, step: int) -> None:
 
 
 def save_after_error(run: Run, error: BaseException) -> str:
-  """Saves what was learned since the latest checkpoint; says what is saved, "" if nothing was done.
+  """Saves what was learned since the latest checkpoint; says what is saved, "" if nothing is.
 
   Steps that are not finite change no weights, so the state is good after them too. If only such
   steps came after the latest checkpoint, that one stays the latest.
   """
+  # Of several processes the others go on, unless all have seen the same loss.
+  alone = jax.process_count() > 1 and not isinstance(error, LossNotFiniteError)
   failure = ""
   try:
-    # A step that failed has taken its state with it, at once or when its result is waited for.
-    if any(leaf.is_deleted() for leaf in jax.tree.leaves(run.state)):
-      raise UserError("the step that failed has used up the state")
-    jax.block_until_ready(run.state)
-    if jax.process_count() > 1 and not isinstance(error, LossNotFiniteError):
-      raise UserError("of several processes one cannot save alone")
-    with contextlib.suppress(LossNotFiniteError):
-      log_latest(run)
-    with contextlib.suppress(UserError):  # of an earlier save
-      run.checkpoints.wait()
-    if run.last_update > (run.checkpoints.latest_step() or 0):
-      save(run, int(run.state.step))
-      run.checkpoints.wait()
+    if not alone:
+      with contextlib.suppress(UserError):  # of an earlier save
+        run.checkpoints.wait()
+    saved = run.checkpoints.latest_step() or 0
+    if max(run.last_update, run.unlogged.step if run.unlogged else 0) > saved:
+      if alone:
+        raise UserError("of several processes one cannot save alone")
+      # A step that failed has taken its state along, at once or when its result is waited for.
+      if any(leaf.is_deleted() for leaf in jax.tree.leaves(run.state)):
+        raise UserError("the step that failed has used up the state")
+      jax.block_until_ready(run.state)
+      with contextlib.suppress(LossNotFiniteError):
+        log_latest(run)
+      if run.last_update > saved:
+        save(run, int(run.state.step))
+        run.checkpoints.wait()
   except Exception as second:
     failure = f"the latest steps could not be saved ({reason(second)}); "
   latest = run.checkpoints.latest_step()
