@@ -119,9 +119,9 @@ def get_config() -> ml_collections.ConfigDict:
   c.train.warm_start = ""  # an IP-Adapter(-plus) .safetensors file to start from; '' = random
   c.train.max_bad_steps = 10  # steps in a row that are not finite, and skipped, until a run stops
   c.train.log_every = 50
-  c.train.save_every = 500
+  c.train.save_every = 500  # a checkpoint, and adapter.safetensors as it is then
   c.train.keep = 2
-  c.train.keep_every = 0  # steps whose multiples are kept for good; 0 = none
+  c.train.keep_every = 0  # steps whose multiples are kept for good, adapter and all; 0 = none
   c.train.sample_every = 500  # 0 = only at the end
   c.train.prompt_sensitivity_every = 500  # how much a wrong word raises the loss; 0 = never
 

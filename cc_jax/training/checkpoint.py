@@ -23,6 +23,7 @@ from orbax.checkpoint import v1 as ocp
 from cc_jax.cli import flatten_config, with_current_names
 from cc_jax.errors import UserError
 from cc_jax.models.params import flatten
+from configs import subjects3d
 
 FORMAT = 1
 # A change of these changes the meaning of the adapter's weights, even if no shape changes.
@@ -185,8 +186,13 @@ def _within(seconds: float, function: Callable[[], Any]) -> Any:
 def config_changes(
   saved: Mapping[str, Any], config: ml_collections.ConfigDict
 ) -> dict[str, tuple[Any, Any]]:
-  """Dotted keys whose values differ -> (saved, now), with None for a key that is absent."""
+  """Dotted keys whose values differ -> (saved, now), with None for a key that is absent.
+
+  A key that was added since and has its default is no change.
+  """
   before, now = with_current_names(flatten_config(saved)), flatten_config(jsonable(config))
+  defaults = flatten_config(jsonable(subjects3d.get_config()))
+  before = {key: value for key, value in defaults.items() if key in now} | before
   keys = sorted(before.keys() | now.keys())
   return {k: (before.get(k), now.get(k)) for k in keys if before.get(k) != now.get(k)}
 
