@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -55,6 +56,7 @@ from cc_jax.training.prompt_sensitivity import (
   wrong_nouns,
   wrong_phrases,
 )
+from cc_jax.training.run import save_after_error
 from cc_jax.training.setup import adapter_configs, base_options, make_step_context, step_seed
 from cc_jax.training.step_context import to_unit_range
 from cc_jax.training.telemetry import read_log
@@ -669,6 +671,18 @@ def test_what_cannot_be_saved_is_said(setup, quick_step, tmp_path, monkeypatch, 
   wanted = r"^the sampler does not fit; the latest steps could not be saved \(cannot save step 3: "
   with pytest.raises(UserError, match=wanted + r"the disk is full\); there is no checkpoint yet$"):
     train(config, tmp_path / "disk", Callbacks(draw))
+
+
+def test_one_process_of_several_does_not_try_to_save(monkeypatch):
+  """P13: the others are in the next step, and a save needs them all."""
+  monkeypatch.setattr(jax, "process_count", lambda: 2)
+  stays = "step 3 is saved, and the same command goes on from there"
+  stopped = SimpleNamespace(
+    last_update=4, unlogged=None, checkpoints=SimpleNamespace(latest_step=lambda: 3))
+  lost = "the latest steps could not be saved (of several processes one cannot save alone); "
+  assert save_after_error(stopped, DataError("a picture is cut off")) == lost + stays
+  stopped.last_update = 3
+  assert save_after_error(stopped, DataError("a picture is cut off")) == stays
 
 
 def bucket(folder):
