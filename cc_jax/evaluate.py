@@ -9,12 +9,14 @@ adapter: on the same prompts and noise, without reference. Prompts name class an
 colour or pattern.
 """
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import ml_collections
 from absl import flags
+from etils import epath
 
 import data_pipeline
 from cc_jax import cli
@@ -28,18 +30,43 @@ from cc_jax.parallel.distributed import set_cpu_devices
 from cc_jax.parallel.mesh import make_mesh
 from cc_jax.sampling.images import reference_display, save
 from cc_jax.sampling.pipeline import BASE, Pipeline, load
+from cc_jax.sampling.prompt_grid import PromptGrid, ShownSubject, draw_sheet, make_prompt_grid
+from cc_jax.sampling.prompts import encode_prompts
 from cc_jax.sampling.sampler import ImageSampler
+from data_pipeline.triples import segment_reference
 
 BASE_BATCH = 48  # of --what=base
+LOOK_SUBJECTS, GRID_SUBJECTS = 4, 20  # at most, in pictures of other data on the way, at the end
 
 # ---- callbacks of training: cc_jax.training.loop.Callbacks
+
+
+def check_drawing(config: ml_collections.ConfigDict, base: Base) -> str:
+  """Before the first step: what the drawing of other data than subjects3d would stumble over later.
+
+  Returns what is to be said: whom the pictures will show, and which key has no effect on such data.
+  Raises UserError or DataError: a prompt without noun or too long, no subject that can be drawn.
+  """
+  if data_pipeline.is_subjects3d(config.data) and not config.sample.prompts:
+    return ""
+  cells = _prompts_to_draw(config, LOOK_SUBJECTS)
+  encode_prompts(base.tokenizers, cells.prompts, cells.nouns, s_words=config.encoder.s_words)
+  if data_pipeline.is_subjects3d(config.data):
+    return ""
+  return (f"pictures of {config.data.name} will show {', '.join(cells.rows)}; "
+          f"config.sample.split={config.sample.split} has no effect on these data")
 
 
 def draw_validation_grid(
   config: ml_collections.ConfigDict, base: Base, model: CustomContrast, file
 ) -> None:
-  """Writes a small grid of validation subjects to `file` while training goes on."""
-  if not data_pipeline.is_subjects3d(config.data):
+  """Writes a small grid of unseen subjects to `file` while training goes on.
+
+  Of config.sample.prompts; without any, validation subjects of subjects3d in other scenes, and
+  subjects of other data by their captions.
+  """
+  if config.sample.prompts or not data_pipeline.is_subjects3d(config.data):
+    _draw_prompts(config, base, model, file, LOOK_SUBJECTS)
     return
   trials = make_trials("validation", 10, **reference_display(config.data))
   images = draw_trials(trials=trials, progress=False, **_draw_options(config, base, model, 10))
@@ -51,15 +78,42 @@ def score_test_subjects(
 ) -> dict[str, dict[str, float]] | None:
   """Writes `grid.png` and `scores.json` of unseen subjects; prints the adapter's and base's scores.
 
-  Data other than subjects3d have no known factors: nothing is scored then.
+  Data other than subjects3d have no known factors: nothing is scored then, and the grid is that of
+  config.sample.prompts.
   """
   if not data_pipeline.is_subjects3d(config.data):
-    print(f"no scores: the judge knows subjects3d only, not {config.data.name}; draw with "
-          f"python -m cc_jax.generate --checkpoint={workdir} --base={config.base}")
+    _draw_prompts(config, base, model, epath.Path(workdir) / "grid.png", GRID_SUBJECTS)
+    print(f"{workdir}/grid.png: references on the left. No scores: the judge knows subjects3d "
+          f"only, not {config.data.name}; draw more with python -m cc_jax.generate "
+          f"--checkpoint={workdir} --base={config.base}")
     return None
   count = config.sample.subjects
   trials = make_trials(config.sample.split, count, **reference_display(config.data))
   return compare_with_base(trials, workdir, **_draw_options(config, base, model, count))
+
+
+def _draw_prompts(config, base, model, file, most: int) -> None:
+  """Draws config.sample.prompts of at most `most` subjects, few pictures at a time."""
+  cells = _prompts_to_draw(config, most)
+  options = _draw_options(config, base, model, LOOK_SUBJECTS)
+  save(draw_sheet(cells, draw_trials(trials=cells, progress=False, **options)), file)
+
+
+def _prompts_to_draw(config, most: int) -> PromptGrid:
+  """Always the same subjects, so that the pictures of two steps can be compared."""
+  count, display = min(config.sample.subjects, most), reference_display(config.data)
+  if data_pipeline.is_subjects3d(config.data):  # rendered, since source 'render' has them nowhere
+    trials = make_trials("validation", count, **display)
+    columns = trials.nouns, trials.references, trials.nouns, trials.prompts
+    subjects = list(itertools.starmap(ShownSubject, zip(*columns)))
+  else:
+    subjects = [
+      ShownSubject(
+        subject.name if subject.held_out else f"{subject.name} (in training)",
+        segment_reference(subject.image, subject.mask, **display), subject.class_noun,
+        subject.caption)
+      for subject in data_pipeline.heldout_subjects(config.data, count)]
+  return make_prompt_grid(subjects, config.sample.prompts)
 
 
 def _draw_options(config, base, model, count: int) -> dict[str, Any]:

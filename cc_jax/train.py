@@ -18,7 +18,7 @@ from ml_collections import config_flags
 
 from cc_jax import cli
 from cc_jax.errors import UserError
-from cc_jax.evaluate import draw_validation_grid, score_test_subjects
+from cc_jax.evaluate import check_drawing, draw_validation_grid, score_test_subjects
 from cc_jax.training.loop import Callbacks, train
 from cc_jax.training.parameter_table import parameter_table
 from cc_jax.training.setup import use_compilation_cache
@@ -43,7 +43,8 @@ def main(argv: Sequence[str]) -> None:
     raise UserError("no --workdir given; name a folder for checkpoints and logs")
   profile_steps = parse_steps(flags.FLAGS.profile_steps)
   use_compilation_cache(epath.Path(workdir))
-  callbacks = Callbacks(on_sample=draw_validation_grid, on_finish=score_test_subjects)
+  callbacks = Callbacks(
+    on_start=check_drawing, on_sample=draw_validation_grid, on_finish=score_test_subjects)
   train(config, workdir, callbacks, profile_steps)
 
 

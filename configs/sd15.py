@@ -34,6 +34,7 @@ def get_config() -> ml_collections.ConfigDict:
   c.data.source = "folder"
   c.data.name = "data/multi_view"
   c.data.image_size = 512
+  c.data.holdout_subjects = 4  # of whom pictures are drawn
 
   # The image encoder of IP-Adapter(-plus): CLIP ViT-H/14, 32 layers, 257 tokens of 1280.
   c.encoder.image_encoder = (
@@ -69,4 +70,8 @@ def get_config() -> ml_collections.ConfigDict:
   c.sample.subjects = 8
   c.sample.steps = 30
   c.sample.guidance = 7.5
+  c.sample.prompts = (
+    "a {noun} on the beach", "a {noun} in the snow", "a {noun} on a bookshelf",
+    "a watercolour painting of a {noun}",
+  )  # fmt: skip
   return c

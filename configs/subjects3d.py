@@ -120,11 +120,11 @@ def get_config() -> ml_collections.ConfigDict:
   c.train.remat_unet = ("none",)
   c.train.remat_text = "none"  # the text encoders, which see a sequence for every layer
   c.train.warm_start = ""  # an IP-Adapter(-plus) .safetensors file to start from; '' = random
-  c.train.max_bad_steps = 1  # consecutive steps that are not finite before the run stops
+  c.train.max_bad_steps = 10  # steps in a row that are not finite, and skipped, until a run stops
   c.train.log_every = 50
-  c.train.save_every = 500
+  c.train.save_every = 500  # a checkpoint, and adapter.safetensors as it is then
   c.train.keep = 2
-  c.train.keep_every = 0  # steps whose multiples are kept for good; 0 = none
+  c.train.keep_every = 0  # steps whose multiples are kept for good, adapter and all; 0 = none
   c.train.sample_every = 500  # 0 = only at the end
   c.train.prompt_sensitivity_every = 500  # how much a wrong word raises the loss; 0 = never
 
@@ -134,15 +134,19 @@ def get_config() -> ml_collections.ConfigDict:
   c.mesh.data = -1
   c.mesh.fsdp = 1
   c.mesh.tensor = 1
-  c.mesh.processes = 1  # in all; more than 1 starts jax.distributed
+  # In all; -1 = what the cluster says (Slurm, Open MPI, a TPU slice, Kubernetes).
+  c.mesh.processes = 1
   c.mesh.cpu_devices = -1  # virtual CPU devices when there is no accelerator; -1 = one per core
 
   c.sample = ml_collections.ConfigDict()  # the grid and the scores at the end of the run
-  c.sample.split = "test"
+  c.sample.split = "test"  # of subjects3d; of other data, subjects that training leaves out
   c.sample.subjects = 40
   c.sample.sampler = "dpmsolver++"
   c.sample.steps = 20
   c.sample.guidance = 5.0
   c.sample.image_guidance = -1.0  # guidance of the image, separate from the text's, if >= 0
   c.sample.scale = 1.0
+  # Drawn every sample_every steps, and at the end of data other than subjects3d; {noun} is the
+  # subject's class noun. () = other scenes (subjects3d), the subjects' own captions (other data).
+  c.sample.prompts = ()
   return c

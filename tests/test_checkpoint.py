@@ -1,6 +1,7 @@
 """Checkpoints, telemetry and the optimizer on toy trees: no network is built here."""
 
 import json
+import logging
 import os
 import re
 import resource
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import pytest
+from absl import logging as absl_logging
 from etils import epath
 
 from cc_jax.errors import UserError
@@ -170,6 +172,23 @@ def test_no_room_leaves_earlier_checkpoints_intact(saved, config, capfd):
     checkpoints.close()
   assert equal(restore(saved, config)[0], tree(4))
   assert "Traceback" not in capfd.readouterr().err
+
+
+def test_only_orbax_is_silenced(tmp_path, config, caplog):
+  """C2: a checkpoint may not switch off what everybody else tells, in a notebook neither."""
+  loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
+  before = [logger.level for logger in loggers]
+  with caplog.at_level(logging.INFO), caplog.at_level(logging.INFO, "absl"):
+    checkpoints = Checkpoints(tmp_path / "c", keep=1)
+    checkpoints.save(1, tree(1), record(config))
+    checkpoints.close()
+    absl_logging.warning("%s: not used: safety_checker/", "a base")
+    absl_logging.error("an error of somebody else")
+    loggers[1].error("Task exception was never retrieved")
+  assert [logger.level for logger in loggers] == before
+  assert [entry.getMessage() for entry in caplog.records] == [
+    "a base: not used: safety_checker/", "an error of somebody else",
+    "Task exception was never retrieved"]
 
 
 def in_a_disk(size, folder, body):
@@ -340,6 +359,16 @@ def test_a_skipped_step_stays_out_of_the_averages(tmp_path):
   first, second = lines(tmp_path)
   assert first["loss"] == 2.0 and first["skipped"] == 0.25
   assert second["gap"] == "inf"
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux has a disk that is always full")
+def test_a_log_that_finds_no_room_is_one_line(tmp_path):
+  """P13"""
+  log = telemetry.Telemetry(epath.Path(tmp_path), start=0, steps=4, every=1, batch_size=2)
+  log._file = open("/dev/full", "a")  # noqa: SIM115 (the log closes it)
+  with pytest.raises(UserError, match="cannot write .*metrics.jsonl: .*No space left.*; make room"):
+    log.step(1, {"loss": 1.0, "bad_steps": 0})
+  log.close()  # the error that is on its way stays the first
 
 
 def test_adamw_and_ema_against_numpy():

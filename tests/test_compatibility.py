@@ -48,6 +48,7 @@ def test_training_goes_on_from_an_older_checkpoint(tiny_folder, tmp_path, monkey
   lines = (OLD / "metrics.jsonl").read_text().splitlines(keepends=True)
   log.write_text("".join(line for line in lines if json.loads(line)["step"] <= 3))
   changes = with_current_names(json.loads((OLD / "config.json").read_text()))
+  changes["train.max_bad_steps"] = 1  # the default, then
   config = tiny.tiny_config("base", **{k.replace(".", "__"): v for k, v in changes.items()})
 
   train(config, "run")

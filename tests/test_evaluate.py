@@ -1,14 +1,22 @@
 """Trials and scores of the evaluation."""
 
-import ml_collections
+import json
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
+import tiny
+from PIL import Image
 
+from cc_jax import evaluate
+from cc_jax.bases.files import ASSETS
+from cc_jax.bases.tokenizer import load_tokenizer
 from cc_jax.errors import UserError
-from cc_jax.evaluate import score_test_subjects
+from cc_jax.evaluate import check_drawing, draw_validation_grid, score_test_subjects
 from cc_jax.lab import judge as judging
 from cc_jax.lab.trial_scores import score_images
 from cc_jax.lab.trials import base_prompts, make_trials
+from configs import subjects3d
 from data_pipeline.subjects3d import factors as world
 
 
@@ -92,7 +100,134 @@ def test_base_prompts_spread_over_all_values():
     assert world.CLASSES[factors.class_id[i]] in text
 
 
-def test_other_data_are_not_scored(tmp_path, capsys):
-  config = ml_collections.ConfigDict(dict(data=dict(source="folder", name="mine"), base="b"))
-  assert score_test_subjects(config, None, None, tmp_path) is None
+# Pictures of other data.
+
+COLOURS = {"a_duck": (200, 30, 40), "b_car": (30, 40, 200), "c_bear": (20, 160, 60)}
+NOUNS = {"a_duck": "duck", "b_car": "car", "c_bear": "teddy bear"}
+
+
+@pytest.fixture
+def own_data(tmp_path, monkeypatch):
+  """(config of three subjects in a folder, a base that is only a tokenizer, what was drawn).
+
+  The sampler's place is taken by one that draws (10 n, 250, 0) for the picture n of a call.
+  """
+  folder = tmp_path / "subjects3d_mine"  # the name says nothing of what the data are (P11)
+  for name, colour in COLOURS.items():
+    (folder / name).mkdir(parents=True)
+    for file in ("1.png", "2.png"):
+      pixels = np.zeros((20, 30, 4), np.uint8)
+      pixels[4:14, 6:16] = (*colour, 255)
+      Image.fromarray(pixels).save(folder / name / file)
+    captions = {file: f"a {NOUNS[name]} in the snow" for file in ("1.png", "2.png")}
+    listing = {"class_noun": NOUNS[name], "captions": captions}
+    (folder / name / "captions.json").write_text(json.dumps(listing))
+  config = subjects3d.get_config()
+  config.data.update(source="folder", name=str(folder), image_size=32)
+  base = SimpleNamespace(
+    tokenizers=[load_tokenizer(ASSETS / "subjects3d-base" / "tokenizer")],
+    scheduler_config=tiny.SCHEDULER, force_zeros_for_empty_prompt=False)
+  drawn = []
+
+  class Sampler:
+    is_subject_model = True
+
+    def __init__(self, *_, **__):
+      pass
+
+    def noise(self, seeds):
+      return np.asarray(seeds)
+
+    def __call__(self, prompts, *_, **options):
+      drawn.append(dict(ids=prompts.ids[0], **options))
+      colours = [(10 * n, 250, 0) for n in range(len(options["noise"]))]
+      return np.asarray(colours, np.uint8)[:, None, None] * np.ones((1, 32, 32, 1), np.uint8), None
+
+  monkeypatch.setattr(evaluate, "ImageSampler", Sampler)
+  return config, base, drawn
+
+
+def place(picture, colour):
+  """(x, y) of the middle of what has this colour."""
+  ys, xs = np.nonzero((np.asarray(picture) == colour).all(-1))
+  assert len(xs) > 100, colour
+  return xs.mean(), ys.mean()
+
+
+def test_prompts_are_drawn_of_subjects_that_training_leaves_out(own_data, tmp_path, capsys):
+  """C6: of any data there is something to look at, on the way and at the end."""
+  config, base, drawn = own_data
+  config.data.holdout_subjects = 2
+  config.sample.update(prompts=("a photo of a {noun}", "the {noun} at night"), guidance=3.0)
+  said = check_drawing(config, base)
+  names = [name for name in COLOURS if name in said]
+  assert len(names) == 2 and said.count("config.sample.split=test has no effect") == 1
+  assert "in training" not in said
+  names.sort(key=said.index)
+  file = tmp_path / "samples" / "0000002.png"
+  draw_validation_grid(config, base, None, file)
+  texts = [text.format(NOUNS[name])
+           for name in names for text in ("a photo of a {}", "the {} at night")]
+  assert [base.tokenizers[0].decode(ids, skip_special_tokens=True).strip()
+          for ids in drawn[0]["ids"]] == texts
+  assert drawn[0]["guidance"] == 3.0 and drawn[0]["sampler"] == "dpmsolver++"
+  assert drawn[0]["references"].shape == (4, 1, 32, 32, 3)
+  for n, reference in enumerate(drawn[0]["references"][:, 0]):
+    assert tuple(reference[16, 16]) == COLOURS[names[n // 2]]  # cut out, in the middle, on white
+    assert (reference[[0, -1]] == 255).all() and (reference[:, [0, -1]] == 255).all()
+  # A row for each subject: the reference, then what was drawn, a column for each prompt.
+  sheet = Image.open(file)
+  for row, name in enumerate(names):
+    places = [place(sheet, COLOURS[name]), place(sheet, (20 * row, 250, 0)),
+              place(sheet, (20 * row + 10, 250, 0))]
+    xs, ys = zip(*places)
+    assert xs[1] - xs[0] == pytest.approx(xs[2] - xs[1], abs=1) and xs[1] - xs[0] > 48
+    assert np.ptp(ys) < 2
+  assert place(sheet, (0, 250, 0))[1] < place(sheet, (20, 250, 0))[1]
+  # At the end as well, and without prompts by their captions; two starts show the same.
+  config.sample.prompts = ()
+  assert score_test_subjects(config, base, None, tmp_path) is None
   assert "the judge knows subjects3d only" in capsys.readouterr().out
+  ids = base.tokenizers[0].batch_decode(drawn[1]["ids"], skip_special_tokens=True)
+  assert [text.strip() for text in ids] == [f"a {NOUNS[name]} in the snow" for name in names]
+  place(Image.open(tmp_path / "grid.png"), COLOURS[names[1]])
+  # Only as many as one has time to look at while training goes on, and it is said who they are.
+  config.data.holdout_subjects = 0
+  config.sample.subjects = 1
+  assert "(in training)" in check_drawing(config, base)
+  draw_validation_grid(config, base, None, file)
+  assert len(drawn[2]["references"]) == 1
+
+
+def test_prompts_of_subjects3d(own_data, trials, tmp_path, monkeypatch):
+  """Where none are given, its grid stays what it was."""
+  config, base, drawn = own_data
+  asked = []
+
+  def make(split, count, **display):
+    asked.append((split, count, display))
+    return trials.first(count)
+
+  monkeypatch.setattr(evaluate, "make_trials", make)
+  monkeypatch.setattr(evaluate, "contact_sheet", lambda *_: Image.new("RGB", (2, 2)))
+  config.data.update(source="render", image_size=64)
+  assert check_drawing(config, base) == ""
+  draw_validation_grid(config, base, None, tmp_path / "a.png")
+  assert asked == [("validation", 10, dict(ratio=0.8, size=64, layout="centred"))]
+  assert len(drawn[0]["noise"]) == 2
+  config.sample.prompts = ("a {noun} in the snow",)
+  config.sample.subjects = 1
+  assert check_drawing(config, base) == ""
+  draw_validation_grid(config, base, None, tmp_path / "b.png")
+  np.testing.assert_array_equal(drawn[1]["references"][:, 0], trials.references[:1])
+  text = base.tokenizers[0].decode(drawn[1]["ids"][0], skip_special_tokens=True)
+  assert text.strip() == f"a {trials.nouns[0]} in the snow"
+
+
+@pytest.mark.parametrize("prompt", ["a dog on the beach", "a {class} in the snow"])
+def test_a_prompt_without_noun_is_found_before_the_first_step(own_data, prompt):
+  """P12"""
+  config, base, _ = own_data
+  config.sample.prompts = ("a {noun} at night", prompt)
+  with pytest.raises(UserError, match="config.sample.prompts has .*write {noun} where the subject"):
+    check_drawing(config, base)

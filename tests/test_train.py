@@ -6,10 +6,12 @@ import importlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +38,7 @@ from cc_jax.objectives import macl as macl_lib
 from cc_jax.parallel import rules
 from cc_jax.parallel.mesh import AXES, make_mesh, replicate, shard_batch
 from cc_jax.parallel.rules import shard_params
-from cc_jax.training import loop, step
+from cc_jax.training import loop, prompt_sensitivity, step
 from cc_jax.training.accumulation import (
   accumulate_gradients,
   merge_microbatches,
@@ -48,10 +50,17 @@ from cc_jax.training.loop import Callbacks, train
 from cc_jax.training.losses import diffusion_objective, sample_latents, subject_weights, total_loss
 from cc_jax.training.noise import keep_conditions, sample_step_noise, sample_timesteps
 from cc_jax.training.parameter_table import parameter_table
-from cc_jax.training.prompt_sensitivity import relative_rise, wrong_nouns, wrong_phrases
+from cc_jax.training.prompt_sensitivity import (
+  make_prompt_sensitivity,
+  relative_rise,
+  wrong_nouns,
+  wrong_phrases,
+)
+from cc_jax.training.run import save_after_error
 from cc_jax.training.setup import adapter_configs, base_options, make_step_context, step_seed
 from cc_jax.training.step_context import to_unit_range
 from cc_jax.training.telemetry import read_log
+from data_pipeline.errors import DataError
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -101,15 +110,19 @@ def test_killed_runs_go_on_bit_for_bit(setup, loader, tmp_path, quick_compile):
   whole, killed = tmp_path / "whole", tmp_path / "killed"
   train(setup.config, whole)
 
-  between = run(setup.config.base, killed, quick_compile, kill="term:4")
+  base = tmp_path / "base"  # the same, and something in it that training has no use for
+  shutil.copytree(setup.config.base, base)
+  (base / "safety_checker").mkdir()
+  between = run(base, killed, quick_compile, kill="term:4")
   assert between.returncode == 143, between.stderr
+  assert f"{base}: not used: safety_checker/" in between.stderr  # C2
   assert "SIGTERM: step 5 is saved" in between.stdout  # the step that ran when it came
   assert sorted(os.listdir(killed / "checkpoints")) == ["3", "5"]
-  during = run(setup.config.base, killed, quick_compile, kill="save:6")
+  during = run(base, killed, quick_compile, kill="save:6")
   assert during.returncode == -signal.SIGKILL, during.stderr
   assert sorted(p.split(".")[0] for p in os.listdir(killed / "checkpoints")) == ["3", "5", "6"]
   assert not (killed / "checkpoints" / "6").exists()  # there is only the unfinished one
-  after = run(setup.config.base, killed, quick_compile)
+  after = run(base, killed, quick_compile)
   assert after.returncode == 0, after.stderr
   same_to_the_bit(whole, killed)
   logs = read_log(whole / "metrics.jsonl")
@@ -500,31 +513,176 @@ def test_latents_are_a_sample_of_the_posterior_in_the_unets_units():
 # The loop.
 
 
-def test_stops_after_max_bad_steps_with_the_last_good_checkpoint(setup, loader, tmp_path):
+def test_stops_after_max_bad_steps_with_the_good_state_saved(setup, loader, tmp_path, capsys):
+  """C12: skipped steps change no weights, so what the device holds is good."""
   loader.update({1, 3, 4})
   config = setup.config.copy_and_resolve_references()
   config.train.update(max_bad_steps=2, save_every=3, prompt_sensitivity_every=0, log_every=1)
-  with pytest.raises(UserError, match="2 steps in a row up to step 5; .*step 3 is intact; lower"):
+  # When the metrics of step 5 are read, step 6 has been done.
+  with pytest.raises(UserError, match="2 steps in a row up to step 5; .*step 6 is saved, and"):
     train(config, tmp_path)
+  assert "step 2 is skipped, its loss or gradient is not finite" in capsys.readouterr().out
   bad = tmp_path / "bad_steps"
   assert sorted(os.listdir(bad)) == [f"000000{step}.process0.json" for step in (2, 4, 5)]
   found = json.loads((bad / "0000004.process0.json").read_text())
   assert found["subject_id"] == [0, 0, 2, 2] and len(found["class_id"]) == 4
   assert found["metrics"]["norm/gradient/unet"] == found["metrics"]["loss"] == "nan"
-  # Step 3 was the latest save, and it holds no NaN though step 2 was bad.
-  assert os.listdir(tmp_path / "checkpoints") == ["3"]
-  for value in ocp.load(tmp_path / "checkpoints" / "3").values():
-    assert np.isfinite(np.asarray(value)).all()
-  loader.clear()  # the data were mended: the same command goes on
+  # Neither holds a NaN though step 2 was bad.
+  assert sorted(os.listdir(tmp_path / "checkpoints")) == ["3", "6"]
+  saved = {step: ocp.load(tmp_path / "checkpoints" / step) for step in ("3", "6")}
+  assert all(np.isfinite(np.asarray(x)).all() for part in saved.values() for x in part.values())
+  assert saved["6"]["step"] == 6 and saved["6"]["bad_steps"] == 0
+  changed = [not np.array_equal(saved["3"][key], saved["6"][key]) for key in saved["3"]]
+  assert any(changed)  # step 6 was a good one
+  adapter = load_adapter(tmp_path / "adapter.safetensors")
+  assert adapter.notes["steps"] == "6"
+  assert all(np.array_equal(x, saved["6"][f"ema/{key}"]) for key, x in adapter.tensors.items())
+  loader.clear()  # the data were mended, and the rate lowered: the same command goes on
+  config.train.learning_rate *= 0.1
   seen = []
   callbacks = Callbacks(lambda *a: seen.append(a[-1].name), lambda *a: seen.append("end"))
-  config.train.sample_every = 4
-  state = train(config, tmp_path, callbacks, profile_steps=(5, 6))
+  config.train.update(sample_every=4, keep_every=8)
+  state = train(config, tmp_path, callbacks, profile_steps=(7, 8))
+  assert "learning_rate was" in capsys.readouterr().out
   assert list((tmp_path / "profile").rglob("*.xplane.pb"))
-  assert state.step == 8 and seen == ["0000004.png", "0000008.png", "end"]
-  assert (tmp_path / "adapter.safetensors").exists()
+  assert state.step == 8 and seen == ["0000008.png", "end"]
+  for name in ("adapter", "adapter-0000008"):  # what train.keep_every keeps has its own file
+    assert load_adapter(tmp_path / f"{name}.safetensors").notes["steps"] == "8"
   steps = [line["step"] for line in read_log(tmp_path / "metrics.jsonl")]
   assert steps == [1, 2, 3, 4, 5, 6, 7, 8]
+
+
+@pytest.fixture
+def quick_step(setup, loader, monkeypatch):
+  """The step's place is taken by one that adds 1 to every weight; the set holds steps that fail."""
+  fails = set()
+  add = jax.jit(
+    lambda state: state._replace(
+      trainable=jax.tree.map(lambda x: x + 1, state.trainable),
+      ema=jax.tree.map(lambda x: x + 1, state.ema), step=state.step + 1),
+    donate_argnums=0)
+
+  def compile_step(run, batch, seed):
+    metrics = {key: jnp.zeros(()) for key in ("loss", "bad_steps", "learning_rate")}
+
+    def one(state, frozen, batch, seed):
+      number = int(jax.device_get(state.step)) + 1
+      state = add(state)
+      if number in fails:
+        raise RuntimeError("RESOURCE_EXHAUSTED")
+      return state, metrics
+
+    return one
+
+  def build(*_, **__):  # the base is read, and the adapter initialised, once for all
+    return setup.definition, jax.tree.map(jnp.copy, setup.trainable), setup.frozen
+
+  monkeypatch.setattr(loop, "load_base", lambda *_, **__: setup.base)
+  monkeypatch.setattr(loop, "build_customcontrast", build)
+  monkeypatch.setattr(loop, "compile_step", compile_step)
+  monkeypatch.setattr(
+    "cc_jax.training.setup.make_prompt_sensitivity", lambda *_: lambda *_: {"gap/class": 0.5})
+  return fails
+
+
+class Killed(BaseException):
+  """Stands for SIGKILL: nobody catches it."""
+
+
+def test_what_ends_a_run_leaves_its_state_saved(setup, quick_step, tmp_path, monkeypatch, capsys):
+  """P13, P12, C6: errors of data and drawing, Ctrl-C, a kill after the save; each run goes on."""
+  config = setup.config.copy_and_resolve_references()
+  config.train.update(log_every=1, save_every=2, sample_every=2, prompt_sensitivity_every=2)
+  whole, workdir = tmp_path / "whole", tmp_path / "run"
+  train(config, whole, Callbacks(lambda *_: None))
+  seen = []
+
+  def saved():
+    steps = load_adapter(workdir / "adapter.safetensors").notes["steps"]
+    return steps, [int(name) for name in sorted(os.listdir(workdir / "checkpoints"))][-1]
+
+  def kill(*_):
+    raise Killed
+
+  def draw(*arguments):
+    step = int(arguments[-1].stem)
+    seen.append(step)
+    if step == 4:
+      raise UserError("the sampler does not fit")
+    if step == 6:
+      raise KeyboardInterrupt
+
+  callbacks = Callbacks(draw)
+  with monkeypatch.context() as patch:  # between save and evaluation: C6 wants the adapter by then
+    patch.setattr("cc_jax.training.setup.make_prompt_sensitivity", lambda *_: kill)
+    with pytest.raises(Killed):
+      train(config, workdir, callbacks)
+  assert saved() == ("2", 2)
+
+  real = data_pipeline.make_loader
+
+  def cut(*args, start_step=0, **kwargs):
+    for number, batch in enumerate(real(*args, start_step=start_step, **kwargs), start_step):
+      if number == 3 and kwargs["seed"] == config.seed:
+        raise DataError("b/1.jpg is cut off; save it again")
+      yield batch
+
+  with monkeypatch.context() as patch:
+    patch.setattr(data_pipeline, "make_loader", cut)
+    with pytest.raises(DataError, match="^b/1.jpg is cut off; save it again; step 3 is saved, and"):
+      train(config, workdir, callbacks)
+    assert saved() == ("3", 3)
+  with pytest.raises(UserError, match="^the sampler does not fit; step 4 is saved, and the same"):
+    train(config, workdir, callbacks)
+  assert saved() == ("4", 4)
+  capsys.readouterr()
+  with pytest.raises(KeyboardInterrupt):
+    train(config, workdir, callbacks)
+  assert "step 6 is saved, and the same command goes on from there" in capsys.readouterr().out
+  train(config, workdir, callbacks)
+  assert seen == [4, 6, 8]  # none twice, and the one that the kill has cost
+  a, b = (ocp.load(path / "checkpoints" / "8") for path in (whole, workdir))
+  assert a.keys() == b.keys() and all(np.array_equal(a[key], b[key]) for key in a)
+  expected = read_log(whole / "metrics.jsonl")
+  assert [line["step"] for line in expected if "gap/class" in line] == [2, 4, 6, 8]
+  expected.remove({"step": 2, "gap/class": 0.5})
+  assert read_log(workdir / "metrics.jsonl") == expected
+
+
+def test_what_cannot_be_saved_is_said(setup, quick_step, tmp_path, monkeypatch, capsys):
+  """P13: a step that fails takes its state along; a save that fails hides no other error."""
+  config = setup.config.copy_and_resolve_references()
+  config.train.update(save_every=2, sample_every=3, prompt_sensitivity_every=0)
+  quick_step.add(4)
+  with pytest.raises(RuntimeError, match="RESOURCE_EXHAUSTED"):
+    train(config, tmp_path / "step")
+  said = capsys.readouterr().out
+  assert "could not be saved (the step that failed has used up the state); step 2 is saved" in said
+
+  def draw(*_):
+    raise UserError("the sampler does not fit")
+
+  def full(self, step, *_):
+    raise UserError(f"cannot save step {step}: the disk is full")
+
+  quick_step.clear()
+  monkeypatch.setattr(Checkpoints, "save", full)
+  config.train.save_every = 0
+  wanted = r"^the sampler does not fit; the latest steps could not be saved \(cannot save step 3: "
+  with pytest.raises(UserError, match=wanted + r"the disk is full\); there is no checkpoint yet$"):
+    train(config, tmp_path / "disk", Callbacks(draw))
+
+
+def test_one_process_of_several_does_not_try_to_save(monkeypatch):
+  """P13: the others are in the next step, and a save needs them all."""
+  monkeypatch.setattr(jax, "process_count", lambda: 2)
+  stays = "step 3 is saved, and the same command goes on from there"
+  stopped = SimpleNamespace(
+    last_update=4, unlogged=None, checkpoints=SimpleNamespace(latest_step=lambda: 3))
+  lost = "the latest steps could not be saved (of several processes one cannot save alone); "
+  assert save_after_error(stopped, DataError("a picture is cut off")) == lost + stays
+  stopped.last_update = 3
+  assert save_after_error(stopped, DataError("a picture is cut off")) == stays
 
 
 def bucket(folder):
@@ -679,6 +837,18 @@ def test_relative_rise_counts_changed_samples_only():
   )
   assert float(rise) == 0.5
   assert float(relative_rise(jnp.ones(2), jnp.ones(2), jnp.zeros(2, bool))) == 0.0
+
+
+def test_a_gap_of_which_nothing_changed_is_left_out(setup, monkeypatch, caplog):
+  """C13: 0 would say that the word is ignored."""
+  monkeypatch.setattr(prompt_sensitivity, "sample_losses", lambda c, a, f, batch: batch["loss"])
+  right = {"loss": np.asarray([1.0, 2.0], np.float32), "slot": np.zeros(2, np.int32)}
+  wrong = {"loss": np.asarray([9.0, 3.0], np.float32), "slot": right["slot"]}
+  masks = {"class": np.asarray([False, False]), "scene": np.asarray([False, True])}
+  measure = make_prompt_sensitivity(
+    None, make_mesh(setup.config.mesh, 2), right, {k: (wrong, mask) for k, mask in masks.items()})
+  assert measure({}, {}) == {"gap/scene": 0.5}  # 3 / 2 - 1
+  assert "gap/class is left out" in caplog.text and "gap/scene" not in caplog.text
 
 
 # The command line and the config.

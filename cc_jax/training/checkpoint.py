@@ -31,6 +31,18 @@ MODEL_SECTIONS = ("encoder", "injection")
 _UNREADABLE = "delete that folder to go on from the one before it"
 ANSWER_TIMEOUT = 60  # seconds within which the storage must answer at the start
 SAVE_TIMEOUT = 1200  # seconds within which a save must end
+_ORBAX = os.path.join("orbax", "checkpoint")  # part of the path of its files
+
+
+def _is_worth_telling(record: logging.LogRecord) -> bool:
+  """A filter of log records: drops Orbax's own, except for its warnings; those of others pass.
+
+  Orbax logs every step of a save, and every error with its traceback before it raises it, which
+  the program tells in one line. Its logger, absl's, is also that of this package and of others.
+  """
+  # asyncio logs what a task of Orbax raised: there only the message names Orbax's file.
+  source = record.getMessage() if record.name == "asyncio" else record.pathname
+  return _ORBAX not in source or record.levelno == logging.WARNING
 
 
 class Checkpoints:
@@ -48,9 +60,8 @@ class Checkpoints:
     folder = os.fspath(folder)
     # Orbax takes no relative path.
     self._folder = epath.Path(folder if "://" in folder else os.path.abspath(folder))
-    # Orbax logs every step of a save, and every error with its traceback before it raises it.
     for name in ("absl", "asyncio"):
-      logging.getLogger(name).setLevel(logging.CRITICAL)
+      logging.getLogger(name).addFilter(_is_worth_telling)  # a second time this changes nothing
     policies = ocp.training.preservation_policies
     policy = policies.LatestN(keep)
     if keep_every:
@@ -64,10 +75,10 @@ class Checkpoints:
 
     try:
       _within(ANSWER_TIMEOUT, probe_folder)
+      context = ocp.Context()
+      context.asynchronous.timeout_secs = SAVE_TIMEOUT
       self._orbax = ocp.training.Checkpointer(
-        self._folder,
-        context=ocp.Context(async_options=ocp.options.AsyncOptions(timeout_secs=SAVE_TIMEOUT)),
-        preservation_policy=policy, cleanup_tmp_directories=True,
+        self._folder, context=context, preservation_policy=policy, cleanup_tmp_directories=True
       )
     except Exception as error:
       raise UserError(

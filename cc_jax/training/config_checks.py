@@ -38,6 +38,7 @@ from cc_jax.training.config_rules import (
   shown,
   text,
   whole,
+  with_noun,
 )
 from cc_jax.training.optimizer import SCHEDULES
 from cc_jax.training.step_context import CSCL_FRAMES
@@ -63,6 +64,8 @@ RULES = {
   "data.caption_drop_detail_prob": real(0, 1),
   "data.group": one_of(*sampling.GROUPS),
   "data.group_ratio": real(0, 1),
+  "data.holdout_subjects": note(whole(0), "0 = none"),
+  "data.max_bad_share": note(real(0, below=1), "0 = each is an error"),
   "encoder.image_encoder": text,
   "encoder.image_layers": several(whole(), least=1),
   "encoder.width": whole(1),
@@ -121,7 +124,7 @@ RULES = {
   "train.sample_every": note(whole(0), "0 = only at the end"),
   "train.prompt_sensitivity_every": _NEVER,
   **{f"mesh.{axis}": _DEVICES for axis in AXES},
-  "mesh.processes": note(whole(1, or_value=-1), "the number of processes"),
+  "mesh.processes": note(whole(1, or_value=-1), "-1 = what the cluster says"),
   "mesh.cpu_devices": note(whole(1, or_value=-1), "-1 = one per core"),
   "sample.split": filled,
   "sample.subjects": whole(1),
@@ -130,6 +133,7 @@ RULES = {
   "sample.guidance": note(_NOT_NEGATIVE, "usually 5"),
   "sample.image_guidance": note(real(), "negative = one guidance for both"),
   "sample.scale": note(_NOT_NEGATIVE, "0 = the base, usually 1"),
+  "sample.prompts": note(several(with_noun), "such as ('a {noun} on the beach',)"),
 }
 # Sections of adapter files and older configs lack keys that have come later with a default that
 # means what it was before; a mesh's axes are 1 unless it says otherwise.

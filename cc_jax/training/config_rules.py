@@ -68,6 +68,11 @@ def filled(value: Any) -> str | None:
   return text(value) or (None if value.strip() else "not be empty")
 
 
+def with_noun(value: Any) -> str | None:
+  """A prompt that says where the subject's class noun goes."""
+  return text(value) or (None if "{noun}" in value else "have {noun} in it")
+
+
 def one_of(*names: str) -> Rule:
   """One of some words; the rule says which is meant where one is much like the value."""
 

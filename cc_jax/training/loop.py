@@ -1,23 +1,19 @@
 """The training loop. Read from the top down: set up, restore or initialise, loop, finish."""
 
-import dataclasses
+import contextlib
 import functools
 import time
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import ml_collections
-import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
 from cc_jax.bases.base import Base, load_base
 from cc_jax.customcontrast import ip_adapter
-from cc_jax.customcontrast.adapter_base import describe_base
-from cc_jax.customcontrast.adapter_file import save_adapter
 from cc_jax.customcontrast.build import build_customcontrast
-from cc_jax.customcontrast.model import CustomContrast
 from cc_jax.errors import UserError
 from cc_jax.models.params import Params
 from cc_jax.parallel.distributed import initialize_distributed, set_cpu_devices
@@ -25,43 +21,24 @@ from cc_jax.parallel.mesh import gather_to_host, make_mesh, shard_batch
 from cc_jax.parallel.rules import init_sharded, param_sharding_fn, shard_params, shards_params
 from cc_jax.parallel.sharding_report import check_sharding, describe_sharding
 from cc_jax.training import setup
-from cc_jax.training.checkpoint import Checkpoints, config_changes, jsonable
+from cc_jax.training.checkpoint import Checkpoints, config_changes
 from cc_jax.training.preemption import EXIT_CODE, Preemption
+from cc_jax.training.run import (
+  NO_CALLBACKS,
+  Callbacks,
+  FinishedStep,
+  Run,
+  log_latest,
+  log_step,
+  run_callback,
+  save,
+  save_after_error,
+  write_adapter,
+)
 from cc_jax.training.step import TrainState, init_state, make_train_step
-from cc_jax.training.step_context import StepContext
 from cc_jax.training.telemetry import Profile, Telemetry
-
-Callback = Callable[[ml_collections.ConfigDict, Base, CustomContrast, epath.Path], None]
-
-
-class Callbacks(NamedTuple):
-  """Each gets (config, base, model with EMA weights, where to write). cc_jax.evaluate has both.
-
-  on_sample: every config.train.sample_every steps, with the file of a picture.
-  on_finish: once the adapter is written, with the workdir.
-  """
-
-  on_sample: Callback | None = None
-  on_finish: Callback | None = None
-
-
-NO_CALLBACKS = Callbacks()
-
-
-@dataclasses.dataclass
-class Run:
-  """A run of training and its devices. A step donates `state`: nothing else may refer to it."""
-
-  config: ml_collections.ConfigDict
-  workdir: epath.Path
-  mesh: Mesh
-  base: Base
-  context: StepContext
-  frozen: Params
-  state: TrainState
-  start: int  # finished steps at the beginning of this process
-  checkpoints: Checkpoints
-  log: Telemetry
+from cc_jax.training.workdir_lock import lock_workdir
+from data_pipeline.errors import DataError
 
 
 def train(
@@ -70,6 +47,8 @@ def train(
 ) -> TrainState:
   """Trains until config.train.steps, from the latest checkpoint in `workdir` if there is one.
 
+  An error behind the first step leaves the state saved, as a checkpoint and as an adapter.
+
   Args:
     workdir: a folder or a bucket's URL, the same for all processes.
     profile_steps: the first and last step of a trace in workdir/profile; (0, 0) = none.
@@ -77,29 +56,52 @@ def train(
   Raises:
     UserError: a mistake in the config, the base or the checkpoint; a workdir that cannot be
       written; max_bad_steps losses in a row that are not finite; processes that did not join.
+    DataError: a mistake in the data.
     SystemExit: 143 after SIGTERM, when the state is saved.
   """
-  run = set_up(config, epath.Path(workdir))
-  profile = Profile(run.workdir / "profile", profile_steps)
+  with contextlib.ExitStack() as lock:
+    return run_training(set_up(config, epath.Path(workdir), lock), callbacks, profile_steps)
+
+
+def run_training(run: Run, callbacks: Callbacks, profile_steps: tuple[int, int]) -> TrainState:
+  """From set up to the last picture; whatever ends it, the good state is saved."""
+  config, profile = run.config, Profile(run.workdir / "profile", profile_steps)
   try:
+    if callbacks.on_start is not None and jax.process_count() == 1:
+      if line := callbacks.on_start(config, run.base):
+        run.log.say(line)
     if run.start < config.train.steps:
       run_steps(run, callbacks, profile)
+    else:
+      write_adapter(run, run.start)
     run.checkpoints.wait()
+  except (Exception, KeyboardInterrupt) as error:
+    saved = save_after_error(run, error)
+    if saved and isinstance(error, UserError | DataError):
+      raise type(error)(f"{error}; {saved}") from error
+    if saved:
+      run.log.say(saved)
+    raise
   finally:
     profile.close()
     run.log.close()
-    run.checkpoints.close()
-  save_final_adapter(run)
+    with contextlib.suppress(UserError):  # a save that failed is told above
+      run.checkpoints.close()
   run_callback(run, callbacks.on_finish, run.workdir)
   return run.state
 
 
-def set_up(config: ml_collections.ConfigDict, workdir: epath.Path) -> Run:
-  """Everything before the first step; says what is trained, and where."""
+def set_up(
+  config: ml_collections.ConfigDict, workdir: epath.Path, lock: contextlib.ExitStack
+) -> Run:
+  """Everything before the first step; says what is trained, and where. `lock` holds the workdir."""
   setup.check_config(config)
   settings = config.train
   set_cpu_devices(config.mesh, settings.batch_size)
   processes = initialize_distributed(config.mesh)
+  check_lock = lambda: None  # noqa: E731
+  if jax.process_index() == 0:
+    check_lock = lock.enter_context(lock_workdir(workdir))
   folder = workdir / "checkpoints"
   checkpoints = Checkpoints(folder, keep=settings.keep, keep_every=settings.keep_every)
   mesh = make_mesh(config.mesh, settings.batch_size)
@@ -117,7 +119,8 @@ def set_up(config: ml_collections.ConfigDict, workdir: epath.Path) -> Run:
     every=settings.log_every, batch_size=settings.batch_size, chips=mesh.size,
     writes=jax.process_index() == 0,
   )  # fmt: skip
-  run = Run(config, workdir, mesh, base, context, frozen, state, record["step"], checkpoints, log)
+  run = Run(config, workdir, mesh, base, context, frozen, state, record["step"], checkpoints, log,
+            check_lock)
   log_set_up(run, processes, warm_start)
   return run
 
@@ -165,8 +168,9 @@ def run_steps(run: Run, callbacks: Callbacks, profile: Profile) -> None:
   """The steps from `run.start` on, each with what is due after it.
 
   While a step runs, the metrics of the one before are logged and the next batch is transferred.
-  After it the order is: log, evaluate, save. A checkpoint keeps the running sums of the log, and a
-  restart truncates the log to the checkpoint's step: by then it must hold all that belongs there.
+  After it the order is: log, save, evaluate. So a run that dies of drawing has saved the step, and
+  goes on behind it when it is started again: that step is not evaluated once more. A restart
+  truncates the log to the checkpoint's step, and keeps the lines of that step's evaluation.
   """
   config, settings, mesh, log = run.config, run.config.train, run.mesh, run.log
   with log.spent("starting"):
@@ -179,16 +183,16 @@ def run_steps(run: Run, callbacks: Callbacks, profile: Profile) -> None:
       config, run.base, run.context, mesh
     )
 
-  unlogged = None  # the latest step, its metrics and the ids of its batch
   with Preemption() as preemption:
     for step in range(run.start + 1, settings.steps + 1):
       profile.before(step)
       with jax.transfer_guard("disallow"):  # what the step needs is on the devices
         run.state, metrics = step_fn(run.state, run.frozen, batch, seed)
       profile.after(step, metrics)
-      if unlogged:
-        log_step(run, *unlogged)
-      unlogged = step, metrics, {key: ids for key, ids in rows.items() if key.endswith("_id")}
+      ids = {key: values for key, values in rows.items() if key.endswith("_id")}
+      before, run.unlogged = run.unlogged, FinishedStep(step, metrics, ids)
+      if before is not None:
+        log_step(run, before)
       if step < settings.steps:
         began = time.perf_counter()
         rows = next(batches)
@@ -197,23 +201,19 @@ def run_steps(run: Run, callbacks: Callbacks, profile: Profile) -> None:
           log.waited(time.perf_counter() - began)
 
       stops = preemption.stops_after(step)
-      evaluates = due(step, settings.prompt_sensitivity_every, settings.sample_every)
-      saves = stops or due(step, settings.save_every, settings.steps)
-      if evaluates or saves:
-        log_step(run, *unlogged)
-        unlogged = None
-      if evaluates:
+      if stops or due(step, settings.save_every, settings.steps):
+        save(run, step)
+      if stops:
+        run.checkpoints.wait()  # the machine may be gone before the step is evaluated
+      if due(step, settings.prompt_sensitivity_every, settings.sample_every):
+        log_latest(run)
         with log.spent("evaluating"):
           if due(step, settings.prompt_sensitivity_every):
-            log.write(step, sensitivity_fn(run.state.ema, run.frozen))
+            if gaps := sensitivity_fn(run.state.ema, run.frozen):
+              log.write(step, gaps)
           if due(step, settings.sample_every):
             run_callback(run, callbacks.on_sample, run.workdir / "samples" / f"{step:07d}.png")
-      if saves:
-        with log.spent("saving"):
-          record = {"base_hash": run.base.hash, "config": jsonable(config)}
-          run.checkpoints.save(step, run.state, record | {"telemetry": log.state()})
       if stops:
-        run.checkpoints.wait()
         log.say(f"SIGTERM: step {step} is saved; the same command goes on from there")
         raise SystemExit(EXIT_CODE)
 
@@ -244,49 +244,3 @@ def measure_utilisation(log: Telemetry, step_fn: jax.stages.Compiled, mesh: Mesh
 def due(step: int, *every: int) -> bool:
   """Whether `step` is a multiple of one of `every`; 0 stands for never."""
   return any(n and step % n == 0 for n in every)
-
-
-def log_step(run: Run, step: int, metrics: Any, ids: Mapping[str, np.ndarray]) -> None:
-  """Fetches the metrics of a step, which waits for it; stops a run that went wrong (UserError)."""
-  metrics = jax.device_get(metrics)
-  run.log.step(step, metrics)
-  if not metrics["bad_steps"]:
-    return
-  file = run.log.dump(step, ids, metrics)
-  if metrics["bad_steps"] >= run.config.train.max_bad_steps:
-    latest = run.checkpoints.latest_step()
-    kept = "no checkpoint yet" if latest is None else f"the checkpoint of step {latest} is intact"
-    raise UserError(
-      f"loss or gradient is not finite, {int(metrics['bad_steps'])} steps in a row up to step "
-      f"{step}; {kept}; lower train.learning_rate, look at the data (subjects and norms are in "
-      f"{file}), or raise train.max_bad_steps to skip such steps"
-    )
-
-
-def run_callback(run: Run, callback: Callback | None, path: epath.Path) -> None:
-  """Calls it, if there is one process: of several, none has all of the model (see `evaluate`)."""
-  if callback is None:
-    return
-  if jax.process_count() > 1:
-    run.log.say(f"no pictures from several processes: python -m cc_jax.evaluate draws {path.name}")
-    return
-  callback(run.config, run.base, run.context.model(run.state.ema, run.frozen), path)
-
-
-def save_final_adapter(run: Run) -> None:
-  """Writes the EMA weights to workdir/adapter.safetensors; all processes must call it."""
-  tensors, config = gather_to_host(run.state.ema), run.config
-  if jax.process_index() != 0:
-    return
-  encoder, injection = setup.adapter_configs(config)
-  notes = {
-    "steps": str(int(run.state.step)),
-    "data": f"{config.data.source} {config.data.name}",
-    # How references are displayed: sampling does the same.
-    "reference_share": str(config.data.reference_ratio),
-    "reference_place": config.data.reference_layout,
-  }
-  save_adapter(
-    run.workdir / "adapter.safetensors", tensors, encoder=encoder, injection=injection, notes=notes,
-    **describe_base(run.base),
-  )  # fmt: skip

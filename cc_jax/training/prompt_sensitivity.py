@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float
 
@@ -47,7 +48,8 @@ def make_prompt_sensitivity(
 ) -> Callable[[Params, Params], dict[str, float]]:
   """A function (adapter, frozen) -> {'gap/<word>': relative rise of the loss} on one fixed batch.
 
-  `wrong` maps a name to (the batch with a wrong word, which samples really changed [B]).
+  `wrong` maps a name to (the batch with a wrong word, which samples really changed [B]). A word of
+  which nothing changed has no gap: a warning says so, and the key is left out.
   """
   losses = jax.jit(
     lambda adapter, frozen, batch: sample_losses(context, adapter, frozen, batch),
@@ -58,6 +60,13 @@ def make_prompt_sensitivity(
     name: (shard_batch(values, mesh), shard_batch({"changed": changed}, mesh))
     for name, (values, changed) in wrong.items()
   }
+  # Of the whole batch: all processes must agree on the programs that they run.
+  changes = jax.jit(jnp.any, out_shardings=replicated_sharding(mesh))
+  for name in [name for name, (_, mask) in sharded.items() if not changes(mask["changed"])]:
+    del sharded[name]
+    logging.warning(
+      "gap/%s is left out: in no caption of the first %d can that word be replaced by another",
+      name, len(batch["slot"]))
 
   def prompt_sensitivity(adapter: Params, frozen: Params) -> dict[str, float]:
     right_losses = losses(adapter, frozen, right)

@@ -23,6 +23,8 @@ import numpy as np
 import tqdm
 from etils import epath
 
+from cc_jax.errors import UserError, one_line
+
 LAST_VALUE = ("learning_rate", "bad_steps")  # not averaged: a line has those of its own step
 # These depend on the machine; everything else in a line is a function of config and step.
 TIMINGS = ("seconds", "images_per_second", "images_per_second_per_chip", "mfu")
@@ -106,27 +108,29 @@ class Telemetry:
       self._restart_clock()
 
   def write(self, step: int, values: Mapping[str, float]) -> None:
-    """Writes one line now."""
+    """Writes one line now. Raises UserError if the storage does not take it."""
     if not self._writes:
       return
     line = json.dumps({"step": step, **json_numbers(values)}) + "\n"
-    if self._file is None:
-      self._text += line
-      self._path.write_text(self._text)
-      return
-    self._file.write(line)
-    self._file.flush()
+    with _storage_errors(self._path):
+      if self._file is None:
+        self._text += line
+        self._path.write_text(self._text)
+        return
+      self._file.write(line)
+      self._file.flush()
     for key, value in values.items():
       self._tensorboard.add_scalar(key, value, step)
 
   def dump(self, step: int, ids: Mapping[str, np.ndarray], metrics: Mapping[str, float]) -> str:
     """Writes the ids of this process's rows of a bad batch and the metrics; returns the file."""
     folder = self._workdir / "bad_steps"
-    folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"{step:07d}.process{jax.process_index()}.json"
     record = {"step": step, "metrics": json_numbers({k: float(v) for k, v in metrics.items()})}
     record |= {key: np.asarray(value).tolist() for key, value in ids.items()}
-    file.write_text(json.dumps(record, indent=1) + "\n")
+    with _storage_errors(file):
+      folder.mkdir(parents=True, exist_ok=True)
+      file.write_text(json.dumps(record, indent=1) + "\n")
     return str(file)
 
   def say(self, text: str) -> None:
@@ -143,7 +147,8 @@ class Telemetry:
       self._bar.close()
       if self._file is not None:
         self._tensorboard.close()
-        self._file.close()
+        with contextlib.suppress(OSError):  # a full disk, which `write` has told
+          self._file.close()
 
   def _restart_clock(self) -> None:
     self._timed, self._outside, self._since = 0, 0.0, time.perf_counter()
@@ -183,6 +188,16 @@ class Profile:
     if self._runs:
       jax.profiler.stop_trace()
       self._runs = False
+
+
+@contextlib.contextmanager
+def _storage_errors(path: epath.Path) -> Iterator[None]:
+  try:
+    yield
+  except OSError as error:
+    raise UserError(
+      f"cannot write {path}: {one_line(error)}; make room and run the same command again"
+    ) from error
 
 
 def json_numbers(values: Mapping[str, float]) -> dict[str, float | str]:
