@@ -143,7 +143,8 @@ def _in_pieces(
 
 
 def _ids(tokenizer: Callable, text: str) -> list[int]:
-  return list(tokenizer(text)["input_ids"])
+  # Otherwise transformers warns of indexing errors where a prompt is long, which we see to.
+  return list(tokenizer(text, verbose=False)["input_ids"])
 
 
 def _span(

@@ -389,7 +389,7 @@ def test_noun_span_of_a_vocabulary_that_joins_neighbours():
     model_max_length, pad_token_id = 16, 0
     pieces = ["<s>", "</s>", "a", " teapot", "teapot", " ", " on", " grass"]
 
-    def __call__(self, text):
+    def __call__(self, text, **_):
       parts = {"a teapot on grass": ["a", " teapot", " on", " grass"], "a ": ["a", " "]}
       found = parts.get(text, ["a", " ", "teapot"])
       return {"input_ids": [0, *(self.pieces.index(p) for p in found), 1]}
