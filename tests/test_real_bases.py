@@ -80,7 +80,9 @@ NOUNS = ("mug", "toy car", "plush bear")
 def ids(name: str) -> tuple[str, str]:
   """What the config names: (base, image encoder)."""
   config = importlib.import_module(f"configs.{name}").get_config()
-  return config.base, config.encoder.image_encoder
+  found = config.base, config.encoder.image_encoder
+  assert all(id_.count("@") == 1 for id_ in found), f"{found} are no hub ids at a commit"
+  return found
 
 
 def write_network(folder: Path, part: str, published: Path, changes: dict) -> None:
