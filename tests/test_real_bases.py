@@ -10,7 +10,6 @@ import os
 import runpy
 import shutil
 import sys
-import time  # TIMES
 from pathlib import Path
 
 import huggingface_hub
@@ -186,7 +185,6 @@ def run(world, quick_compile, monkeypatch, capsys):
   verbosity = logging.get_verbosity()
 
   def run(command: str, *words: str) -> str:
-    t0 = time.process_time()  # TIMES
     monkeypatch.setattr(sys, "argv", [f"cc_jax/{command}.py", *words])
     try:
       runpy.run_module(f"cc_jax.{command}", run_name="__main__", alter_sys=True)
@@ -202,8 +200,6 @@ def run(world, quick_compile, monkeypatch, capsys):
                if not module.startswith("absl.") or flag.name.startswith("config")}  # fmt: skip
       for flag in names & set(flags.FLAGS):
         delattr(flags.FLAGS, flag)
-      with open("/tmp/h18times", "a") as file:  # TIMES
-        file.write(f"{command} {time.process_time() - t0:.1f}\n")  # TIMES
     raise AssertionError("a command ends with an exit code")
 
   return run
