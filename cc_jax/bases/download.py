@@ -196,10 +196,15 @@ def _announce(name: str, patterns: Sequence[str]) -> None:
     return
   licence = (info.card_data or {}).get("license") or LICENCES.get(repo, "unknown")
   print(
-    f"downloading {total / 1e9:.2f} GB of {name} to {constants.HF_HUB_CACHE}: "
-    f"{first_names([f'{file} {sizes[file] / 1e9:.2f} GB' for file in missing], 4)}; "
+    f"downloading {_amount(total)} of {name} to {constants.HF_HUB_CACHE}: "
+    f"{first_names([f'{file} {_amount(sizes[file])}' for file in missing], 4)}; "
     f"licence: {licence}, see {constants.ENDPOINT}/{repo}", file=sys.stderr, flush=True,
   )  # fmt: skip
+
+
+def _amount(size: int) -> str:
+  """Bytes for people."""
+  return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
 
 
 def _call(name: str, layout: Layout, download, **arguments) -> str:
@@ -208,14 +213,14 @@ def _call(name: str, layout: Layout, download, **arguments) -> str:
   try:
     return download(**arguments)
   except (OSError, ValueError, errors.HTTPError) as error:
-    reason = one_line(error).split(". ")[0]
     if isinstance(error, errors.HfHubHTTPError):  # the hub has answered
+      reason = one_line(error).split(". ")[0]
       raise UserError(
         f"{name!r} is no folder or file, and cannot be had from the hub ({reason}); check the "
         "spelling, or log in with `hf auth login` if it is not for everybody"
       ) from error
-    if constants.is_offline_mode():
-      reason = "HF_HUB_OFFLINE is set"
+    offline = constants.is_offline_mode()
+    reason = "HF_HUB_OFFLINE is set" if offline else one_line(error.__cause__ or error)
     raise UserError(
       f"{name!r} is no folder or file, nor in the hub's cache ({reason}); looked for "
       f"{_cached(name)} with {layout.words}; fetch it with `{_command(name, layout)}`, or give the "
