@@ -72,7 +72,7 @@ class Run:
   start: int  # finished steps at the beginning of this process
   checkpoints: Checkpoints
   log: Telemetry
-  check_lock: Callable[[], None]  # raises UserError if another run took the workdir; see lock_workdir
+  check_lock: Callable[[], None]  # UserError if another run took the workdir: lock_workdir
   unlogged: FinishedStep | None = None  # the latest step, until it is logged
   last_update: int = 0  # the latest logged step that changed the weights
 
