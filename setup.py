@@ -51,6 +51,7 @@ setup(
         "cuda12": ["jax[cuda12]>=0.10.2"],
         "cuda13": ["jax[cuda13]>=0.10.2"],
         "tpu": ["jax[tpu]>=0.10.2"],
+        "heif": ["pillow-heif"],  # telephones' .heic pictures in folders of one's own
         # What the command `tfds` imports and does not install.
         "tfds": ["apache-beam", "mlcroissant"],
         "notebooks": ["jupyterlab>=4", "ipywidgets>=8"],

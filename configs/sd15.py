@@ -34,7 +34,7 @@ def get_config() -> ml_collections.ConfigDict:
   c.data.source = "folder"
   c.data.name = "data/multi_view"
   c.data.image_size = 512
-  c.data.holdout_subjects = 4  # of whom pictures are drawn
+  c.data.holdout_subjects = 2  # of whom pictures are drawn; a large data set can spare more
 
   # The image encoder of IP-Adapter(-plus): CLIP ViT-H/14, 32 layers, 257 tokens of 1280.
   c.encoder.image_encoder = (

@@ -83,9 +83,9 @@ def has_alpha(image: Image.Image) -> bool:
   return with_alpha or (image.mode == "P" and image.palette.mode == "RGBA")
 
 
-def file_has_alpha(file: str | Path) -> bool:
-  """`has_alpha` of a file, of which only the header is read. Raises DataError as `read_image`."""
-  with _pillow_errors(file, str(file)), Image.open(file) as image:
+def file_has_alpha(file: Path) -> bool:
+  """`has_alpha` of a file, also in a bucket, by its header. Raises DataError as `read_image`."""
+  with _pillow_errors(None, str(file)), file.open("rb") as data, Image.open(data) as image:
     return has_alpha(image)
 
 

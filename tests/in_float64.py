@@ -15,9 +15,9 @@ jnp.float32 = jnp.float64  # the precision of losses, norms and defaults
 import optax  # noqa: E402
 
 from cc_jax.parallel import rules, sharding_report  # noqa: E402
-from cc_jax.training import optimizer, setup  # noqa: E402
+from cc_jax.training import config_checks, optimizer  # noqa: E402
 
 optimizer.make_optimizer = lambda settings: optax.trace(decay=0.0)  # its state is the gradient
 rules.RULES = tuple(rule._replace(min_size=2) for rule in rules.RULES)
 sharding_report.MAX_REPLICATED_RATIO = 1.0  # the tiny networks' sizes are odd on purpose
-setup.DTYPES = (*setup.DTYPES, "float64")
+config_checks.RULES |= dict.fromkeys(("train.dtype", "train.base_dtype"), config_checks.text)

@@ -149,7 +149,7 @@ BAD = {
   "mesh.data=0": "at least 1, or -1",
   "mesh.fsdp=-1": "only one axis",
   "mesh.tensor=-2": "at least 1, or -1",
-  "mesh.processes=0": "number of processes",
+  "mesh.processes=0": "-1 = what the cluster says",
   "mesh.cpu_devices=0": "-1 = one per core",
   # words
   "base=": "not be empty",

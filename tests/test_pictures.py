@@ -4,6 +4,7 @@ Rows P4 to P7, P15 and P18 of the faults of issue 18. A door is a way in: a fold
 TFDS record, a reference on the command line, one handed over in Python, a picture to start from.
 """
 
+import functools
 import io
 import struct
 import types
@@ -24,6 +25,8 @@ from cc_jax.sampling import images as pictures
 from data_pipeline import images
 from data_pipeline.errors import DataError
 from data_pipeline.sources import folder
+from data_pipeline.sources.features import Schema
+from data_pipeline.sources.tf_data import import_tfds
 from data_pipeline.sources.tfds_source import SubjectRecord
 
 SIZE = 32
@@ -80,13 +83,21 @@ def by_folder(path, mask):
   return on_white(rgb, mask)
 
 
+@functools.cache
+def schema():
+  features = import_tfds().features
+  pictures, text = features.Sequence(features.Image()), features.Text()
+  kinds = dict(frames=pictures, masks=pictures, captions=features.Sequence(text), class_noun=text)
+  return Schema(features.FeaturesDict(kinds | {"subject_id": np.int32}), "a set")
+
+
 def by_tfds(path, mask):
   values = {
     key: types.SimpleNamespace(bytes_list=types.SimpleNamespace(value=[file.read_bytes()]))
     for key, file in (("frames", path), ("masks", mask))
   }
   example = types.SimpleNamespace(features=types.SimpleNamespace(feature=values))
-  return on_white(*SubjectRecord(example, path.name).frame(0))
+  return on_white(*SubjectRecord(example, b"", schema(), path.name).frame(0))
 
 
 def by_command(path, mask):

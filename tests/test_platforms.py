@@ -130,7 +130,7 @@ def test_every_imported_package_is_declared():
   imported -= set(sys.stdlib_module_names) | {"cc_jax", "data_pipeline", "configs"}
   owners = importlib.metadata.packages_distributions()
   runtime, extras = requirements()
-  declared = {normal(name) for name in [*runtime, *extras["notebooks"]]}
+  declared = {normal(name) for name in [*runtime, *extras["notebooks"], *extras["heif"]]}
   for name in imported:
     assert {normal(owner) for owner in owners.get(name, [name])} & declared, name
 

@@ -15,7 +15,6 @@ import pytest
 from jax.sharding import AbstractMesh
 
 from cc_jax.bases.base import abstract_base
-from cc_jax.bases.files import ASSETS
 from cc_jax.customcontrast.build import build_customcontrast, eval_shape_only
 from cc_jax.errors import UserError
 from cc_jax.parallel.distributed import initialize_distributed
@@ -30,7 +29,7 @@ from cc_jax.plan import estimate as cost
 from cc_jax.plan.lower import AbstractProgram
 from cc_jax.plan.report import state_table
 from cc_jax.training import step
-from cc_jax.training.setup import adapter_configs, base_options
+from cc_jax.training.setup import adapter_configs, base_options, known_architecture
 
 SCRIPT = Path(__file__).parent / "run_sharded.py"
 MESHES = ("1x1x1", "8x1x1", "1x8x1", "2x2x2")
@@ -137,9 +136,8 @@ def test_rules(path, shape, expected):
 def sdxl():
   """The abstract training state and frozen base of configs/sdxl.py."""
   config = importlib.import_module("configs.sdxl").get_config()
-  config.base, config.encoder.image_encoder = (
-    str(ASSETS / "architectures" / name)
-    for name in (config.base, config.encoder.image_encoder)
+  config.base, config.encoder.image_encoder = map(
+    known_architecture, (config.base, config.encoder.image_encoder)
   )
   base = abstract_base(config.base, **base_options(config))
   _, trainable, frozen = build_customcontrast(

@@ -74,7 +74,7 @@ class Checkpoints:
       probe.unlink()
 
     try:
-      _within(ANSWER_TIMEOUT, probe_folder)
+      within(ANSWER_TIMEOUT, probe_folder)
       context = ocp.Context()
       context.asynchronous.timeout_secs = SAVE_TIMEOUT
       self._orbax = ocp.training.Checkpointer(
@@ -163,7 +163,7 @@ class Checkpoints:
       raise UserError(f"{what}: {reason(error)}; {remedy}") from error
 
 
-def _within(seconds: float, function: Callable[[], Any]) -> Any:
+def within(seconds: float, function: Callable[[], Any]) -> Any:
   """function(), or TimeoutError. Its thread goes on: storage that hangs cannot be interrupted."""
   outcome: dict[str, Any] = {}
 

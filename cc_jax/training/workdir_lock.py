@@ -11,6 +11,7 @@ from typing import Any
 from etils import epath
 
 from cc_jax.errors import UserError
+from cc_jax.training.checkpoint import ANSWER_TIMEOUT, reason, within
 
 FILE = "in_use.json"
 # A kill on another machine frees the file of a network file system only after a lease.
@@ -26,15 +27,21 @@ def lock_workdir(workdir: epath.PathLike) -> Iterator[Callable[[], None]]:
   workdir, and an earlier one that is still alive learns of it by the check, before it saves.
 
   Raises:
-    UserError: at the start or by the check: another process trains here.
+    UserError: at the start or by the check: another process trains here. At the start: the folder
+      cannot be written.
   """
   file = epath.Path(workdir) / FILE
   mine = {"host": socket.gethostname(), "process": os.getpid(), "since": time.strftime("%F %T")}
-  file.parent.mkdir(parents=True, exist_ok=True)
   with contextlib.ExitStack() as stack:
-    if "://" not in os.fspath(file):
-      _lock_file(os.fspath(file), mine, stack)
-    file.write_text(json.dumps(mine))
+    try:
+      within(ANSWER_TIMEOUT, lambda: file.parent.mkdir(parents=True, exist_ok=True))
+      if "://" not in os.fspath(file):
+        _lock_file(os.fspath(file), mine, stack)
+      within(ANSWER_TIMEOUT, lambda: file.write_text(json.dumps(mine)))
+    except OSError as error:
+      raise UserError(
+        f"cannot write to {workdir}: {reason(error)}; choose another --workdir"
+      ) from error
 
     def check() -> None:
       if file.exists() and (owner := _read(file)) != mine:

@@ -237,7 +237,7 @@ def _read_subject(folder: epath.Path, inside: list[epath.Path], lenient: bool) -
 
 def _may_have_alpha(file: epath.Path, lenient: bool) -> bool:
   try:
-    return listing.holds_alpha(file)
+    return images.file_has_alpha(file)
   except DataError:
     if not lenient:
       raise

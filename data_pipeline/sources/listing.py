@@ -8,7 +8,7 @@ from typing import TypeVar
 from etils import epath
 from PIL import Image
 
-from data_pipeline import images, sampling
+from data_pipeline import sampling
 from data_pipeline.errors import DataError
 
 # What people call pictures. Which of them can be read, Pillow says; see `check_kind`.
@@ -76,17 +76,6 @@ def _register_heif() -> bool:
     return False
   pillow_heif.register_heif_opener()
   return True
-
-
-def holds_alpha(file: epath.Path) -> bool:
-  """Whether the picture can hold transparency, by its header; DataError if it is no picture."""
-  try:
-    with file.open("rb") as data, Image.open(data) as image:
-      return images.has_alpha(image)
-  except Image.DecompressionBombError as error:
-    raise DataError(f"{file} is too large ({error}); make it smaller") from None
-  except (OSError, ValueError, SyntaxError, EOFError):
-    raise DataError(f"{file} is not a picture that can be read; give a PNG or JPEG") from None
 
 
 def find(name: str, files: Mapping[str, T], where: epath.Path) -> T:
