@@ -1,6 +1,5 @@
 """What README and CONTRIBUTING tell people to type, and the numbers that they name."""
 
-import importlib
 import os
 import re
 import shlex
@@ -11,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from typed import run_typed
 
 from cc_jax.lab import judge as factors
 from cc_jax.sampling.pipeline import ADAPTER
-from cc_jax.training.parameter_table import parameter_table
 from data_pipeline.subjects3d.factors import CLASSES, SCENES
 
 ROOT = Path(__file__).parents[1]
@@ -32,7 +31,8 @@ ELSEWHERE = {
   "python -m cc_jax.generate --checkpoint=runs/mine --reference=a.png --class_noun=\"teapot\" "
   "--prompt=\"a teapot on the beach\" --out=out.png": "tests/test_real_bases.py",
   "python -m cc_jax.evaluate --checkpoint=runs/mine": "tests/test_real_bases.py",
-  "python -m cc_jax.train --config=configs/sdxl.py --abstract": "test_numbers_of_parameters",
+  "python -m cc_jax.train --config=configs/sdxl.py --abstract":
+    "tests/test_train.py: test_the_tables_of_stable_diffusion_need_no_weights",
   "python -m cc_jax.plan --config=configs/sdxl.py --topology=v5e:8x8 --config.mesh.fsdp=8":
     "tests/test_plan.py, slow, where libtpu is",
 }  # fmt: skip
@@ -89,12 +89,18 @@ def checkout(tmp_path):
   return tmp_path
 
 
-def test_a_subject_is_drawn(checkout):
-  run(DRAW_SUBJECT, checkout)
+def test_a_subject_is_drawn(checkout, quick_compile, monkeypatch, capsys):
+  """As typed, but in this process."""
+  monkeypatch.chdir(checkout)
+  _, err = run_typed("generate", shlex.split(DRAW_SUBJECT)[3:], capsys)
+  assert "arning" not in err
   assert reads(checkout / "out.png")[1] == "beach"
-  text = run(HELP, checkout)
-  for flag in ("--reference", "--mask", "--class_noun", "--strict_base", "--long_prompts"):
-    assert flag in text or flag.replace("--", "--[no]") in text
+
+
+def test_help_has_the_flags(tmp_path):
+  text = run(HELP, tmp_path)
+  for flag in ("reference", "mask", "class_noun", "strict_base", "long_prompts"):
+    assert f"--{flag}" in text or f"--[no]{flag}" in text
 
 
 def reads(file: Path) -> tuple[str, str]:
@@ -118,22 +124,7 @@ def test_commands_that_take_minutes(command, tmp_path):
   run(command, tmp_path)
 
 
-# ---- numbers
-
-
-def test_numbers_of_parameters():
-  """Disk and download: of the configs, without weights."""
-  text = README.read_text()
-  for name, row in (("sd15", "Stable Diffusion 1.5"), ("sd21", "Stable Diffusion 2.1"),
-                    ("sdxl", "Stable Diffusion XL")):  # fmt: skip
-    table = parameter_table(importlib.import_module(f"configs.{name}").get_config())
-    counts = dict(re.findall(r"^all +(trained|frozen) +\d+ +([\d,]+)", table, re.MULTILINE))
-    trained, frozen = (int(counts[kind].replace(",", "")) for kind in ("trained", "frozen"))
-    cells = re.search(rf"^\| {row} \|(.*)\|$", text, re.MULTILINE)[1].split("|")
-    download, _, _, disk = cells
-    assert float(download.split()[0]) == round(frozen * 4 / 1e9, 1), name
-    # Two checkpoints of weights, EMA and Adam's two averages, and an adapter, in float32.
-    assert float(disk.split()[0]) == pytest.approx((2 * 4 + 1) * trained * 4 / 1e9, abs=0.06), name
+# ---- numbers; those of parameters, in GB, are in tests/test_train.py
 
 
 def test_readme_says_what_the_documents_say():

@@ -924,6 +924,13 @@ def test_the_tables_of_stable_diffusion_need_no_weights(name, unet, text, traine
   count = int(rows["all", "trained"][1].replace(",", ""))
   assert 0.7 * trained < count <= trained
   assert int(rows["EMA", "state"][1].replace(",", "")) == count
+  # What README says of the download (float32), and of the disk: two checkpoints of weights, EMA
+  # and Adam's two averages, and an adapter.
+  label = {"sd15": "1.5", "sd21": "2.1", "sdxl": "XL"}[name]
+  readme = (Path(__file__).parents[1] / "README.md").read_text()
+  row = re.search(rf"^\| Stable Diffusion {label} \|(.*)\|$", readme, re.MULTILINE)[1].split("|")
+  assert float(row[0].split()[0]) == round(4 * sum(frozen) / 1e9, 1)
+  assert float(row[3].split()[0]) == pytest.approx((2 * 4 + 1) * 4 * count / 1e9, abs=0.06)
 
 
 def test_bfloat16_computes_in_it_and_keeps_float32_where_it_learns(setup):
