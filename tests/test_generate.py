@@ -190,6 +190,7 @@ for k, image in enumerate(pipe("a teddy bear in the snow", **said)):
 """
 
 
+@pytest.mark.slow
 def test_pictures_are_the_same_over_several_devices(folder, pipe, references, tmp_path):
   environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
   command = [sys.executable, "-c", SHARDED, folder / "run", tmp_path, *references]
@@ -259,6 +260,7 @@ def psnr_against_pytorch(folder, prompts, steps=20, guidance=3.0):
   return -10 * np.log10(np.maximum(error, 1e-12))
 
 
+@pytest.mark.slow
 def test_shipped_base_draws_what_pytorch_draws():
   shipped = ASSETS / BASE
   prompts = [

@@ -541,6 +541,7 @@ def loader(monkeypatch):
   monkeypatch.setattr(data_pipeline, "make_loader", make_loader)
 
 
+@pytest.mark.slow
 def test_the_suite_goes_on_where_it_was_killed(small, loader, monkeypatch, capsys):
   folder, config = small
   places, results = dict(workdir=folder, results=folder / "results"), folder / "results"

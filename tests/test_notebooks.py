@@ -78,7 +78,10 @@ def small(name: str, base: str, adapter: str, subjects: str) -> dict:
   }[name]
 
 
-@pytest.mark.parametrize("name", runner.NOTEBOOKS)
+@pytest.mark.parametrize(
+  "name",
+  [pytest.param(n, marks=[pytest.mark.slow] * n.startswith("02")) for n in runner.NOTEBOOKS],
+)
 def test_a_notebook_runs_from_top_to_bottom(name, toy, tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   monkeypatch.setitem(sys.modules, "ipywidgets", None)  # menus draw where nobody looks
