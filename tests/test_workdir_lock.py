@@ -37,7 +37,7 @@ def hold(folder):
 def test_a_workdir_in_use_is_refused_by_host_and_process(tmp_path, monkeypatch):  # C11
   process = hold(tmp_path)
   try:
-    said = rf"is in use: process {process.pid} on {socket.gethostname()} trains there since 20"
+    said = rf"is in use: process {process.pid} on {socket.gethostname()} has trained there since 20"
     with pytest.raises(UserError, match=said), lock_workdir(tmp_path):
       pass
     # Of another host: a lease may have to run out first.
@@ -76,3 +76,12 @@ def test_a_file_system_without_locks_tells_the_earlier_run(tmp_path, monkeypatch
         second()
         with pytest.raises(UserError, match="in use: process 7 on"):
           first()
+
+
+@pytest.mark.parametrize("workdir", ["file", "file/below"])
+def test_a_workdir_that_cannot_be_written_is_one_line(tmp_path, workdir):
+  (tmp_path / "file").write_text("mine")
+  with pytest.raises(UserError, match=rf"cannot write to \S*{workdir} \(.*\); choose another"):
+    with lock_workdir(tmp_path / workdir):
+      raise AssertionError("it is held")
+  assert (tmp_path / "file").read_text() == "mine"

@@ -26,15 +26,21 @@ def lock_workdir(workdir: epath.PathLike) -> Iterator[Callable[[], None]]:
   workdir, and an earlier one that is still alive learns of it by the check, before it saves.
 
   Raises:
-    UserError: at the start or by the check: another process trains here.
+    UserError: at the start or by the check: another process trains here; at the start: the folder
+      cannot be written.
   """
   file = epath.Path(workdir) / FILE
   mine = {"host": socket.gethostname(), "process": os.getpid(), "since": time.strftime("%F %T")}
-  file.parent.mkdir(parents=True, exist_ok=True)
   with contextlib.ExitStack() as stack:
-    if "://" not in os.fspath(file):
-      _lock_file(os.fspath(file), mine, stack)
-    file.write_text(json.dumps(mine))
+    try:
+      file.parent.mkdir(parents=True, exist_ok=True)
+      if "://" not in os.fspath(file):
+        _lock_file(os.fspath(file), mine, stack)
+      file.write_text(json.dumps(mine))
+    except OSError as error:
+      raise UserError(
+        f"cannot write to {file.parent} ({error.strerror or error}); choose another --workdir, or "
+        "make room") from error
 
     def check() -> None:
       if file.exists() and (owner := _read(file)) != mine:
@@ -75,6 +81,6 @@ def _read(file: epath.Path) -> dict[str, Any]:
 
 def _in_use(workdir: epath.Path, owner: dict[str, Any]) -> str:
   return (
-    f"{workdir} is in use: process {owner.get('process', '?')} on {owner.get('host', '?')} trains "
-    f"there since {owner.get('since', '?')}; stop that process, or choose another --workdir"
+    f"{workdir} is in use: process {owner.get('process', '?')} on {owner.get('host', '?')} has "
+    f"trained there since {owner.get('since', '?')}; stop that process, or choose another --workdir"
   )
