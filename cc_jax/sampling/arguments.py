@@ -68,12 +68,14 @@ def as_integer(name: str, value: Any) -> int:
   raise UserError(f"{name} is {_short(value)}; give a whole number")
 
 
-def as_pixels(name: str, value: Any) -> tuple[int, int] | None:
-  """A pair of pixels, (height, width) or (top, left), or None."""
+def as_pixels(name: str, value: Any, least: int = 1) -> tuple[int, int] | None:
+  """A pair of pixels, (height, width) or (top, left), each `least` or more, or None."""
   if value is None:
     return None
-  first, second = _pair(name, value)
-  return as_integer(name, first), as_integer(name, second)
+  first, second = (as_integer(name, side) for side in _pair(name, value))
+  if first < least or second < least:
+    raise UserError(f"{name} is {(first, second)}; give two numbers from {least} on")
+  return first, second
 
 
 def as_prompts(prompt: Any) -> list[str]:
@@ -157,8 +159,8 @@ def pictures_by_subject(
     masks = [None] * len(nouns) if masks is None else _listed("masks", masks)
     if references and not len(nouns) == len(references) == len(masks):
       raise UserError(
-        f"{len(references)} lists of references and {len(masks)} of masks for {len(nouns)} class "
-        "nouns; give one of each for every subject")
+        f"references of {len(references)} and masks of {len(masks)} subjects for {len(nouns)} class "
+        "nouns; give a list of each for every subject")
     pairs = list(zip(references, masks)) or [(None, None)]
   references = [as_pictures("reference", pair[0]) for pair in pairs]
   masks = [as_pictures("mask", pair[1]) for pair in pairs]
