@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -42,13 +43,16 @@ def test_a_workdir_in_use_is_refused_by_host_and_process(tmp_path, monkeypatch):
       pass
     # Of another host: a lease may have to run out first.
     monkeypatch.setattr(workdir_lock.socket, "gethostname", lambda: "elsewhere")
-    waits = []
+    waits, words = [], []
+    log = workdir_lock.logging
+    monkeypatch.setattr(log, "log_first_n", lambda level, text, n, *rest: words.append(text % rest))
     clock = iter(range(0, 1000, 50))
     monkeypatch.setattr(workdir_lock.time, "monotonic", lambda: next(clock))
     monkeypatch.setattr(workdir_lock.time, "sleep", waits.append)
     with pytest.raises(UserError, match=said), lock_workdir(tmp_path):
       pass
     assert len(waits) == 2
+    assert re.search(rf"process {process.pid} on .* has the workdir; waiting up to 120 s", words[0])
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     assert (tmp_path / FILE).exists()  # a killed run leaves the file, not the lock

@@ -159,8 +159,8 @@ def pictures_by_subject(
     masks = [None] * len(nouns) if masks is None else _listed("masks", masks)
     if references and not len(nouns) == len(references) == len(masks):
       raise UserError(
-        f"references of {len(references)} and masks of {len(masks)} subjects for {len(nouns)} class "
-        "nouns; give a list of each for every subject")
+        f"{len(references)} lists of references and {len(masks)} of masks for {len(nouns)} class "
+        "nouns; give one of each for every subject")
     pairs = list(zip(references, masks)) or [(None, None)]
   references = [as_pictures("reference", pair[0]) for pair in pairs]
   masks = [as_pictures("mask", pair[1]) for pair in pairs]

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from absl import logging
 from etils import epath
 
 from cc_jax.errors import UserError
@@ -67,6 +68,9 @@ def _lock_file(name: str, mine: dict[str, Any], stack: contextlib.ExitStack) -> 
       owner = _read(epath.Path(name))
       if owner.get("host") == mine["host"] or time.monotonic() > last_try:
         raise UserError(_in_use(epath.Path(name).parent, owner)) from None
+      logging.log_first_n(
+        logging.WARNING, "process %s on %s has the workdir; waiting up to %d s for it to end", 1,
+        owner.get("process", "?"), owner.get("host", "?"), LEASE)
       time.sleep(5)
     except OSError:  # a file system without locks
       return
