@@ -1,7 +1,8 @@
 """Input pipelines and the rendered world; imports nothing of cc_jax.
 
 Training reads its data through `check_folder`, `make_loader` and `heldout_subjects` only.
-Tensorflow is imported only when a loader of source 'tfds' or 'folder' is made, or for a TFDS data set.
+Tensorflow is imported only when a loader of source 'tfds' or 'folder' is made, or for a TFDS data
+set.
 """
 
 import re
