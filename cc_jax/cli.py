@@ -60,7 +60,7 @@ def run(main: Callable[[Sequence[str]], None], define: Callable[[], None] = lamb
     except (UserError, DataError) as error:
       _stop(str(error))
     except KeyboardInterrupt:
-      _stop("interrupted; the same command goes on from the last save")
+      _stop("interrupted")  # what is saved, the training has said
 
   def parse(argv: Sequence[str]) -> list[str]:
     try:

@@ -28,7 +28,7 @@ from cc_jax.lab.trial_scores import compare_with_base, contact_sheet, draw_trial
 from cc_jax.lab.trials import check_split, make_trials
 from cc_jax.parallel.distributed import set_cpu_devices
 from cc_jax.parallel.mesh import make_mesh
-from cc_jax.sampling.images import reference_display, save
+from cc_jax.sampling.images import make_folder, reference_display, save
 from cc_jax.sampling.pipeline import BASE, Pipeline, load
 from cc_jax.sampling.prompt_grid import PromptGrid, ShownSubject, draw_sheet, make_prompt_grid
 from cc_jax.sampling.prompts import encode_prompts
@@ -147,6 +147,9 @@ def main(argv: Sequence[str]) -> None:
   """The command."""
   del argv
   f = flags.FLAGS
+  if f.count < 0:
+    raise UserError(f"--count={f.count}: draw at least one, or leave it out")
+  make_folder(f.workdir)  # before the drawing, which takes long
   mesh = ml_collections.ConfigDict(dict(data=-1, cpu_devices=-1))
   set_cpu_devices(mesh, BASE_BATCH)
   if f.what == "base":

@@ -1,7 +1,8 @@
 """Input pipelines and the rendered world; imports nothing of cc_jax.
 
-Training reads its data through `make_loader` and `heldout_subjects` only. Tensorflow is imported
-only when a loader of source 'tfds' or 'folder' is made, or for a TFDS data set.
+Training reads its data through `check_folder`, `make_loader` and `heldout_subjects` only.
+Tensorflow is imported only when a loader of source 'tfds' or 'folder' is made, or for a TFDS data
+set.
 """
 
 import re
@@ -13,8 +14,8 @@ from absl import logging
 from data_pipeline.errors import DataError
 
 __all__ = [
-  "DataError", "context_phrases", "heldout_subjects", "is_subjects3d", "load_subjects",
-  "make_loader", "subjects_per_split",
+  "DataError", "check_folder", "context_phrases", "heldout_subjects", "is_subjects3d",
+  "load_subjects", "make_loader", "subjects_per_split",
 ]
 
 SOURCES = ("tfds", "render", "folder")
@@ -99,6 +100,23 @@ def make_loader(
 
   builder = _open_builder(data_config)
   return tfds_source.batches(maker, builder, split=split, start_step=start_step, rows=rows)
+
+
+def check_folder(data_config) -> None:
+  """Raises DataError for a folder of subjects that cannot be trained on; other sources pass.
+
+  It reads names, captions.json files and headers of pictures. A training does so before it loads
+  (or downloads) its base.
+  """
+  if data_config.source != "folder":
+    return
+  from data_pipeline import sampling
+  from data_pipeline.sources import folder
+
+  lenient = sampling.check_bad_share(data_config.max_bad_share) > 0
+  subjects = folder.FolderSubjects(data_config.name, lenient=lenient)
+  holdout = sampling.check_holdout(data_config.holdout_subjects)
+  sampling.choose_heldout(subjects.names, subjects.table.family_id, holdout, subjects.where)
 
 
 def _open_builder(data_config):

@@ -5,6 +5,7 @@ C17, C19, P12, P21 and P27 of the issue on the first hour. All go through the re
 """
 
 import importlib
+import json
 import logging
 import os
 import re
@@ -17,6 +18,7 @@ import ml_collections
 import pytest
 from absl import flags
 from absl.testing import flagsaver
+from PIL import Image
 
 import cc_jax.lab.__main__ as lab_command
 import cc_jax.plan.__main__ as plan_command
@@ -29,10 +31,12 @@ from cc_jax.errors import UserError, expand_user
 from cc_jax.lab.arms import arm_config, first_phase
 from cc_jax.lab.config_checks import check_lab_config
 from cc_jax.pretrain.config_checks import check_pretrain_config
+from cc_jax.training import loop
 from cc_jax.training.config_checks import OPTIONAL, RULES, check_config
 from cc_jax.training.loop import train
 from configs import lab as lab_config
 from configs import subjects3d
+from data_pipeline.errors import DataError
 
 ROOT = Path(__file__).parent.parent
 
@@ -473,3 +477,35 @@ def test_keys_that_came_later_may_be_missing():
   config = subjects3d.get_config()
   del config.encoder.contrast_head, config.injection.gate_start, config.mesh.fsdp
   check_config(config)
+
+
+@pytest.mark.parametrize("data, said", [
+  (dict(name="nowhere"), "nowhere is not a folder"),
+  (dict(name="subjects"), "captions.json is missing"),
+])
+def test_a_wrong_folder_is_found_before_the_base_is_fetched(tmp_path, monkeypatch, data, said):
+  """A base may be gigabytes of download."""
+  (tmp_path / "subjects" / "duck").mkdir(parents=True)
+  (tmp_path / "subjects" / "duck" / "0.png").touch()
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.setattr(loop, "load_base", lambda *_, **__: pytest.fail("the base is loaded"))
+  config = subjects3d.get_config()
+  config.data.update(source="folder", **data)
+  with pytest.raises(DataError, match=said):
+    loop.train(config, tmp_path / "workdir")
+  assert not (tmp_path / "workdir").exists()
+
+
+def test_more_held_out_than_there_are_is_found_before_the_base_is_fetched(
+    tmp_path, monkeypatch):
+  folder = tmp_path / "subjects" / "duck"
+  folder.mkdir(parents=True)
+  for name in ("0.png", "1.png"):
+    Image.new("RGBA", (8, 8), (200, 0, 0, 128)).save(folder / name)
+  captions = {"0.png": "a duck", "1.png": "a duck in a bath"}
+  (folder / "captions.json").write_text(json.dumps(dict(class_noun="duck", captions=captions)))
+  monkeypatch.setattr(loop, "load_base", lambda *_, **__: pytest.fail("the base is loaded"))
+  config = subjects3d.get_config()
+  config.data.update(source="folder", name=str(folder.parent), holdout_subjects=1)
+  with pytest.raises(DataError, match="holdout_subjects=1 leaves nothing to train on"):
+    loop.train(config, tmp_path / "workdir")

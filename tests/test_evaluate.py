@@ -87,6 +87,34 @@ def test_scores_count_agreement_where_the_reference_shows_it(trials, monkeypatch
   assert scores["copied_size"] == pytest.approx(-1)
 
 
+@pytest.mark.filterwarnings("error")
+def test_scores_that_few_pictures_do_not_define_are_absent(monkeypatch):
+  """One picture has no correlation, and no second colour where none shows; NaN is no JSON."""
+  trials = make_trials("test", 1)
+  reading = {name: np.asarray(getattr(trials.factors, name)) for name in (
+    *judging.INTRINSIC, *judging.CONTEXT, *judging.CONTINUOUS)}
+  monkeypatch.setattr(judging, "read", lambda *_: reading | {"scene": trials.scenes})
+  visible = trials.visible | {"color2": np.zeros(1, bool)}
+  scores = score_images(trials.references, trials._replace(visible=visible), None)
+  assert {"copied_size", "copied_x", "copied_y", "color2"}.isdisjoint(scores)
+  assert scores["scene"] == scores["class_id"] == 1
+  json.dumps(scores, allow_nan=False)
+
+
+@pytest.mark.parametrize("what", ["adapter", "base"])
+@pytest.mark.parametrize("workdir, count, said", [
+  ("file", 0, "cannot write to the folder"), ("file/below", 0, "cannot write to the folder"),
+  ("new", -3, "--count=-3")])
+def test_what_the_command_cannot_do_is_found_before_it_loads(
+    tmp_path, monkeypatch, what, workdir, count, said):
+  (tmp_path / "file").write_text("mine")
+  values = SimpleNamespace(what=what, workdir=str(tmp_path / workdir), count=count)
+  monkeypatch.setattr(evaluate, "flags", SimpleNamespace(FLAGS=values))
+  monkeypatch.setattr(evaluate, "set_cpu_devices", lambda *_: pytest.fail("it goes on"))
+  with pytest.raises(UserError, match=said):
+    evaluate.main([])
+
+
 def test_errors():
   with pytest.raises(UserError, match="test has 1 to"):
     make_trials("test", 10**6)

@@ -497,6 +497,8 @@ WRONG = {
   "scale None": (dict(scale=None), "scale nan makes no sense"),
   "crop of three": (dict(crop=(1, 2, 3)), "crop is .1, 2, 3. .tuple.; give a pair"),
   "a size of half pixels": (dict(original_size=(1.5, 2)), "original_size is 1.5"),
+  "a size below nothing": (dict(target_size=(64, -64)), r"target_size is \(64, -64\); give"),
+  "a crop below nothing": (dict(crop=(0, -1)), r"crop is \(0, -1\); give"),
 }  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -37,18 +38,21 @@ def hold(folder):
 def test_a_workdir_in_use_is_refused_by_host_and_process(tmp_path, monkeypatch):  # C11
   process = hold(tmp_path)
   try:
-    said = rf"is in use: process {process.pid} on {socket.gethostname()} trains there since 20"
+    said = rf"is in use: process {process.pid} on {socket.gethostname()} has trained there since 20"
     with pytest.raises(UserError, match=said), lock_workdir(tmp_path):
       pass
     # Of another host: a lease may have to run out first.
     monkeypatch.setattr(workdir_lock.socket, "gethostname", lambda: "elsewhere")
-    waits = []
+    waits, words = [], []
+    log = workdir_lock.logging
+    monkeypatch.setattr(log, "log_first_n", lambda level, text, n, *rest: words.append(text % rest))
     clock = iter(range(0, 1000, 50))
     monkeypatch.setattr(workdir_lock.time, "monotonic", lambda: next(clock))
     monkeypatch.setattr(workdir_lock.time, "sleep", waits.append)
     with pytest.raises(UserError, match=said), lock_workdir(tmp_path):
       pass
     assert len(waits) == 2
+    assert re.search(rf"process {process.pid} on .* has the workdir; waiting up to 120 s", words[0])
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     assert (tmp_path / FILE).exists()  # a killed run leaves the file, not the lock
@@ -76,3 +80,12 @@ def test_a_file_system_without_locks_tells_the_earlier_run(tmp_path, monkeypatch
         second()
         with pytest.raises(UserError, match="in use: process 7 on"):
           first()
+
+
+@pytest.mark.parametrize("workdir", ["file", "file/below"])
+def test_a_workdir_that_cannot_be_written_is_one_line(tmp_path, workdir):
+  (tmp_path / "file").write_text("mine")
+  with pytest.raises(UserError, match=rf"cannot write to \S*{workdir}: .*; choose another"):
+    with lock_workdir(tmp_path / workdir):
+      raise AssertionError("it is held")
+  assert (tmp_path / "file").read_text() == "mine"

@@ -47,7 +47,7 @@ def score_images(images: UInt8[np.ndarray, "n h w 3"], trials: Trials, judge) ->
   fidelity, control: the means of `subject_fidelity` and `text_control`; scene: with the prompt;
   class_id, color1, color2, pattern: with the reference, where visible; copied_size, copied_x,
   copied_y: correlation with the reference's (ideally as small as the base's: the class alone
-  implies some).
+  implies some). What too few pictures do not define is left out.
   """
   reading = judging.read(judge, images)
   scores = {"fidelity": float(np.nanmean(subject_fidelity(reading, trials))),
@@ -55,10 +55,12 @@ def score_images(images: UInt8[np.ndarray, "n h w 3"], trials: Trials, judge) ->
             "scene": float(np.mean(reading["scene"] == trials.scenes))}
   for name in SCORES[1:]:
     agrees = reading[name] == getattr(trials.factors, name)
-    scores[name] = float(np.mean(agrees[trials.visible[name]]))
+    if trials.visible[name].any():
+      scores[name] = float(np.mean(agrees[trials.visible[name]]))
   for name in judging.CONTINUOUS:
     truth = getattr(trials.factors, name)
-    scores[f"copied_{name}"] = float(np.corrcoef(reading[name], truth)[0, 1])
+    if min(np.ptp(reading[name]), np.ptp(truth)) > 0:
+      scores[f"copied_{name}"] = float(np.corrcoef(reading[name], truth)[0, 1])
   return scores
 
 

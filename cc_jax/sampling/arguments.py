@@ -68,12 +68,14 @@ def as_integer(name: str, value: Any) -> int:
   raise UserError(f"{name} is {_short(value)}; give a whole number")
 
 
-def as_pixels(name: str, value: Any) -> tuple[int, int] | None:
-  """A pair of pixels, (height, width) or (top, left), or None."""
+def as_pixels(name: str, value: Any, least: int = 1) -> tuple[int, int] | None:
+  """A pair of pixels, (height, width) or (top, left), each `least` or more, or None."""
   if value is None:
     return None
-  first, second = _pair(name, value)
-  return as_integer(name, first), as_integer(name, second)
+  first, second = (as_integer(name, side) for side in _pair(name, value))
+  if first < least or second < least:
+    raise UserError(f"{name} is {(first, second)}; give two numbers from {least} on")
+  return first, second
 
 
 def as_prompts(prompt: Any) -> list[str]:

@@ -122,6 +122,19 @@ def grid(
   return sheet
 
 
+def make_folder(path: Any) -> None:
+  """Makes the folder of pictures, perhaps in a bucket. UserError: it cannot be written to."""
+  folder = epath.Path(path)
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+    writable = "://" in os.fspath(folder) or os.access(folder, os.W_OK)
+    reason = "no permission"
+  except OSError as error:
+    writable, reason = False, error.strerror or error
+  if not writable:
+    raise UserError(f"cannot write to the folder {path} ({reason}); choose another one")
+
+
 def save(image: Image.Image, path: Any, settings: Mapping[str, Any] | None = None) -> None:
   """Writes a PNG, whole or not at all, to a file or a bucket's URL; makes its folder if need be.
 

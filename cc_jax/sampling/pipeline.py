@@ -211,7 +211,7 @@ class Pipeline:
     width, height = self._check_size(width, height)
     original_size = arguments.as_pixels("original_size", original_size)
     target_size = arguments.as_pixels("target_size", target_size)
-    crop = arguments.as_pixels("crop", crop) or (0, 0)
+    crop = arguments.as_pixels("crop", crop, least=0) or (0, 0)
     clip_skip = arguments.as_integer("clip_skip", clip_skip or 0)
     latent_size = (height // self.sampler.factor, width // self.sampler.factor)
     sampler = arguments.as_text("sampler", sampler) or "default"

@@ -11,6 +11,7 @@ import ml_collections
 from etils import epath
 from jax.sharding import Mesh
 
+import data_pipeline
 from cc_jax.bases.base import Base, load_base
 from cc_jax.customcontrast import ip_adapter
 from cc_jax.customcontrast.build import build_customcontrast
@@ -96,6 +97,7 @@ def set_up(
 ) -> Run:
   """Everything before the first step; says what is trained, and where. `lock` holds the workdir."""
   setup.check_config(config)
+  data_pipeline.check_folder(config.data)  # before a base of gigabytes is fetched
   settings = config.train
   set_cpu_devices(config.mesh, settings.batch_size)
   processes = initialize_distributed(config.mesh)

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from absl import logging
 from etils import epath
 
 from cc_jax.errors import UserError
@@ -68,6 +69,9 @@ def _lock_file(name: str, mine: dict[str, Any], stack: contextlib.ExitStack) -> 
       owner = _read(epath.Path(name))
       if owner.get("host") == mine["host"] or time.monotonic() > last_try:
         raise UserError(_in_use(epath.Path(name).parent, owner)) from None
+      logging.log_first_n(
+        logging.WARNING, "process %s on %s has the workdir; waiting up to %d s for it to end", 1,
+        owner.get("process", "?"), owner.get("host", "?"), LEASE)
       time.sleep(5)
     except OSError:  # a file system without locks
       return
@@ -82,6 +86,6 @@ def _read(file: epath.Path) -> dict[str, Any]:
 
 def _in_use(workdir: epath.Path, owner: dict[str, Any]) -> str:
   return (
-    f"{workdir} is in use: process {owner.get('process', '?')} on {owner.get('host', '?')} trains "
-    f"there since {owner.get('since', '?')}; stop that process, or choose another --workdir"
+    f"{workdir} is in use: process {owner.get('process', '?')} on {owner.get('host', '?')} has "
+    f"trained there since {owner.get('since', '?')}; stop that process, or choose another --workdir"
   )
