@@ -19,6 +19,16 @@ os.environ.setdefault("XLA_FLAGS", _FLAGS)
 
 import pytest  # noqa: E402
 
+# What takes longest begins first, or one worker would be left with it at the end.
+LONGEST = ("test_train", "test_processes", "test_formats", "test_real_bases", "test_sharded",
+           "test_lab", "test_generate", "test_conditioning")  # fmt: skip
+
+
+def pytest_collection_modifyitems(items):
+  rank = {name: index for index, name in enumerate(LONGEST)}
+  items.sort(key=lambda item: rank.get(item.module.__name__, len(rank)))
+
+
 # Modules that compute more than they compile: they render.
 RENDERING = ("test_subjects3d", "test_sources", "test_evaluate")
 

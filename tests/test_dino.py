@@ -166,6 +166,7 @@ def test_as_the_image_encoder_of_a_base(published, tiny_folder, tmp_path):
   assert again.hash == base.hash and again.image_processor == base.image_processor
 
 
+@pytest.mark.slow
 def test_an_adapter_trains_on_it_and_draws(published, tiny_folder, tmp_path, monkeypatch):
   monkeypatch.setattr(
     data_pipeline, "make_loader",

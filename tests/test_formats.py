@@ -573,6 +573,7 @@ def test_a_single_file_and_its_scheduler_that_contradict_each_other(family, tmp_
 # ---- folders
 
 
+@pytest.mark.slow
 def test_sdxl_folder_round_trip(family, tmp_path):
   """Half-precision files stay what they are, bit for bit, and diffusers draws from ours."""
   pipeline, folder, _ = family("sdxl")

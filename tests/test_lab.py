@@ -457,6 +457,7 @@ def test_the_command_reports(tmp_path):
 # ---- from pictures to tables
 
 
+@pytest.mark.slow
 def test_what_copies_is_told_from_what_does_not(tmp_path, monkeypatch):
   """All scores, with pictures and features whose answers are known: judge, result files, tables.
 

@@ -468,6 +468,7 @@ def found(tiny_folder, tmp_path_factory):
   return json.loads(out.read_text())
 
 
+@pytest.mark.slow
 def test_only_the_contrastive_keys_grow_with_the_chips(found):
   """Output bytes of collectives a chip, of the step on 4 and on 8 devices, one image each."""
   few, many, keys = found["data 4"], found["data 8"], found["keys of a sample"]
@@ -478,6 +479,7 @@ def test_only_the_contrastive_keys_grow_with_the_chips(found):
   assert sum(abs(size) for size in growth.values()) <= 4 * 4 * keys, growth
 
 
+@pytest.mark.slow
 def test_generation_and_a_run_on_this_machine(found):
   generate = found["generate"]
   assert generate["images"] == 8 and generate["fits"]

@@ -179,6 +179,7 @@ def test_likeness_is_the_correlation_over_all_pairs_of_two():
   assert float(similarity_correlation(*given)) == pytest.approx(true, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_the_image_encoder_learns_factors_while_the_text_encoder_stays(tmp_path):
   config = subjects3d_base.get_config()
   config.clip.update(freeze_text=True)

@@ -300,6 +300,7 @@ def test_styles_are_told_from_photos_and_keep_the_mask(base):
   assert np.ptp(sketch, axis=-1).mean() < 0.5 * np.ptp(photo, axis=-1).mean()
 
 
+@pytest.mark.slow
 def test_one_program_for_all_classes_draws_the_same(world):
   f, r = world
   few = slice(0, 32)
@@ -336,6 +337,7 @@ def test_march_has_converged(world):
   assert (np.abs(long - short).max(-1) > 25.5).mean() > 0.01  # steps are counted
 
 
+@pytest.mark.slow
 def test_processes_draw_the_same_pictures():
   f = draw(12, class_id=CLASSES.index("mushroom"))
   np.testing.assert_array_equal(

@@ -105,6 +105,7 @@ def run(base, workdir, cache, kill="", flags=None):
   )
 
 
+@pytest.mark.slow
 def test_killed_runs_go_on_bit_for_bit(setup, loader, tmp_path, quick_compile):
   """The run that is not killed is made in this process, the others each in one of its own."""
   whole, killed = tmp_path / "whole", tmp_path / "killed"
@@ -312,6 +313,7 @@ ALTERNATIVES = [
 ]
 
 
+@pytest.mark.slow
 def test_every_objective_trains_two_steps(setup, monkeypatch):
   """One compilation for all: the encoder runs once, a switch takes the objective's branch.
 
@@ -403,6 +405,7 @@ def test_gradients_do_not_depend_on_the_number_of_parts(setup):
   assert jax.eval_shape(update, setup.state(), setup.frozen, batch).keys() == trainable.keys()
 
 
+@pytest.mark.slow
 def test_what_is_computed_again_does_not_change_the_gradient(setup):
   """The diffusion loss through UNet and text encoders; what is kept for its gradient shrinks."""
   unet = ("none", "dots", "full", "dots", "full")
