@@ -50,6 +50,35 @@ def test_perceiver_attention_is_attention_over_image_and_queries():
     np.testing.assert_allclose(out[n, b, :, h], expected, atol=1e-5)
 
 
+def relative_error(found, wanted):
+  return np.linalg.norm(np.float64(found) - wanted) / np.linalg.norm(wanted)
+
+
+def test_logits_are_not_rounded_to_bfloat16():  # C14
+  """In bfloat16 the attention errs no more than JAX's own, which keeps its logits in float32."""
+  half = lambda *shape: jnp.asarray(3 * draw(*shape), jnp.bfloat16)  # noqa: E731
+  q, k, v = half(1, 2, 8, 4, 64), half(2, 40, 4, 64), half(2, 40, 4, 64)
+  nothing = jnp.zeros((1, 2, 0, 4, 64), jnp.bfloat16)
+  wanted = np.stack([
+    np.stack([attention(*(np.float64(x[b, :, h]) for x in (q[0], k, v))) for h in range(4)], axis=1)
+    for b in range(2)
+  ])  # fmt: skip
+  peer = relative_error(jax.nn.dot_product_attention(q[0], k, v), wanted)
+  found = relative_error(perceiver_attention(q, k, v, nothing, nothing)[0], wanted)
+  assert found < 1.2 * peer, (found, peer)
+
+  fusion = TVFusion(64, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+  textual, visual = half(1, 2, 8, 64), half(2, 40, 64)
+  for head in (fusion.to_q, fusion.to_k):
+    head.kernel[...] = jnp.eye(64, dtype=jnp.bfloat16)
+  wanted = np.stack([attention(*(np.float64(x) for x in (textual[0, b], visual[b], visual[b])))
+                     for b in range(2)])  # fmt: skip
+  one_head = [x[:, :, None] for x in (textual[0], visual, visual)]
+  peer = relative_error(jax.nn.dot_product_attention(*one_head)[:, :, 0], wanted)
+  found = relative_error(fusion(textual, visual)[0], wanted)
+  assert found < 1.2 * peer, (found, peer)
+
+
 def test_tv_fusion_is_the_formula():
   fusion = TVFusion(6, rngs=nnx.Rngs(0))
   textual, visual = draw(3, 2, 4, 6), draw(2, 5, 6)

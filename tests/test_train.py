@@ -1,5 +1,6 @@
 """The training step and loop on the tiny base: kills, skipped updates, every objective, errors."""
 
+import contextlib
 import dataclasses
 import functools
 import importlib
@@ -20,6 +21,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import tiny
+from etils import epath
 from etils.epath import backend
 from jax.sharding import AbstractMesh
 from orbax.checkpoint import v1 as ocp
@@ -239,6 +241,22 @@ def setup(tiny_folder):
   base = load_base(tiny_folder)
   parts = build_customcontrast(base, *adapter_configs(config))
   return Setup(config, base, *parts)
+
+
+def test_the_adapter_is_on_the_device_once(setup, tmp_path):  # C9
+  """Weights, EMA and Adam's two averages; what they were initialised from is gone."""
+  before = {id(array) for array in jax.live_arrays()}
+  with contextlib.ExitStack() as lock:
+    run = loop.set_up(setup.config, epath.Path(tmp_path), lock)
+    shapes = [x.shape for x in jax.live_arrays() if id(x) not in before]
+    frozen = [x.shape for x in jax.tree.leaves(run.frozen)]
+    run.log.close()
+    run.checkpoints.close()
+  for name, value in run.state.trainable.items():
+    if not value.shape:  # a gate; counters have no dimension either
+      continue
+    same = sum(x.shape == value.shape for x in run.state.trainable.values())
+    assert shapes.count(value.shape) - frozen.count(value.shape) == 4 * same, name
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,7 @@
 """The two Q-Formers: learned queries that read image features by Perceiver attention."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -25,14 +27,14 @@ def perceiver_attention(
   """softmax(q·[k_image; k_self]ᵀ/√e)·[v_image; v_self], with the image's keys shared by all l.
 
   Concatenating logits instead of keys keeps one copy of the image's keys and values per sample:
-  they do not depend on the layer. Softmax in float32.
+  they do not depend on the layer. Logits, which bfloat16 would round, and softmax in float32.
   """
   p = k_image.shape[1]
+  product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
   logits = jnp.concatenate(
-    [jnp.einsum("lbqhe,bphe->lbhqp", q, k_image), jnp.einsum("lbqhe,lbkhe->lbhqk", q, k_self)],
-    axis=-1,
+    [product("lbqhe,bphe->lbhqp", q, k_image), product("lbqhe,lbkhe->lbhqk", q, k_self)], axis=-1
   )
-  weights = jax.nn.softmax(logits.astype(jnp.float32) * q.shape[-1] ** -0.5, axis=-1)
+  weights = jax.nn.softmax(logits * q.shape[-1] ** -0.5, axis=-1)
   weights = weights.astype(q.dtype)
   return jnp.einsum("lbhqp,bphe->lbqhe", weights[..., :p], v_image) + jnp.einsum(
     "lbhqk,lbkhe->lbqhe", weights[..., p:], v_self

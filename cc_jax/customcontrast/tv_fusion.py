@@ -19,8 +19,8 @@ class TVFusion(nnx.Module):
   def __call__(
     self, textual: Float[Array, "l b q d"], visual: Float[Array, "b v d"]
   ) -> Float[Array, "l b q d"]:
-    """Returns fused [L, B, Q, D]; softmax in float32."""
-    logits = jnp.einsum("lbqd,bvd->lbqv", self.to_q(textual), self.to_k(visual))
-    scale = textual.shape[-1] ** -0.5
-    weights = jax.nn.softmax(logits.astype(jnp.float32) * scale, axis=-1)
+    """Returns fused [L, B, Q, D]; logits and softmax in float32."""
+    q, k = self.to_q(textual), self.to_k(visual)
+    logits = jnp.einsum("lbqd,bvd->lbqv", q, k, preferred_element_type=jnp.float32)
+    weights = jax.nn.softmax(logits * textual.shape[-1] ** -0.5, axis=-1)
     return jnp.einsum("lbqv,bvd->lbqd", weights.astype(visual.dtype), visual)
