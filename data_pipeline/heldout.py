@@ -57,9 +57,6 @@ def _draw(
   for f in (reference, *others):
     pair = bad.load(subject, number, f)
     if pair is not None:
-      image, mask = pair
-      if mask.dtype == np.bool_ or mask.max() == 1:  # common, and understood by triples.py
-        mask = mask.astype(np.uint8) * 255
-      return HeldoutSubject(name, subject.noun, image, mask, subject.captions(target)[0], held_out)
+      return HeldoutSubject(name, subject.noun, *pair, subject.captions(target)[0], held_out)
   return None
 
