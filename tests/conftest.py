@@ -29,6 +29,21 @@ def pytest_collection_modifyitems(items):
   items.sort(key=lambda item: rank.get(item.module.__name__, len(rank)))
 
 
+# Files whose tests cost much each and share little: either worker takes the next of them.
+SPREAD = ("test_real_bases.py",)
+
+
+def pytest_xdist_make_scheduler(config, log):
+  from xdist.scheduler import LoadFileScheduling
+
+  class ByFile(LoadFileScheduling):
+    def _split_scope(self, nodeid):
+      file = super()._split_scope(nodeid)
+      return nodeid if file.endswith(SPREAD) else file
+
+  return ByFile(config, log) if config.getvalue("dist") == "loadfile" else None
+
+
 # Modules that compute more than they compile: they render.
 RENDERING = ("test_subjects3d", "test_sources", "test_evaluate")
 
