@@ -1,6 +1,7 @@
 """Time of one training step of the main job, data and compiling left out.
 
     python benchmarks/train_step.py [--config=configs/subjects3d.py] [--base=...] [--steps=20]
+    python benchmarks/train_step.py --against=CHECKOUT [--rounds=3] [--steps=20]
 
 The batch is noise in the loader's shapes: a step's time does not depend on what it sees. `--base`
 is a folder; one with config.json files alone is filled with random weights.
@@ -9,12 +10,22 @@ The peer in the same run, where torch and diffusers are installed and there is n
 diffusers' UNet of the same base, forward and backward to its input at the same batch. Our step does
 more: VAE, image encoder, MFI-Encoder on three sets of images, text encoder for every layer's S+,
 objectives, optimizer, average. Both may use all cores.
+
+`--against` runs this file and that of another checkout (of another commit, say), each in its own
+tree and in turns. Processor seconds and page faults of a step are the difference of two runs that
+differ in their number of steps alone, so that start and compilation are left out of them.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import os
+import re
+import resource
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -40,7 +51,12 @@ def main() -> None:
   parser.add_argument("--base", default="")
   parser.add_argument("--batch_size", type=int, default=0)
   parser.add_argument("--steps", type=int, default=20)
-  arguments = parser.parse_args()
+  parser.add_argument("--against", type=Path, help="another checkout of this repository")
+  parser.add_argument("--rounds", type=int, default=3)
+  arguments, words = parser.parse_args(), sys.argv[1:]
+  if arguments.against:
+    compare(arguments.against, words, arguments.steps, arguments.rounds)
+    return
   name = Path(arguments.config).with_suffix("").as_posix().replace("/", ".")
   config = importlib.import_module(name).get_config()
   config.base = arguments.base or config.base
@@ -81,6 +97,44 @@ def main() -> None:
     if peer:
       print(f"diffusers' UNet alone, forward and backward: {1e3 * peer:.1f} ms; "
             f"our whole step takes {middle / peer:.2f} times that")
+
+
+def compare(other: Path, words: Sequence[str], steps: int, rounds: int) -> None:
+  """Prints medians of this tree's step and the other's, and the ratios of the rounds' medians."""
+  words = [word for word in words if not re.match("--(rounds|steps|against)", word)]
+  trees = {"this": Path(__file__).parents[1], "other": other.resolve()}
+  found = {name: [] for name in trees}
+  for number in range(1 + rounds):  # the first fills the cache of compiled programs
+    for name, tree in trees.items():
+      few, many = (run_tree(tree, words, count) for count in (2, 2 + steps))
+      if number:
+        per_step = [(b - a) / steps for a, b in zip(few[1:], many[1:])]
+        found[name].append([many[0], *per_step])
+        print(f"{name:6} {many[0]:8.1f} ms  {1e3 * per_step[0]:8.1f} ms of processor  "
+              f"{per_step[1]:8.0f} page faults", flush=True)
+  this, that = (np.median(found[name], axis=0) for name in trees)
+  print(f"a step of {trees['this']} against {trees['other']}, medians of {rounds} rounds:")
+  for label, a, b in zip(("ms", "ms of processor", "page faults"), this, that):
+    a, b = (1e3 * a, 1e3 * b) if "processor" in label else (a, b)
+    print(f"{label:16} {a:10.1f} {b:10.1f}   ratio {a / b:.3f}")
+
+
+def run_tree(tree: Path, words: Sequence[str], steps: int) -> tuple[float, float, float]:
+  """(ms of a step, seconds of processor, page faults) of a process that runs a tree's own file."""
+  cache = Path(tempfile.gettempdir()) / "train_step_programs"
+  environment = os.environ | {"PYTHONPATH": str(tree), "JAX_COMPILATION_CACHE_DIR": str(cache)}
+  before = resource.getrusage(resource.RUSAGE_CHILDREN)
+  # Without torch there is no peer, which would be counted as well.
+  hidden = "import sys; sys.modules['torch'] = None; import runpy; sys.argv = sys.argv[1:]; "
+  command = [sys.executable, "-c", hidden + "runpy.run_path(sys.argv[0], run_name='__main__')",
+             "benchmarks/train_step.py", *words, f"--steps={steps}"]  # fmt: skip
+  done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True)
+  if done.returncode:
+    sys.exit(f"{tree}: {done.stderr[-2000:]}")
+  after = resource.getrusage(resource.RUSAGE_CHILDREN)
+  milliseconds = float(re.search(r"step +([\d.]+) ms", done.stdout)[1])
+  seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+  return milliseconds, seconds, after.ru_minflt - before.ru_minflt
 
 
 def diffusers_unet(folder: Path, size: int, steps: int) -> float | None:

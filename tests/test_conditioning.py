@@ -200,7 +200,8 @@ class Setup:
       jnp.full(1, 400), jnp.asarray([text]), jnp.asarray([image]),
       jax.random.split(jax.random.key(0), 1),
     )  # fmt: skip
-    losses.denoise(self.context, self.model, batch, features, noise)
+    shown = self.model.encode(features, noise.t, noise.keep_image)
+    losses.denoise(self.context, self.model, batch, shown, noise)
     return told_by(seen[0])
 
 

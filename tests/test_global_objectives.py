@@ -22,6 +22,7 @@ from cc_jax.objectives.cscl import cscl
 from cc_jax.objectives.macl import POOLINGS, SCALINGS, macl
 from cc_jax.objectives.pair_scaling import PairLoss
 from cc_jax.training.contrastive import compare_embeddings, contrastive_embeddings
+from cc_jax.training.encodings import SubjectEncodings
 from cc_jax.training.setup import build_abstract, make_step_context
 
 KINDS = ("tiled", "ring")
@@ -166,11 +167,12 @@ def test_the_log_says_what_the_step_computes(tiny_folder, monkeypatch, pooling):
   def contrastive(trainable, frozen):
     model, n = context.model(trainable, frozen), config.train.batch_size
     pixels, t = jnp.zeros((n, tiny.IMAGE, tiny.IMAGE, 3)), jnp.zeros(n, jnp.int32)
-    batch = {"positive": pixels, "subject_id": t}
     backend = dataclasses.replace(context, mesh=mesh).contrast
     features, embed = model.image_features(pixels)
-    embeddings = contrastive_embeddings(model, config.objective, batch, features, embed, t)
-    return compare_embeddings(config.objective, embeddings, batch["subject_id"], backend)
+    encoded = model.encode(features, t)
+    subjects = SubjectEncodings(encoded, encoded, encoded, embed)
+    embeddings = contrastive_embeddings(config.objective, subjects)
+    return compare_embeddings(config.objective, embeddings, t, backend)
 
   jax.eval_shape(contrastive, trainable, frozen)
   assert len(calls) == 4 and calls[:2] == calls[2:]

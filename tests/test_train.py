@@ -48,6 +48,7 @@ from cc_jax.training.accumulation import (
 )
 from cc_jax.training.checkpoint import Checkpoints
 from cc_jax.training.contrastive import Embeddings, compare_embeddings, contrastive_embeddings
+from cc_jax.training.encodings import SubjectEncodings
 from cc_jax.training.loop import Callbacks, train
 from cc_jax.training.losses import diffusion_objective, sample_latents, subject_weights, total_loss
 from cc_jax.training.noise import keep_conditions, sample_step_noise, sample_timesteps
@@ -349,25 +350,20 @@ def test_every_objective_trains_two_steps(setup, monkeypatch):
     width = model.image_tokens * model.image_width
     return flat[:, :width].reshape(-1, model.image_tokens, model.image_width) - 0.5, flat[:, -10:]
 
-  def contrast(context, model, batch, embed, t):
+  def contrast(context, batch, subjects):
     objective = context.config.objective
-    embeddings = contrastive_embeddings(model, objective, batch, "reference", embed, t)
+    embeddings = contrastive_embeddings(objective, subjects)
     return compare_embeddings(objective, embeddings, batch["subject_id"], context.contrast)[0]
 
   def loss(trainable, frozen, batch, number):
     model = contexts[0].model(trainable, frozen)
     t = 100 + 200 * jnp.arange(len(batch["slot"]))
     reference, embed = look(model, to_unit_range(batch["reference"]))
-    seen = {
-      "reference": model.encode(reference, t),
-      "positive": model.encode(look(model, to_unit_range(batch["positive"]))[0], t),
-    }
-    with monkeypatch.context() as patch:
-      patch.setattr(CustomContrast, "image_features", lambda model, pixels: ("positive", None))
-      patch.setattr(CustomContrast, "encode", lambda model, features, t: seen[features])
-      value = jax.lax.switch(
-        number, [functools.partial(contrast, c, model, batch, embed, t) for c in contexts]
-      )
+    positive, _ = look(model, to_unit_range(batch["positive"]))
+    subjects = SubjectEncodings(None, model.encode(reference, t), model.encode(positive, t), embed)
+    value = jax.lax.switch(
+      number, [functools.partial(contrast, c, batch, subjects) for c in contexts]
+    )
     return value, {"loss": value}
 
   gradient = jax.jit(jax.grad(loss, has_aux=True))
@@ -439,7 +435,8 @@ def test_what_is_computed_again_does_not_change_the_gradient(setup):
   def loss(context, trainable):
     model = context.model_for_gradient(trainable, setup.frozen)
     features, _ = model.image_features(to_unit_range(batch["reference"]))
-    return diffusion_objective(context, model, batch, features, draws)[0]
+    shown = model.encode(features, draws.t, draws.keep_image)
+    return diffusion_objective(context, model, batch, shown, draws)[0]
 
   gradients, kept = [], []
   for context in contexts:

@@ -2,13 +2,13 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from cc_jax.customcontrast import config_section
 from cc_jax.customcontrast.qformer import TextualQformer, VisualQformer
@@ -101,15 +101,31 @@ class MFIFeatures(NamedTuple):
     """From this subject (weight 0) to another (1), in everything that a drawing reads."""
 
     def mixed(axis: int, a, b):
-      w = weight.astype(a.dtype).reshape([-1 if i == axis else 1 for i in range(a.ndim)])
+      w = _along(axis, weight.astype(a.dtype), a)
       return (1 - w) * a + w * b
 
-    batch_axis = dict(visual_cls=0, visual_tokens=0, textual_cls=0)
+    return self.map_batch(mixed, other)
+
+  def where(self, condition: Bool[Array, " b"], other: "MFIFeatures") -> "MFIFeatures":
+    """These features where the condition holds, the other's elsewhere."""
+    pick = lambda axis, a, b: jnp.where(_along(axis, condition, a), a, b)  # noqa: E731
+    return self.map_batch(pick, other)
+
+  def map_batch(self, function: Callable[..., Array], *others: "MFIFeatures") -> "MFIFeatures":
+    """function(batch axis, array, the others' arrays) of every array."""
     parts = {
-      name: jax.tree.map(functools.partial(mixed, batch_axis.get(name, 1)), *pair)
-      for name, pair in zip(self._fields, zip(self, other))
+      name: jax.tree.map(functools.partial(function, int(name in _LAYERS_FIRST)), *values)
+      for name, values in zip(self._fields, zip(self, *others))
     }
     return MFIFeatures(**parts)
+
+
+_LAYERS_FIRST = ("textual_tokens", "fused", "words")  # the batch is their second axis
+
+
+def _along(axis: int, values: Array, like: Array) -> Array:
+  """[B] -> the shape that broadcasts over `like`, whose axis `axis` is the batch."""
+  return values.reshape([-1 if i == axis else 1 for i in range(like.ndim)])
 
 
 class MFIEncoder(nnx.Module):

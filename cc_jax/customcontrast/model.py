@@ -149,6 +149,7 @@ class CustomContrast(nnx.Module):
     use_s_plus: Bool[Array, " b"] | bool = True,
     zero_text: Bool[Array, " b"] | bool = False,
     visual: tuple[Float[Array, "b d"], Float[Array, "b v d"]] | None = None,
+    encoded: MFIFeatures | None = None,
     scale: Float[Array, "*l_or_b"] | float = 1.0,
     time_ids: Float[Array, "b 6"] | None = None,
     clip_skip: int = 0,
@@ -166,6 +167,7 @@ class CustomContrast(nnx.Module):
       use_s_plus: per sample; the Python value False spares the text encoder the L-fold batch.
       zero_text: per sample; see `encode_text`.
       visual: of `self.visual` for the same features and use_image; computed if None.
+      encoded: of `self.encode` in place of features and visual, which are then not read.
       scale: the user's knob: one number, [L], [B], or any of [L, 1], [1, B], [L, B].
       time_ids: SDXL's (original h, w, crop top, left, target h, w).
       clip_skip: how many more layers of the text encoders to leave out at the end.
@@ -179,11 +181,12 @@ class CustomContrast(nnx.Module):
       UserError: a prompt has no room for S+ (checked outside jit only), or scale has a wrong shape.
     """
     ids = per_encoder(input_ids, len(self.text_encoders))
-    if features is None or self.mfi_encoder.config.s_plus_space == "none":
+    if (features is None and encoded is None) or self.mfi_encoder.config.s_plus_space == "none":
       use_s_plus = False
     if use_s_plus is not False:
       check_room(self.text_encoders, ids, (1 + len(also)) * self.mfi_encoder.config.s_words)
-    encoded = self.encode(features, t, use_image, visual)
+    if encoded is None:
+      encoded = self.encode(features, t, use_image, visual)
     if toward is not None:
       other, weight = toward
       encoded = encoded.blend(self.encode(other.features, t, use_image, other.visual), weight)

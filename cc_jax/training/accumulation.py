@@ -13,9 +13,10 @@ from cc_jax.training.contrastive import (
   compare_embeddings,
   contrastive_embeddings,
 )
+from cc_jax.training.encodings import encode_subjects
 from cc_jax.training.losses import diffusion_objective
 from cc_jax.training.noise import sample_step_noise
-from cc_jax.training.step_context import Batch, Metrics, StepContext, to_unit_range
+from cc_jax.training.step_context import Batch, Metrics, StepContext
 
 
 def accumulate_gradients(
@@ -31,21 +32,19 @@ def accumulate_gradients(
   size = batch["target"].shape[0]
   microbatches = split_microbatches((dict(batch), sample_step_noise(context, key, size)), count)
 
-  def embed_microbatch(trainable, microbatch):
-    """(model, features, embeddings) of a microbatch."""
-    batch, noise = microbatch
+  def embed_microbatch(trainable, microbatch, shown=True):
+    """(model, what the diffusion loss is shown of the references, embeddings) of a microbatch."""
     model = context.model_for_gradient(trainable, frozen)
-    features, embed = model.image_features(to_unit_range(batch["reference"]))
-    inputs = batch, features, embed, noise.t
-    return model, features, contrastive_embeddings(model, objective, *inputs)
+    subjects = encode_subjects(context, model, *microbatch, microbatch=True, shown=shown)
+    return model, subjects.shown, contrastive_embeddings(objective, subjects)
 
   def compare(embeddings):
     merged = merge_microbatches(embeddings)
     return compare_embeddings(objective, merged, batch["subject_id"], context.contrast)
 
   def microbatch_loss(trainable, microbatch, d_embeddings):
-    model, features, embeddings = embed_microbatch(trainable, microbatch)
-    loss, metrics = diffusion_objective(context, model, microbatch[0], features, microbatch[1])
+    model, shown, embeddings = embed_microbatch(trainable, microbatch)
+    loss, metrics = diffusion_objective(context, model, microbatch[0], shown, microbatch[1])
     # The gradient of these products is that of the contrastive losses through the embeddings.
     pairs = zip(jax.tree.leaves(d_embeddings), jax.tree.leaves(embeddings))
     products = [jnp.sum(d.astype(jnp.float32) * e) for d, e in pairs]
@@ -57,7 +56,8 @@ def accumulate_gradients(
     return jax.tree.map(jnp.add, gradients, more), metrics
 
   _, embeddings = jax.lax.scan(
-    lambda _, microbatch: (None, embed_microbatch(trainable, microbatch)[2]), None, microbatches
+    lambda _, microbatch: (None, embed_microbatch(trainable, microbatch, shown=False)[2]), None,
+    microbatches,
   )
   (contrast, more), d_embeddings = jax.value_and_grad(compare, has_aux=True)(embeddings)
   zeros = jax.tree.map(jnp.zeros_like, trainable)

@@ -6,11 +6,11 @@ import jax.numpy as jnp
 import ml_collections
 from jaxtyping import Array, Float, Int
 
-from cc_jax.customcontrast.model import CustomContrast
 from cc_jax.objectives.contrast import ContrastiveBackend
 from cc_jax.objectives.cscl import cscl
 from cc_jax.objectives.macl import macl
-from cc_jax.training.step_context import Batch, Metrics, prefix_keys, to_unit_range
+from cc_jax.training.encodings import SubjectEncodings
+from cc_jax.training.step_context import Metrics, prefix_keys
 
 
 class Embeddings(NamedTuple):
@@ -27,22 +27,15 @@ LAYERED = ("anchors", "positives")  # the batch is their second axis
 
 
 def contrastive_embeddings(
-  model: CustomContrast, objective: ml_collections.ConfigDict, batch: Batch,
-  features: Float[Array, "b p c"], embed: Float[Array, "b e"], t: Int[Array, " b"],
+  objective: ml_collections.ConfigDict, subjects: SubjectEncodings
 ) -> Embeddings:
-  """Encodes references and positives as far as the contrastive losses need them, at the same t.
+  """What CSCL and MACL compare, of what the MFI-Encoder said.
 
   CSCL: `same_frame` is the figure's reading; `cross_frame` [R] compares V of the reference with T
   of the positive, so that a pose that both share is no shortcut. S of MACL comes from the
   references, which are centred: it depends on the subjects and not on where they stand.
   """
-  embeddings = Embeddings()
-  if not (objective.lambda_cscl or objective.lambda_macl):
-    return embeddings
-  reference = model.encode(features, t)
-  positive = None
-  if objective.lambda_macl or objective.cscl_frame == "cross_frame":
-    positive = model.encode(model.image_features(to_unit_range(batch["positive"]))[0], t)
+  embeddings, reference, positive = Embeddings(), subjects.reference, subjects.positive
   if objective.lambda_cscl:
     textual = reference if objective.cscl_frame == "same_frame" else positive
     embeddings = embeddings._replace(
@@ -50,7 +43,7 @@ def contrastive_embeddings(
     )
   if objective.lambda_macl:
     embeddings = embeddings._replace(
-      anchors=reference.textual_tokens, positives=positive.textual_tokens, embed=embed
+      anchors=reference.textual_tokens, positives=positive.textual_tokens, embed=subjects.embed
     )
   return embeddings
 

@@ -7,14 +7,16 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from cc_jax.customcontrast.mfi_encoder import MFIFeatures
 from cc_jax.customcontrast.model import Conditioning, CustomContrast
 from cc_jax.customcontrast.text_conditioning import size_conditions
 from cc_jax.models.params import Params
 from cc_jax.models.vae import images_to_latents
 from cc_jax.objectives.diffusion import diffusion_loss, min_snr_weights
 from cc_jax.training.contrastive import compare_embeddings, contrastive_embeddings
+from cc_jax.training.encodings import encode_subjects
 from cc_jax.training.noise import StepNoise, sample_step_noise
-from cc_jax.training.step_context import Batch, Metrics, StepContext, prefix_keys, to_unit_range
+from cc_jax.training.step_context import Batch, Metrics, StepContext, prefix_keys
 from data_pipeline.tokens import prompt_keys
 
 
@@ -35,22 +37,25 @@ def subject_weights(masks: Array, size: tuple[int, int], weight: float) -> Array
 
 
 def denoise(
-  context: StepContext, model: CustomContrast, batch: Batch, features: Float[Array, "b p c"],
+  context: StepContext, model: CustomContrast, batch: Batch, shown: MFIFeatures,
   step_noise: StepNoise,
 ) -> tuple[Float[Array, "b h w c"], Float[Array, "b h w c"]]:
-  """(prediction, its target) for the target frame with the noise of t."""
+  """(prediction, its target) for the target frame with the noise of t.
+
+  `shown` is what the MFI-Encoder says of the references, as far as they are kept.
+  """
   t, keys = step_noise.t, step_noise.keys
   posterior_keys, noise_keys = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
   latents = sample_latents(model.vae, batch["target"], posterior_keys)
   noise = _normal(noise_keys, latents.shape[1:])
-  conditioning = condition(context, model, batch, features, step_noise)
+  conditioning = condition(context, model, batch, shown, step_noise)
   schedule = context.schedule
   prediction = model.predict(schedule.add_noise(latents, noise, t), t, conditioning)
   return prediction, schedule.target(latents, noise, t)
 
 
 def condition(
-  context: StepContext, model: CustomContrast, batch: Batch, features: Float[Array, "b p c"],
+  context: StepContext, model: CustomContrast, batch: Batch, shown: MFIFeatures,
   step_noise: StepNoise,
 ) -> Conditioning:
   """What the UNet is told of reference and caption, as far as they are kept."""
@@ -59,11 +64,12 @@ def condition(
   ids, slots, spans = ([batch[key] for key in names] for names in zip(*keys))
   empty = [jnp.asarray(i, jnp.int32) for i in context.empty_prompt]
   return model.condition(
-    features,
+    None,
     [jnp.where(keep_text[:, None], *pair) for pair in zip(ids, empty)],
     slots,
     spans,
     t,
+    encoded=shown,
     use_image=keep_image,
     # An empty prompt has no noun for S+ to stand after. [R]
     use_s_plus=keep_image & keep_text,
@@ -82,22 +88,22 @@ def total_loss(
   """
   model = context.model_for_gradient(trainable, frozen)
   step_noise = sample_step_noise(context, key, batch["target"].shape[0])
-  features, embed = model.image_features(to_unit_range(batch["reference"]))
-  total, metrics = diffusion_objective(context, model, batch, features, step_noise)
+  subjects = encode_subjects(context, model, batch, step_noise)
+  total, metrics = diffusion_objective(context, model, batch, subjects.shown, step_noise)
   objective = context.config.objective
-  embeddings = contrastive_embeddings(model, objective, batch, features, embed, step_noise.t)
+  embeddings = contrastive_embeddings(objective, subjects)
   contrast, more = compare_embeddings(objective, embeddings, batch["subject_id"], context.contrast)
   total = total + contrast
   return total, {"loss": total, **metrics, **more}
 
 
 def diffusion_objective(
-  context: StepContext, model: CustomContrast, batch: Batch, features: Float[Array, "b p c"],
+  context: StepContext, model: CustomContrast, batch: Batch, shown: MFIFeatures,
   step_noise: StepNoise,
 ) -> tuple[Float[Array, ""], Metrics]:
-  """L_diffusion; `features` are the references'."""
+  """L_diffusion; `shown` as for `denoise`."""
   objective, schedule = context.config.objective, context.schedule
-  prediction, target = denoise(context, model, batch, features, step_noise)
+  prediction, target = denoise(context, model, batch, shown, step_noise)
   snr = schedule.snr(step_noise.t)
   weights = min_snr_weights(snr, objective.min_snr_gamma, schedule.prediction_type)
   mask = subject_weights(batch["target_mask"], prediction.shape[1:3], objective.subject_weight)

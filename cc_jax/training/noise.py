@@ -1,5 +1,6 @@
 """The randomness of a training step, sample by sample."""
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -8,6 +9,8 @@ import ml_collections
 from jaxtyping import Array, Bool, Int
 
 from cc_jax.training.step_context import StepContext
+
+SHARED_TIMESTEP = 8  # neighbours in the batch
 
 
 class StepNoise(NamedTuple):
@@ -24,8 +27,21 @@ def sample_step_noise(context: StepContext, key: Array, size: int) -> StepNoise:
   objective, steps = context.config.objective, context.schedule.num_train_timesteps
   of_t, of_dropout, of_noise = jax.random.split(key, 3)
   t = sample_timesteps(of_t, size, steps, objective.timestep_shift)
-  keep = keep_conditions(of_dropout, size, objective)
-  return StepNoise(t, *keep, jax.random.split(of_noise, size))
+  keep_text, keep_image = keep_conditions(of_dropout, size, objective)
+  t = share_timestep(t, keep_image)
+  return StepNoise(t, keep_text, keep_image, jax.random.split(of_noise, size))
+
+
+def share_timestep(t: Int[Array, " b"], keep_image: Bool[Array, " b"]) -> Int[Array, " b"]:
+  """Gives those of SHARED_TIMESTEP neighbours that drop their image the first one's timestep. [R]
+
+  What the MFI-Encoder says of no image depends on t alone: one answer then serves all of them
+  (`encodings.encode_subjects`). Each sample's t is distributed as before.
+  """
+  group = math.gcd(len(t), SHARED_TIMESTEP)
+  grouped, drops = t.reshape(-1, group), ~keep_image.reshape(-1, group)
+  first = jnp.take_along_axis(grouped, jnp.argmax(drops, axis=1)[:, None], axis=1)
+  return jnp.where(drops, first, grouped).reshape(-1)
 
 
 def keep_conditions(

@@ -39,7 +39,8 @@ def sample_losses(
   features, _ = model.image_features(to_unit_range(batch["reference"]))
   keys = jax.random.split(jax.random.key(context.config.seed), size)
   step_noise = StepNoise(t, keep_text=keep, keep_image=keep, keys=keys)
-  return per_sample_mse(*denoise(context, model, batch, features, step_noise))
+  shown = model.encode(features, t)
+  return per_sample_mse(*denoise(context, model, batch, shown, step_noise))
 
 
 def make_prompt_sensitivity(

@@ -67,6 +67,10 @@ class StepContext:
     axes = () if self.mesh is None else batch_sharding(self.mesh).spec[0]
     return ContrastiveBackend(objective.contrast, objective.tile, self.mesh, axes)
 
+  def rows_per_device(self, size: int) -> int:
+    """How many of `size` samples lie on one device."""
+    return size // self.contrast.devices
+
   def describe_contrast(self, mesh: Mesh, *parts: Params) -> list[str]:
     """Log lines: the backend of each contrastive loss; `parts` are weights or their shapes."""
     objective, backend = self.config.objective, dataclasses.replace(self, mesh=mesh).contrast

@@ -1,0 +1,92 @@
+"""What a step asks image encoder and MFI-Encoder: once, and the same as asked one by one."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import pytest
+import tiny
+
+from cc_jax.bases.base import load_base
+from cc_jax.customcontrast.build import build_customcontrast
+from cc_jax.customcontrast.model import CustomContrast
+from cc_jax.training.encodings import encode_subjects
+from cc_jax.training.noise import StepNoise, share_timestep
+from cc_jax.training.setup import adapter_configs, make_step_context
+from cc_jax.training.step_context import StepContext, to_unit_range
+
+KEEP = np.array([1, 0, 1, 0, 0, 1, 1, 1, 1, 1, 0, 1, 1, 1, 1, 1], bool)  # two groups of eight
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+
+@pytest.fixture(scope="module")
+def asked(tiny_folder):
+  """(context, model, batch, noise) of 16 samples."""
+  config = tiny.tiny_config(tiny_folder)
+  config.train.batch_size = 16
+  base = load_base(tiny_folder)
+  definition, *params = build_customcontrast(base, *adapter_configs(config))
+  context, rng = make_step_context(config, definition, base), np.random.default_rng(0)
+  batch = {name: rng.integers(0, 256, (16, tiny.IMAGE, tiny.IMAGE, 3), dtype=np.uint8)
+           for name in ("reference", "positive")}  # fmt: skip
+  t = share_timestep(jnp.asarray(rng.permutation(1000)[:16], jnp.int32), jnp.asarray(KEEP))
+  keys = jax.random.split(jax.random.key(0), 16)
+  return context, context.model(*params), batch, StepNoise(t, jnp.asarray(KEEP), KEEP, keys)
+
+
+@pytest.fixture(scope="module")
+def one_by_one(asked):
+  _, model, batch, noise = asked
+
+  @jax.jit
+  def ask(reference, positive):
+    features, embed = model.image_features(to_unit_range(reference))
+    others, _ = model.image_features(to_unit_range(positive))
+    return (model.encode(features, noise.t, noise.keep_image), model.encode(features, noise.t),
+            model.encode(others, noise.t), embed)  # fmt: skip
+
+  return ask(batch["reference"], batch["positive"])
+
+
+def assert_same(found, expected):
+  for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+    assert np.linalg.norm(a - b) < 1e-5 * np.linalg.norm(b)
+
+
+@pytest.mark.parametrize("rows_per_device, microbatch", [(16, False), (12, False), (16, True)])
+def test_all_sets_in_one_batch(asked, one_by_one, monkeypatch, rows_per_device, microbatch):
+  """Eight, four and one neighbour share the answer for no image."""
+  calls = []
+  for name in ("image_features", "encode"):
+    function = getattr(CustomContrast, name)
+    monkeypatch.setattr(
+      CustomContrast, name,
+      lambda self, x, *rest, f=function, n=name: (calls.append((n, len(x))), f(self, x, *rest))[1])
+  monkeypatch.setattr(StepContext, "rows_per_device", lambda *_: rows_per_device)
+  context, model, batch, noise = asked
+  ask = jax.jit(lambda batch: encode_subjects(context, model, batch, noise, microbatch=microbatch))
+  assert_same(tuple(ask(batch)), one_by_one)
+  answers = 16 if microbatch else {16: 2, 12: 4}[rows_per_device]
+  assert calls == [("image_features", 32), ("encode", 32 + answers)]
+
+
+def test_what_no_loss_needs_is_not_asked(asked, one_by_one):
+  context, model, batch, noise = asked
+  config = ml_collections.ConfigDict(context.config)
+  config.objective.lambda_macl = 0.0
+  found = encode_subjects(dataclasses.replace(context, config=config), model, batch, noise)
+  assert found.positive is None
+  config.objective.lambda_cscl = 0.0
+  found = encode_subjects(dataclasses.replace(context, config=config), model, batch, noise)
+  assert_same(found.shown, one_by_one[0])
+
+
+def test_those_that_drop_their_image_share_a_timestep():
+  t = jnp.arange(100, 116)
+  shared = share_timestep(t, jnp.asarray(KEEP))
+  # By hand: of the first eight the second, fourth and fifth drop theirs, of the others one.
+  expected = [100, 101, 102, 101, 101, *range(105, 116)]
+  assert shared.tolist() == expected
+  assert share_timestep(t[:3], jnp.zeros(3, bool)).tolist() == [100, 101, 102]  # no neighbours
