@@ -53,8 +53,9 @@ def main() -> None:
   parser.add_argument("--steps", type=int, default=20)
   parser.add_argument("--against", type=Path, help="another checkout of this repository")
   parser.add_argument("--rounds", type=int, default=3)
-  arguments, words = parser.parse_args(), sys.argv[1:]
+  arguments = parser.parse_args()
   if arguments.against:
+    words = [f"--{key}={getattr(arguments, key)}" for key in ("config", "base", "batch_size")]
     compare(arguments.against, words, arguments.steps, arguments.rounds)
     return
   name = Path(arguments.config).with_suffix("").as_posix().replace("/", ".")
@@ -101,7 +102,6 @@ def main() -> None:
 
 def compare(other: Path, words: Sequence[str], steps: int, rounds: int) -> None:
   """Prints medians of this tree's step and the other's, and the ratios of the rounds' medians."""
-  words = [word for word in words if not re.match("--(rounds|steps|against)", word)]
   trees = {"this": Path(__file__).parents[1], "other": other.resolve()}
   found = {name: [] for name in trees}
   for number in range(1 + rounds):  # the first fills the cache of compiled programs
