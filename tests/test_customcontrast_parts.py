@@ -40,14 +40,14 @@ def attention(q, k, v):
 
 
 def test_perceiver_attention_is_attention_over_image_and_queries():
-  q, k_self, v_self = draw(3, 2, 4, 2, 5), draw(3, 2, 4, 2, 5), draw(3, 2, 4, 2, 5)
+  q, k_self, v_self = draw(2, 3, 4, 2, 5), draw(2, 3, 4, 2, 5), draw(2, 3, 4, 2, 5)
   k_image, v_image = draw(2, 6, 2, 5), draw(2, 6, 2, 5)
   out = perceiver_attention(q, k_image, v_image, k_self, v_self)
   for n, b, h in np.ndindex(3, 2, 2):
-    keys = np.concatenate([k_image[b, :, h], k_self[n, b, :, h]])
-    values = np.concatenate([v_image[b, :, h], v_self[n, b, :, h]])
-    expected = attention(q[n, b, :, h], keys, values)
-    np.testing.assert_allclose(out[n, b, :, h], expected, atol=1e-5)
+    keys = np.concatenate([k_image[b, :, h], k_self[b, n, :, h]])
+    values = np.concatenate([v_image[b, :, h], v_self[b, n, :, h]])
+    expected = attention(q[b, n, :, h], keys, values)
+    np.testing.assert_allclose(out[b, n, :, h], expected, atol=1e-5)
 
 
 def relative_error(found, wanted):
@@ -58,14 +58,14 @@ def test_logits_are_not_rounded_to_bfloat16():  # C14
   """In bfloat16 the attention errs no more than JAX's own, which keeps its logits in float32."""
   rng = np.random.default_rng(1)  # its own: others' draws stay as they were
   half = lambda *shape: jnp.asarray(3 * rng.normal(size=shape), jnp.bfloat16)  # noqa: E731
-  q, k, v = half(1, 2, 8, 4, 64), half(2, 40, 4, 64), half(2, 40, 4, 64)
-  nothing = jnp.zeros((1, 2, 0, 4, 64), jnp.bfloat16)
+  q, k, v = half(2, 1, 8, 4, 64), half(2, 40, 4, 64), half(2, 40, 4, 64)
+  nothing = jnp.zeros((2, 1, 0, 4, 64), jnp.bfloat16)
   wanted = np.stack([
-    np.stack([attention(*(np.float64(x[b, :, h]) for x in (q[0], k, v))) for h in range(4)], axis=1)
+    np.stack([attention(*(np.float64(x[b, :, h]) for x in (q[:, 0], k, v))) for h in range(4)], axis=1)
     for b in range(2)
   ])  # fmt: skip
-  peer = relative_error(jax.nn.dot_product_attention(q[0], k, v), wanted)
-  found = relative_error(perceiver_attention(q, k, v, nothing, nothing)[0], wanted)
+  peer = relative_error(jax.nn.dot_product_attention(q[:, 0], k, v), wanted)
+  found = relative_error(perceiver_attention(q, k, v, nothing, nothing)[:, 0], wanted)
   assert found < 1.2 * peer, (found, peer)
 
   fusion = TVFusion(64, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
@@ -111,10 +111,10 @@ def test_textual_tokens_of_all_layers_equal_a_loop_over_layers(textual):
   def one_layer(layer):
     ft, fl = fourier(t / 1000, 6), fourier(jnp.full((2,), layer / 3), 5)
     hidden = jax.nn.silu(textual.mlp_in(jnp.concatenate([ft, fl], axis=-1)))
-    x = (textual.queries[...] + textual.mlp_out(hidden)[:, None])[None]
+    x = (textual.queries[...] + textual.mlp_out(hidden)[:, None])[:, None]
     for block in textual.blocks:
       x = block(x, textual.proj_in(features))
-    return textual.norm_out(x)[0]
+    return textual.norm_out(x)[:, 0]
 
   expected = np.stack([one_layer(layer) for layer in range(4)])
   np.testing.assert_allclose(tokens, expected[:, :, 1:], atol=1e-5)

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 from cc_jax.customcontrast import config_section
 from cc_jax.customcontrast.location import TimestepLocation
 from cc_jax.errors import UserError
+from cc_jax.models.layers import Linear
 from cc_jax.models.params import ParamOptions
 from cc_jax.models.unet import cross_attention_layers
 
@@ -82,8 +83,8 @@ class LowRank(nnx.Module):
 
   def __init__(self, width: int, out: int, rank: int, *, delta: bool, **kinds):
     init = nnx.initializers.zeros_init() if delta else nnx.initializers.lecun_normal()
-    self.down = nnx.Linear(width, rank, use_bias=False, **kinds)
-    self.up = nnx.Linear(rank, out, use_bias=False, kernel_init=init, **kinds)
+    self.down = Linear(width, rank, use_bias=False, **kinds)
+    self.up = Linear(rank, out, use_bias=False, kernel_init=init, **kinds)
 
   def __call__(self, x: Float[Array, "b k d"]) -> Float[Array, "b k c"]:
     return self.up(self.down(x))
@@ -130,7 +131,7 @@ class InjectedCrossAttention(nnx.Module):
         def init(key, shape, dtype, out_sharding=None):
           del key, shape, out_sharding
           return jnp.array(frozen.kernel[...], dtype, copy=True)
-      return nnx.Linear(visual_width, inner, use_bias=False, kernel_init=init, **kinds)
+      return Linear(visual_width, inner, use_bias=False, kernel_init=init, **kinds)
 
     self.to_k_visual = projection(attn.to_k)
     self.to_v_visual = projection(attn.to_v)

@@ -5,6 +5,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from cc_jax.models.layers import Linear
+
 
 class TimestepLocation(nnx.Module):
   """m = sigmoid(f(h, t)) per pixel of one cross-attention layer [P: the map; R: f].
@@ -14,9 +16,9 @@ class TimestepLocation(nnx.Module):
   """
 
   def __init__(self, hidden_width: int, temb_width: int, width: int, **kinds):
-    self.hidden = nnx.Linear(hidden_width, width, **kinds)
-    self.time = nnx.Linear(temb_width, width, use_bias=False, **kinds)
-    self.out = nnx.Linear(width, 1, kernel_init=nnx.initializers.zeros_init(), **kinds)
+    self.hidden = Linear(hidden_width, width, **kinds)
+    self.time = Linear(temb_width, width, use_bias=False, **kinds)
+    self.out = Linear(width, 1, kernel_init=nnx.initializers.zeros_init(), **kinds)
 
   def __call__(
     self, hidden: Float[Array, "b s c"], temb: Float[Array, "b e"]

@@ -14,6 +14,7 @@ from cc_jax.customcontrast import config_section
 from cc_jax.customcontrast.qformer import TextualQformer, VisualQformer
 from cc_jax.customcontrast.tv_fusion import TVFusion
 from cc_jax.errors import UserError
+from cc_jax.models.layers import Linear
 from cc_jax.models.params import ParamOptions
 
 CHOICES = {
@@ -150,10 +151,10 @@ class MFIEncoder(nnx.Module):
     )
     if config.fusion == "tv_fusion":
       self.fusion = TVFusion(config.width, **kinds)
-    self.heads = nnx.List([nnx.Linear(config.width, width, **kinds) for width in text_widths])
+    self.heads = nnx.List([Linear(config.width, width, **kinds) for width in text_widths])
     if config.contrast_head:  # [R] as in SimCLR; the lab's variant, since it can hide pose
-      self.contrast_in = nnx.Linear(config.width, config.contrast_head, **kinds)
-      self.contrast_out = nnx.Linear(config.contrast_head, config.width, **kinds)
+      self.contrast_in = Linear(config.width, config.contrast_head, **kinds)
+      self.contrast_out = Linear(config.contrast_head, config.width, **kinds)
 
   def __call__(
     self, features: Float[Array, "b p c"], t: Int[Array, " b"],
@@ -173,7 +174,14 @@ class MFIEncoder(nnx.Module):
     words = textual[:, :, : self.config.s_words]  # [R] the first W tokens are the pseudo-words
     if self.config.s_plus_space == "shared":
       words = jnp.mean(words, axis=0, keepdims=True)
-    words = tuple(head(words) for head in self.heads)
+    words = tuple(_by_image(head, words) for head in self.heads)
     if self.config.contrast_head:
-      textual = self.contrast_out(jax.nn.gelu(self.contrast_in(textual)))
+      textual = _by_image(lambda x: self.contrast_out(jax.nn.gelu(self.contrast_in(x))), textual)
     return MFIFeatures(visual_cls, visual, textual_cls, textual, fused, words)
+
+
+def _by_image(
+  function: Callable[[Array], Array], x: Float[Array, "l b q d"]
+) -> Float[Array, "l b q e"]:
+  """function(x), which sees the batch as the first axis: see `Linear`."""
+  return jnp.moveaxis(function(jnp.moveaxis(x, 0, 1)), 0, 1)

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, Num
 
+from cc_jax.models.layers import Linear
+
 TRAIN_TIMESTEPS = 1000  # t / TRAIN_TIMESTEPS is in [0, 1) for every base that we load
 _T_BANDS = 6  # fastest wave over t: a period of 62 steps; S+ should move smoothly while denoising
 _L_BANDS = 5
@@ -20,10 +22,10 @@ def fourier(x: Num[Array, "*n"], bands: int) -> Float[Array, "*n f"]:
 
 
 def perceiver_attention(
-  q: Float[Array, "l b q h e"], k_image: Float[Array, "b p h e"],
-  v_image: Float[Array, "b p h e"], k_self: Float[Array, "l b k h e"],
-  v_self: Float[Array, "l b k h e"],
-) -> Float[Array, "l b q h e"]:
+  q: Float[Array, "b l q h e"], k_image: Float[Array, "b p h e"],
+  v_image: Float[Array, "b p h e"], k_self: Float[Array, "b l k h e"],
+  v_self: Float[Array, "b l k h e"],
+) -> Float[Array, "b l q h e"]:
   """softmax(q·[k_image; k_self]ᵀ/√e)·[v_image; v_self], with the image's keys shared by all l.
 
   Concatenating logits instead of keys keeps one copy of the image's keys and values per sample:
@@ -32,12 +34,12 @@ def perceiver_attention(
   p = k_image.shape[1]
   product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
   logits = jnp.concatenate(
-    [product("lbqhe,bphe->lbhqp", q, k_image), product("lbqhe,lbkhe->lbhqk", q, k_self)], axis=-1
+    [product("blqhe,bphe->bhlqp", q, k_image), product("blqhe,blkhe->bhlqk", q, k_self)], axis=-1
   )
   weights = jax.nn.softmax(logits * q.shape[-1] ** -0.5, axis=-1)
   weights = weights.astype(q.dtype)
-  return jnp.einsum("lbhqp,bphe->lbqhe", weights[..., :p], v_image) + jnp.einsum(
-    "lbhqk,lbkhe->lbqhe", weights[..., p:], v_self
+  return jnp.einsum("bhlqp,bphe->blqhe", weights[..., :p], v_image) + jnp.einsum(
+    "bhlqk,blkhe->blqhe", weights[..., p:], v_self
   )
 
 
@@ -53,17 +55,17 @@ class PerceiverBlock(nnx.Module):
   def __init__(self, width: int, heads: int, **kinds):
     self.heads = heads
     self.norm_attn = nnx.LayerNorm(width, epsilon=1e-5, **kinds)
-    self.to_q = nnx.Linear(width, width, use_bias=False, **kinds)
-    self.to_k = nnx.Linear(width, width, use_bias=False, **kinds)
-    self.to_v = nnx.Linear(width, width, use_bias=False, **kinds)
-    self.to_out = nnx.Linear(width, width, use_bias=False, **kinds)
+    self.to_q = Linear(width, width, use_bias=False, **kinds)
+    self.to_k = Linear(width, width, use_bias=False, **kinds)
+    self.to_v = Linear(width, width, use_bias=False, **kinds)
+    self.to_out = Linear(width, width, use_bias=False, **kinds)
     self.norm_ff = nnx.LayerNorm(width, epsilon=1e-5, **kinds)
-    self.ff_in = nnx.Linear(width, 4 * width, use_bias=False, **kinds)
-    self.ff_out = nnx.Linear(4 * width, width, use_bias=False, **kinds)
+    self.ff_in = Linear(width, 4 * width, use_bias=False, **kinds)
+    self.ff_out = Linear(4 * width, width, use_bias=False, **kinds)
 
   def __call__(
-    self, x: Float[Array, "l b q d"], image: Float[Array, "b p d"]
-  ) -> Float[Array, "l b q d"]:
+    self, x: Float[Array, "b l q d"], image: Float[Array, "b p d"]
+  ) -> Float[Array, "b l q d"]:
     def split(y):
       return y.reshape(*y.shape[:-1], self.heads, -1)
 
@@ -88,13 +90,13 @@ class _Qformer(nnx.Module):
     # Query 0 is the CLS; the others are the tokens. N(0, 1/width) as IP-Adapter's latents.
     values = jax.random.normal(rngs.params(), (1 + queries, width), param_dtype) * width**-0.5
     self.queries = nnx.Param(values)
-    self.proj_in = nnx.Linear(image_width, width, **kinds)
+    self.proj_in = Linear(image_width, width, **kinds)
     self.blocks = nnx.List([PerceiverBlock(width, heads, **kinds) for _ in range(depth)])
     self.norm_out = nnx.LayerNorm(width, epsilon=1e-5, **kinds)
 
   def _read(
-    self, x: Float[Array, "l b q d"], features: Float[Array, "b p c"]
-  ) -> Float[Array, "l b q d"]:
+    self, x: Float[Array, "b l q d"], features: Float[Array, "b p c"]
+  ) -> Float[Array, "b l q d"]:
     image = self.proj_in(features)
     for block in self.blocks:
       x = block(x, image)
@@ -109,8 +111,8 @@ class VisualQformer(_Qformer):
   ) -> tuple[Float[Array, "b d"], Float[Array, "b v d"]]:
     """Returns (visual_cls [B, D], visual_tokens [B, V, D])."""
     queries = jnp.asarray(self.queries[...], self.dtype)
-    x = jnp.broadcast_to(queries, (1, features.shape[0], *queries.shape))
-    x = self._read(x, features)[0]
+    x = jnp.broadcast_to(queries, (features.shape[0], 1, *queries.shape))
+    x = self._read(x, features)[:, 0]
     return x[:, 0], x[:, 1:]
 
 
@@ -132,19 +134,19 @@ class TextualQformer(_Qformer):
     self.conditioned = timestep_layer == "fourier_mlp"
     if self.conditioned:
       features = (1 + 2 * _T_BANDS) + (1 + 2 * _L_BANDS)
-      self.mlp_in = nnx.Linear(features, width, **kinds)
-      self.mlp_out = nnx.Linear(width, width, **kinds)
+      self.mlp_in = Linear(features, width, **kinds)
+      self.mlp_out = Linear(width, width, **kinds)
 
-  def layer_time(self, t: Int[Array, " b"]) -> Float[Array, "l b d"]:
+  def layer_time(self, t: Int[Array, " b"]) -> Float[Array, "b l d"]:
     """The vector that says (t, l), added to every query."""
     layer = jnp.arange(self.layers) / max(self.layers - 1, 1)
-    t_LxBxF = jnp.broadcast_to(
-      fourier(t / TRAIN_TIMESTEPS, _T_BANDS), (self.layers, t.shape[0], 1 + 2 * _T_BANDS)
+    t_BxLxF = jnp.broadcast_to(
+      fourier(t / TRAIN_TIMESTEPS, _T_BANDS)[:, None], (len(t), self.layers, 1 + 2 * _T_BANDS)
     )
-    l_LxBxF = jnp.broadcast_to(
-      fourier(layer, _L_BANDS)[:, None], (self.layers, t.shape[0], 1 + 2 * _L_BANDS)
+    l_BxLxF = jnp.broadcast_to(
+      fourier(layer, _L_BANDS), (len(t), self.layers, 1 + 2 * _L_BANDS)
     )
-    x = jnp.concatenate([t_LxBxF, l_LxBxF], axis=-1).astype(self.dtype)
+    x = jnp.concatenate([t_BxLxF, l_BxLxF], axis=-1).astype(self.dtype)
     return self.mlp_out(jax.nn.silu(self.mlp_in(x)))
 
   def __call__(
@@ -156,7 +158,7 @@ class TextualQformer(_Qformer):
     if self.conditioned:
       x = self._read(queries + self.layer_time(t)[:, :, None], features)
     else:  # every layer would compute the same
-      x = self._read(jnp.broadcast_to(queries, (1, batch, *queries.shape)), features)
-      x = jnp.broadcast_to(x, (self.layers, *x.shape[1:]))
-    cls = jnp.mean(x[:, :, 0], axis=0) if self.cls_from == "mean" else x[-1, :, 0]
-    return cls, x[:, :, 1:]
+      x = self._read(jnp.broadcast_to(queries, (batch, 1, *queries.shape)), features)
+      x = jnp.broadcast_to(x, (batch, self.layers, *x.shape[2:]))
+    cls = jnp.mean(x[:, :, 0], axis=1) if self.cls_from == "mean" else x[:, -1, 0]
+    return cls, jnp.moveaxis(x[:, :, 1:], 1, 0)

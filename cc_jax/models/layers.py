@@ -44,6 +44,20 @@ class LayerNorm(nnx.LayerNorm):
     super().__init__(width, epsilon=epsilon, use_fast_variance=False, **kw)
 
 
+class Linear(nnx.Linear):
+  """A linear layer for trained weights: rows of all leading axes in one matrix.
+
+  With more axes XLA:CPU (jax 0.10) lays the output's gradient out anew for the kernel's, and
+  computes the activation's derivative a second time for that: twice the time of an MLP's gradient
+  (`benchmarks/linear.py`). The batch must come first: merged behind other axes it would not stay
+  sharded.
+  """
+
+  def __call__(self, inputs: Float[Array, "*b d"]) -> Float[Array, "*b e"]:
+    rows = super().__call__(inputs.reshape(-1, inputs.shape[-1]))
+    return rows.reshape(*inputs.shape[:-1], rows.shape[-1])
+
+
 def conv3x3(in_channels: int, out_channels: int, *, stride: int = 1, padding=1, **kw) -> nnx.Conv:
   """A 3x3 convolution with PyTorch's explicit padding ('SAME' pads strided inputs on one side)."""
   return nnx.Conv(in_channels, out_channels, (3, 3), strides=stride, padding=padding, **kw)
