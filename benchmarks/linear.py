@@ -24,7 +24,8 @@ def main() -> None:
   x = jnp.asarray(np.random.default_rng(0).normal(size=(32, 4, 9, 128)), jnp.float32)
   programs = {}
   for name, kind in (("flax", nnx.Linear), ("ours", Linear)):
-    layers = kind(128, 512, rngs=nnx.Rngs(0)), kind(512, 128, rngs=nnx.Rngs(1))
+    kinds = dict(use_bias=False, rngs=nnx.Rngs(0))  # as in the Q-Formers
+    layers = kind(128, 512, **kinds), kind(512, 128, **kinds)
 
     def loss(layers, x):
       hidden = jax.nn.gelu(layers[0](x), approximate=False)
