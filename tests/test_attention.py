@@ -335,7 +335,61 @@ def test_impossible_kernels_are_refused_before_a_base_is_read(tiny_folder, tmp_p
     generate.load(attention="pallas")
 
 
-# ---- TPUs that are not there
+# ---- chips that are not there
+
+
+@pytest.fixture
+def cudnn(monkeypatch):
+  """JAX's own conditions of cuDNN's attention, as if the machine had a GPU: set its capability."""
+  source = pytest.importorskip("jax._src.cudnn.fused_attention_stablehlo")
+  capability = []
+  monkeypatch.setattr(source, "check_cudnn_version", lambda: 91801)
+  monkeypatch.setattr(
+    source, "check_compute_capability", lambda least: float(capability[-1]) >= float(least))
+  monkeypatch.setattr(
+    source, "is_cuda_compute_capability_equal", lambda which: capability[-1] == which)
+  monkeypatch.setattr(source, "set_capability", capability.append, raising=False)
+  return source
+
+
+@pytest.mark.parametrize("chip", sorted(CUDNN))
+def test_jax_takes_what_cudnn_is_chosen_for(chip, cudnn):
+  cudnn.set_capability(CHIPS[chip].compute_capability)
+
+  def jax_takes(shape, training):
+    width, queries, keys = shape
+    q, k = (jax.ShapeDtypeStruct((1, n, 1, width), jnp.bfloat16) for n in (queries, keys))
+    layout = cudnn.AttentionLayout.BTNH.value
+    try:
+      cudnn.check_is_flash_attention(q, k, k, layout, 91801, False, training)
+    except NotImplementedError:
+      return False
+    return True
+
+  for shape in TABLE:
+    for training in (True, False):
+      if choice(chip, shape, training=training) == "cudnn":
+        assert jax_takes(shape, training), shape
+  assert jax_takes((160, 256, 256), True) == (chip not in ("a100", "l4"))
+  assert not jax_takes((36, 4096, 4096), True) and not jax_takes((512, 4096, 4096), False)
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 2, 2)])
+def test_cudnn_is_called_without_a_mask_and_on_a_device_s_own_part(sizes, cudnn):
+  """The program that a GPU would get; no GPU is needed to write it."""
+  cudnn.set_capability("9.0")
+  mesh = AbstractMesh(sizes, AXES) if max(sizes) > 1 else None
+  places = mesh and dict(mesh=mesh, batch_axes=("data", "fsdp"), head_axis="tensor")
+  kernels = choose_kernels(
+    "auto", CHIPS["h100"], dtype="bfloat16", training=True, **(places or {}))
+  x = jax.ShapeDtypeStruct((8, 1024, 8, 80), jnp.bfloat16)
+  backward = lambda q, k, v, g: jax.vjp(  # noqa: E731
+    partial(dot_product_attention, kernels=kernels), q, k, v)[1](g)
+  text = jax.jit(backward).trace(x, x, x, x).lower(lowering_platforms=("cuda",)).as_text()
+  calls = [line for line in text.splitlines() if "__cudnn$" in line]
+  assert ["Backward" in line for line in calls] == [False, True]
+  part = "2x1024x4x80xbf16" if mesh else "8x1024x8x80xbf16"
+  assert all("NO_MASK" in line and f"tensor<{part}>" in line for line in calls), calls
 
 
 @pytest.mark.parametrize("topology", ["v5e:2x2", "v6e:2x2"])
