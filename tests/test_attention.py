@@ -400,7 +400,7 @@ def test_kernels_compile_for_a_tpu(topology):
   from cc_jax.plan.topology import find_slice
 
   devices = find_slice(topology, "bfloat16").devices
-  for sizes in (dict(data=2, fsdp=2), dict(data=2, tensor=2)):
+  for sizes in (dict(data=2, tensor=2),):
     mesh = make_mesh(ml_collections.ConfigDict(sizes), 4, devices=devices)
     kernels = mesh_kernels("auto", mesh, dtype="bfloat16", training=True)
     assert kernels.kernel == "pallas"
