@@ -5,7 +5,6 @@ replaced by a wrong one; 0 = the word is ignored. It needs neither sampling nor 
 training can log it (docs/method.md, "The wrong-word gap").
 """
 
-import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -52,7 +51,6 @@ def make_prompt_sensitivity(
   `wrong` maps a name to (the batch with a wrong word, which samples really changed [B]). A word of
   which nothing changed has no gap: a warning says so, and the key is left out.
   """
-  context = dataclasses.replace(context, mesh=mesh)
   losses = jax.jit(
     lambda adapter, frozen, batch: sample_losses(context, adapter, frozen, batch),
     out_shardings=replicated_sharding(mesh),
