@@ -121,7 +121,7 @@ def _draw_options(config, base, model, count: int) -> dict[str, Any]:
   mesh = make_mesh(config.mesh, config.train.batch_size)
   schedule = NoiseSchedule.from_config(base.scheduler_config)
   return dict(
-    sampler=ImageSampler(model, schedule, mesh=mesh), base=base,
+    sampler=ImageSampler(model, schedule, mesh=mesh, attention=config.train.attention), base=base,
     settings=config.sample, s_words=config.encoder.s_words, scale=config.sample.scale,
     batch_size=min(-(-count // mesh.size), 12) * mesh.size)
 

@@ -27,6 +27,7 @@ from absl import flags
 from cc_jax import cli
 from cc_jax.diffusion.samplers import SAMPLERS
 from cc_jax.errors import UserError, expand_user
+from cc_jax.models.attention_kinds import KINDS
 from cc_jax.models.params import DTYPES
 from cc_jax.parallel.mesh import make_mesh
 from cc_jax.sampling.arguments import as_nouns, as_prompts, as_seeds, pictures_by_subject
@@ -98,6 +99,8 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
   for name, meaning in _PAIR_FLAGS.items():
     flags.DEFINE_list(name, [], meaning, flag_values=values)
   text("dtype", "float32", f"Of parameters and computation: {' or '.join(DTYPES)}.")
+  flags.DEFINE_enum("attention", "auto", KINDS, "auto is the chip's own: cudnn on NVIDIA (with "
+                    "--dtype=bfloat16), pallas on a TPU, else xla.", flag_values=values)
   text("out", "out.png", "The PNG file to write.")
 
 
@@ -132,7 +135,10 @@ def main(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> None:
     pipe = load(
       values.checkpoint, values.base, image_encoder=values.image_encoder,
       lora=[_parse_lora(text) for text in lora], strict_base=values.strict_base,
-      mesh=data_mesh(values.num_images), dtype=values.dtype)
+      mesh=data_mesh(values.num_images), dtype=values.dtype,
+      attention=values.attention)
+    if pipe.sampler.kernels.kernel != "xla":
+      print(pipe.sampler.kernels.describe(), file=sys.stderr)
     images = pipe(references=references, masks=masks or None, progress=True, **arguments)
   for seed, (path, image) in enumerate(zip(outputs, images, strict=True), values.seed):
     settings = arguments | dict(

@@ -115,6 +115,8 @@ def get_config() -> ml_collections.ConfigDict:
   c.train.ema = 0.995
   c.train.dtype = "float32"  # compute: 'float32' | 'bfloat16'
   c.train.base_dtype = "float32"  # storage of the frozen base
+  # 'xla' | 'cudnn' (NVIDIA, bfloat16) | 'pallas' (TPU) | 'auto': the chip's, docs/attention.md.
+  c.train.attention = "auto"
   # What the backward pass recomputes: 'none' | 'dots' (all but convolutions and products with
   # weights) | 'full'. For the UNet one word, or one for each of its blocks down, mid, up.
   c.train.remat_unet = ("none",)

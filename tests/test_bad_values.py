@@ -174,6 +174,7 @@ BAD = {
   "train.dtype=float16": "float32, bfloat16",
   "train.base_dtype=float": "did you mean float32",
   "train.remat_text=all": "none, dots, full",
+  "train.attention=flash": "auto, xla, cudnn, pallas",
   # tuples (P27)
   "data.positive_ratio=0.5": "have 2 values",
   "data.positive_ratio=(0.1,0.2,0.3)": "have 2 values",
@@ -433,7 +434,8 @@ GOOD = [
   "seed=-1", "train.clip_norm=0", "train.learning_rate=0", "train.gate_lr_mult=0", "train.ema=0",
   "train.save_every=0", "train.remat_unet=full",
   "train.remat_unet=('none','dots','full','dots','none')",
-  "train.remat_text=dots", "train.batch_size=30", "mesh.processes=4", "mesh.data=2",
+  "train.remat_text=dots", "train.attention=pallas", "train.batch_size=30", "mesh.processes=4",
+  "mesh.data=2",
   "mesh.cpu_devices=8", "objective.lambda_macl=0", "objective.subject_weight=0",
   "objective.drop_both=0.9", "data.positive_ratio=(0.5,0.5)", "data.reference_ratio=1",
   "data.source=render", "encoder.image_layers=-2", "encoder.layer_groups=()",

@@ -79,7 +79,7 @@ class Spy(Attention):
   """Stands where the injection will stand: unpacks its own kind of context, notes what it got."""
 
   def __init__(self, inner):
-    self.heads, self.implementation = inner.heads, inner.implementation
+    self.heads = inner.heads
     self.to_q, self.to_k, self.to_v, self.to_out = inner.to_q, inner.to_k, inner.to_v, inner.to_out
 
   def __call__(self, hidden, context, temb=None, hw=None):

@@ -29,7 +29,8 @@ def perceiver_attention(
   """softmax(q·[k_image; k_self]ᵀ/√e)·[v_image; v_self], with the image's keys shared by all l.
 
   Concatenating logits instead of keys keeps one copy of the image's keys and values per sample:
-  they do not depend on the layer. Logits, which bfloat16 would round, and softmax in float32.
+  they do not depend on the layer. Logits, which bfloat16 would round, and softmax in float32. The
+  queries are too few for a fused kernel on any chip (docs/attention.md, "By layer").
   """
   p = k_image.shape[1]
   product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)

@@ -13,6 +13,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from cc_jax.models.attention_kernels import WithAttention, dot_product_attention
+from cc_jax.models.attention_kinds import XLA_ONLY, AttentionKernels
 from cc_jax.models.layers import GroupNorm, Identity, LayerNorm, conv1x1
 
 _TRANSFORMER_GROUP_NORM_EPSILON = 1e-6  # unlike the 1e-5 of the resnets around it
@@ -20,33 +22,24 @@ _TRANSFORMER_GROUP_NORM_EPSILON = 1e-6  # unlike the 1e-5 of the resnets around 
 
 def multi_head_attention(
   query: Float[Array, "b s c"], key: Float[Array, "b t c"], value: Float[Array, "b t c"], *,
-  heads: int, implementation: str = "xla",
+  heads: int, kernels: AttentionKernels = XLA_ONLY,
 ) -> Float[Array, "b s c"]:
-  """softmax(q kᵀ / √d) v for each head, heads merged again; softmax in float32.
-
-  Scores accumulate in float32 whatever the inputs are, which is what `upcast_attention` asks of
-  PyTorch. `implementation`: 'xla', or 'cudnn' (half precision on an NVIDIA GPU).
-  """
+  """softmax(q kᵀ / √d) v for each head, heads merged again; see `dot_product_attention`."""
   by_head = (x.reshape(*x.shape[:-1], heads, -1) for x in (query, key, value))
-  out = jax.nn.dot_product_attention(*by_head, implementation=implementation)
-  return out.reshape(query.shape)
+  return dot_product_attention(*by_head, kernels).reshape(query.shape)
 
 
-class Attention(nnx.Module):
+class Attention(WithAttention):
   """Multi-head attention of [B, S, C] on itself or on a context [B, T, D].
 
   diffusers: models/attention_processor.py, Attention with AttnProcessor.
   """
 
-  def __init__(
-    self, width: int, *, heads: int, context_width: int | None = None,
-    implementation: str = "xla", **kw,
-  ):
+  def __init__(self, width: int, *, heads: int, context_width: int | None = None, **kw):
     """`context_width=None` means self-attention. `heads` must divide `width`."""
     context_width = width if context_width is None else context_width
     self.heads = heads
     self.dim_head = width // heads
-    self.implementation = implementation
     self.to_q = nnx.Linear(width, width, use_bias=False, **kw)
     self.to_k = nnx.Linear(context_width, width, use_bias=False, **kw)
     self.to_v = nnx.Linear(context_width, width, use_bias=False, **kw)
@@ -66,9 +59,7 @@ class Attention(nnx.Module):
     self, query: Float[Array, "b s c"], key: Float[Array, "b t c"], value: Float[Array, "b t c"]
   ) -> Float[Array, "b s c"]:
     """Attention proper on projected inputs; the result has not gone through `to_out`."""
-    return multi_head_attention(
-      query, key, value, heads=self.heads, implementation=self.implementation
-    )
+    return multi_head_attention(query, key, value, heads=self.heads, kernels=self.kernels)
 
 
 class GEGLU(nnx.Module):
@@ -103,13 +94,12 @@ class TransformerBlock(nnx.Module):
   `attn2` may be replaced: it is called as `attn2(hidden, context, temb, hw=(h, w))`.
   """
 
-  def __init__(self, width: int, *, heads: int, context_width: int, implementation: str, **kw):
+  def __init__(self, width: int, *, heads: int, context_width: int, **kw):
     norm = partial(LayerNorm, width, **kw)
-    attention = dict(heads=heads, implementation=implementation, **kw)
     self.norm1 = norm()
-    self.attn1 = Attention(width, **attention)
+    self.attn1 = Attention(width, heads=heads, **kw)
     self.norm2 = norm()
-    self.attn2 = Attention(width, context_width=context_width, **attention)
+    self.attn2 = Attention(width, heads=heads, context_width=context_width, **kw)
     self.norm3 = norm()
     self.ff = FeedForward(width, **kw)
 
@@ -131,15 +121,13 @@ class Transformer2D(nnx.Module):
 
   def __init__(
     self, channels: int, *, depth: int, heads: int, context_width: int, groups: int,
-    linear_projection: bool, implementation: str, **kw,
+    linear_projection: bool, **kw,
   ):
     projection = nnx.Linear if linear_projection else conv1x1
     self.norm = GroupNorm(channels, groups=groups, epsilon=_TRANSFORMER_GROUP_NORM_EPSILON, **kw)
     self.proj_in = projection(channels, channels, **kw)
     self.transformer_blocks = nnx.List(
-      TransformerBlock(
-        channels, heads=heads, context_width=context_width, implementation=implementation, **kw
-      )
+      TransformerBlock(channels, heads=heads, context_width=context_width, **kw)
       for _ in range(depth)
     )
     self.proj_out = projection(channels, channels, **kw)

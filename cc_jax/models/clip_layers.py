@@ -13,6 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from cc_jax.errors import UserError
+from cc_jax.models.attention_kernels import WithAttention, dot_product_attention
 from cc_jax.models.remat import rematerialised
 
 # OpenAI's models were trained with quick_gelu, LAION's with the exact gelu.
@@ -84,7 +85,7 @@ def config_to_dict(config: Any, *, model_type: str, architectures: Mapping[str, 
   return {"architectures": [name], "model_type": model_type, "dtype": "float32", **values}
 
 
-class CLIPAttention(nnx.Module):
+class CLIPAttention(WithAttention):
   """Multi-head self-attention; scores and softmax in float32."""
 
   def __init__(self, width: int, heads: int, **kwargs):
@@ -97,7 +98,7 @@ class CLIPAttention(nnx.Module):
   def __call__(self, x: Float[Array, "b s d"], *, causal: bool) -> Float[Array, "b s d"]:
     split = (*x.shape[:2], self.heads, x.shape[2] // self.heads)
     q, k, v = (proj(x).reshape(split) for proj in (self.q_proj, self.k_proj, self.v_proj))
-    out = jax.nn.dot_product_attention(q, k, v, is_causal=causal)
+    out = dot_product_attention(q, k, v, self.kernels, causal=causal)
     return self.out_proj(out.reshape(x.shape))
 
 

@@ -19,6 +19,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from cc_jax.errors import UserError
+from cc_jax.models.attention_kernels import WithAttention, dot_product_attention
 from cc_jax.models.clip_layers import ACTIVATIONS, checked_config, layer_norm
 from cc_jax.models.image_encoder import ImageEncoder
 
@@ -137,7 +138,7 @@ class DinoEmbeddings(nnx.Module):
     return jnp.concatenate([table[:, :1], grid.reshape(1, height * width, -1)], axis=1)
 
 
-class SelfAttention(nnx.Module):
+class SelfAttention(WithAttention):
   """Queries, keys and values of all heads, and the attention proper."""
 
   def __init__(self, config: DinoConfig, **kw):
@@ -149,7 +150,7 @@ class SelfAttention(nnx.Module):
   def __call__(self, x: Float[Array, "b s d"]) -> Float[Array, "b s d"]:
     split = (*x.shape[:2], self.heads, x.shape[2] // self.heads)
     q, k, v = (part(x).reshape(split) for part in (self.query, self.key, self.value))
-    return jax.nn.dot_product_attention(q, k, v).reshape(x.shape)
+    return dot_product_attention(q, k, v, self.kernels).reshape(x.shape)
 
 
 class Dense(nnx.Module):

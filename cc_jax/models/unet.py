@@ -12,6 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from cc_jax.models.attention import TransformerBlock, multi_head_attention
+from cc_jax.models.attention_kernels import WithAttention
 from cc_jax.models.layers import (
   GroupNorm,
   LayerNorm,
@@ -29,13 +30,9 @@ class UNet2DCondition(nnx.Module):
   """Predicts noise, velocity or sample (whatever its scheduler says) from a noisy latent image."""
 
   def __init__(
-    self, config: UNetConfig, *, dtype=jnp.float32, param_dtype=jnp.float32,
-    attention_implementation: str = "xla", rngs: nnx.Rngs,
+    self, config: UNetConfig, *, dtype=jnp.float32, param_dtype=jnp.float32, rngs: nnx.Rngs
   ):
-    """Parameters are kept in `param_dtype`; the network computes, and answers, in `dtype`.
-
-    `attention_implementation`: 'xla', or 'cudnn' for half precision on an NVIDIA GPU.
-    """
+    """Parameters are kept in `param_dtype`; the network computes, and answers, in `dtype`."""
     kw = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
     self.config = config
     self.dtype = dtype
@@ -47,7 +44,7 @@ class UNet2DCondition(nnx.Module):
         channels=channels[i], temb_channels=config.time_embed_dim, groups=config.norm_num_groups,
         epsilon=config.norm_eps, depth=config.transformer_layers_per_block[i] if attention else 0,
         heads=config.attention_head_dim[i], context_width=config.cross_attention_dim[i],
-        linear_projection=config.use_linear_projection, implementation=attention_implementation,
+        linear_projection=config.use_linear_projection,
       )
 
     self.conv_in = conv3x3(config.in_channels, channels[0], **kw)
@@ -168,7 +165,7 @@ class TextTimeEmbedding(nnx.Module):
     return self.norm2(self.proj(self.pool(self.norm1(text))))
 
 
-class AttentionPooling(nnx.Module):
+class AttentionPooling(WithAttention):
   """One query, the mean token plus a learnt vector, attends to itself and to all tokens.
 
   diffusers: models/embeddings.py, AttentionPooling (from DeepFloyd IF).
@@ -187,7 +184,7 @@ class AttentionPooling(nnx.Module):
     query = x.mean(axis=1, keepdims=True) + self.positional_embedding.astype(x.dtype)
     x = jnp.concatenate([query, x], axis=1)
     pooled = multi_head_attention(
-      self.q_proj(query), self.k_proj(x), self.v_proj(x), heads=self.heads
+      self.q_proj(query), self.k_proj(x), self.v_proj(x), heads=self.heads, kernels=self.kernels
     )
     return pooled[:, 0]
 

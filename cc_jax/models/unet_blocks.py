@@ -28,7 +28,6 @@ class BlockSizes:
   heads: int
   context_width: int
   linear_projection: bool
-  implementation: str
 
   def resnet(self, in_channels: int, **kw) -> ResnetBlock2D:
     return ResnetBlock2D(
@@ -39,8 +38,7 @@ class BlockSizes:
   def transformer(self, **kw) -> Transformer2D:
     return Transformer2D(
       self.channels, depth=self.depth, heads=self.heads, context_width=self.context_width,
-      groups=self.groups, linear_projection=self.linear_projection,
-      implementation=self.implementation, **kw,
+      groups=self.groups, linear_projection=self.linear_projection, **kw,
     )
 
 

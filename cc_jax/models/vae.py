@@ -17,6 +17,7 @@ from flax import nnx
 from jaxtyping import Array, Float, UInt8
 
 from cc_jax.errors import UserError
+from cc_jax.models.attention_kernels import WithAttention, dot_product_attention
 from cc_jax.models.layers import (
   Downsample2D,
   GroupNorm,
@@ -99,7 +100,7 @@ class AutoencoderKLConfig:
     return 2 ** (len(self.block_out_channels) - 1)
 
 
-class VAEAttention(nnx.Module):
+class VAEAttention(WithAttention):
   """One-headed self-attention over the pixels, with a group norm before and a residual around."""
 
   def __init__(self, channels: int, groups: int, **kw):
@@ -112,7 +113,8 @@ class VAEAttention(nnx.Module):
   def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
     batch, height, width, channels = x.shape
     tokens = self.group_norm(x).reshape(batch, height * width, 1, channels)
-    out = jax.nn.dot_product_attention(self.to_q(tokens), self.to_k(tokens), self.to_v(tokens))
+    q, k, v = self.to_q(tokens), self.to_k(tokens), self.to_v(tokens)
+    out = dot_product_attention(q, k, v, self.kernels)
     return x + self.to_out[0](out).reshape(x.shape)
 
 

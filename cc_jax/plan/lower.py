@@ -14,7 +14,9 @@ from jax.sharding import AbstractMesh, Mesh
 
 from cc_jax.bases.base import Base
 from cc_jax.diffusion.samplers import adds_noise, step_table
+from cc_jax.models.attention_kernels import with_kernels
 from cc_jax.models.unet import cross_attention_layers
+from cc_jax.parallel.attention import mesh_kernels
 from cc_jax.parallel.mesh import batch_sharding, make_mesh, replicated_sharding
 from cc_jax.parallel.rules import abstract_params
 from cc_jax.plan.topology import Slice
@@ -85,6 +87,7 @@ def train_program(config: ml_collections.ConfigDict, mesh: Mesh | AbstractMesh) 
 def generate_program(config: ml_collections.ConfigDict, mesh: Mesh) -> AbstractProgram:
   """The sampler of `cc_jax.generate` with a reference, as config.sample has it."""
   context, trainable, frozen, base = _build(config)
+  kernels = mesh_kernels(config.train.attention, mesh, dtype=config.train.dtype, training=False)
   sample, batch_size = config.sample, config.train.batch_size
   table = step_table(context.schedule, steps=sample.steps, sampler=sample.sampler)
   image_guidance = sample.image_guidance if sample.image_guidance >= 0 else None
@@ -118,7 +121,8 @@ def generate_program(config: ml_collections.ConfigDict, mesh: Mesh) -> AbstractP
   parts = {"frozen base": frozen, "adapter": trainable, "batch": inputs}
   function = jax.jit(
     lambda trainable, frozen, inputs: sample_images(
-      lambda params: context.model(*params), (trainable, frozen), inputs, settings
+      lambda params: with_kernels(context.model(*params), kernels), (trainable, frozen), inputs,
+      settings,
     ),
     out_shardings=batch_sharding(mesh),
   )

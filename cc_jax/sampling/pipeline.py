@@ -22,6 +22,7 @@ from cc_jax.customcontrast.build import build_customcontrast, eval_shape_only, m
 from cc_jax.customcontrast.text_conditioning import size_conditions
 from cc_jax.diffusion.schedule import NoiseSchedule
 from cc_jax.errors import UserError
+from cc_jax.parallel.attention import mesh_kernels
 from cc_jax.sampling import arguments
 from cc_jax.sampling.images import read_reference, read_start, reference_display
 from cc_jax.sampling.prompts import encode_with_negative
@@ -37,7 +38,7 @@ def load(
   checkpoint: str | os.PathLike | None = None, base: str | os.PathLike | None = None, *,
   image_encoder: str | os.PathLike | None = None,
   lora: Sequence[tuple[str | os.PathLike, float]] = (), strict_base: bool = False,
-  mesh: jax.sharding.Mesh | None = None, dtype: Any = jnp.float32,
+  mesh: jax.sharding.Mesh | None = None, dtype: Any = jnp.float32, attention: str = "auto",
 ) -> Pipeline:
   """A pipeline ready to draw. '~' in a path is the home folder.
 
@@ -52,15 +53,15 @@ def load(
     lora: files and the scales with which they are merged into the base; a file alone has scale 1.
     strict_base: refuse every base but the very one that the adapter was trained on.
     mesh: several devices to draw on; the pictures of a call are sharded over them.
-    dtype: of the parameters and of the computation.
+    dtype, attention: of parameters and computation; 'auto', 'xla', 'cudnn' or 'pallas'.
 
   Raises:
-    UserError: a missing, truncated or foreign file, or an adapter of another family of bases.
+    UserError: a missing, truncated or foreign file; other bases' adapters or chips' attention.
   """
   checkpoint, base, image_encoder = (arguments.as_path(name, value) for name, value in (
     ("checkpoint", checkpoint), ("base", base), ("image_encoder", image_encoder)))
-  dtype = arguments.as_dtype(dtype)
-  lora = arguments.as_loras(lora)
+  dtype, lora = arguments.as_dtype(dtype), arguments.as_loras(lora)
+  mesh_kernels(attention, mesh, dtype=dtype, training=False)  # before anything is read
   adapter, file = None, None
   if checkpoint is not None or base is None or base == BASE:
     file = _adapter_file(checkpoint)
@@ -77,7 +78,7 @@ def load(
       f"{error} ({file} was trained with {named}; where these are elsewhere, give --base and "
       "--image_encoder)") from error
   return Pipeline(loaded, adapter, source=str(file or ""), strict_base=strict_base, mesh=mesh,
-                  dtype=dtype)
+                  dtype=dtype, attention=attention)
 
 
 def _adapter_file(checkpoint: str | None) -> Path:
@@ -105,6 +106,7 @@ class Pipeline:
   def __init__(
     self, base: Base, adapter: Adapter | None = None, *, source: str = "",
     strict_base: bool = False, mesh: jax.sharding.Mesh | None = None, dtype: Any = jnp.float32,
+    attention: str = "auto",
   ):
     """`source` names the adapter's file; for the rest see `load`."""
     self.base, self.adapter, self.source = base, adapter, source
@@ -125,7 +127,7 @@ class Pipeline:
       apply_adapter(model, adapter.tensors, source=source or "the adapter")
       self.s_words = adapter.encoder.s_words
       self.layer_paths = model.layer_paths
-    self.sampler = ImageSampler(model, self.schedule, mesh=mesh)
+    self.sampler = ImageSampler(model, self.schedule, mesh=mesh, attention=attention)
     height, width = (side * self.sampler.factor for side in self.sampler.latent_size)
     self.size = (width, height)
     self._bar = tqdm(disable=True)
@@ -283,10 +285,8 @@ class Pipeline:
   def _maps_by_layer(self, maps, latent_size) -> dict[str, np.ndarray]:
     if len(maps) != len(self.layer_paths):
       raise UserError("this adapter has no location maps (config.injection.location=False)")
-    return {
-      path: m.reshape(*m.shape[:2], *_layer_size(latent_size, m.shape[2]))
-      for path, m in zip(self.layer_paths, maps)
-    }
+    return {path: m.reshape(*m.shape[:2], *_layer_size(latent_size, m.shape[2]))
+            for path, m in zip(self.layer_paths, maps)}
 
   def _tick(self) -> None:
     self._bar.update()

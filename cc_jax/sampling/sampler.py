@@ -15,6 +15,8 @@ from cc_jax.customcontrast.text_conditioning import size_conditions
 from cc_jax.diffusion.samplers import StepTable, adds_noise, padded, skip_of_strength, step_table
 from cc_jax.diffusion.schedule import NoiseSchedule
 from cc_jax.errors import UserError
+from cc_jax.models.attention_kernels import with_kernels
+from cc_jax.parallel.attention import mesh_kernels
 from cc_jax.parallel.mesh import batch_sharding, pad_batch, replicate
 from cc_jax.sampling.images import to_uint8
 from cc_jax.sampling.prompts import Prompts
@@ -35,7 +37,7 @@ class ImageSampler:
 
   def __init__(self, model: nnx.Module, schedule: NoiseSchedule, *,
                merge: Callable[[Any], nnx.Module] | None = None,
-               mesh: jax.sharding.Mesh | None = None):
+               mesh: jax.sharding.Mesh | None = None, attention: str = "auto"):
     """Splits the model into its definition and parameters; later changes of it have no effect.
 
     Args:
@@ -44,12 +46,15 @@ class ImageSampler:
       merge: for callers whose parameters have another form (training): parameters -> model.
         `model` may then be abstract, and every call must give `params`.
       mesh: images are sharded over its axis `data`; parameters are replicated on every device.
+      attention: 'auto', 'xla', 'cudnn' or 'pallas', see `models.attention_kinds`.
     """
     definition, params = nnx.split(model)
     if mesh is not None and merge is None:
       params = replicate(params, mesh)
     self.params = params if merge is None else None
-    self.merge = merge or (lambda params: nnx.merge(definition, params))
+    merge = merge or (lambda params: nnx.merge(definition, params))
+    self.kernels = mesh_kernels(attention, mesh, dtype=model.unet.dtype, training=False)
+    self.merge = lambda params: with_kernels(merge(params), self.kernels)
     self.schedule, self.mesh = schedule, mesh
     self.is_subject_model = isinstance(model, CustomContrast)
     self.layers = len(model.group_of_layer) if self.is_subject_model else 1

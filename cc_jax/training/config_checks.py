@@ -19,6 +19,7 @@ from cc_jax.diffusion.registry import REGISTRY
 from cc_jax.diffusion.samplers import step_table
 from cc_jax.diffusion.schedule import NoiseSchedule
 from cc_jax.errors import UserError
+from cc_jax.models import attention_kinds
 from cc_jax.models.params import DTYPES
 from cc_jax.models.remat import POLICIES, check_policies
 from cc_jax.models.unet_config import UNetConfig
@@ -113,6 +114,7 @@ RULES = {
   "train.ema": real(0, below=1),
   "train.dtype": one_of(*DTYPES),
   "train.base_dtype": one_of(*DTYPES),
+  "train.attention": one_of(*attention_kinds.KINDS),
   "train.remat_unet": several(one_of(*POLICIES), least=1),
   "train.remat_text": one_of(*POLICIES),
   "train.warm_start": text,

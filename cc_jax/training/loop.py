@@ -17,6 +17,7 @@ from cc_jax.customcontrast import ip_adapter
 from cc_jax.customcontrast.build import build_customcontrast
 from cc_jax.errors import UserError
 from cc_jax.models.params import Params
+from cc_jax.parallel.attention import mesh_kernels
 from cc_jax.parallel.distributed import initialize_distributed, set_cpu_devices
 from cc_jax.parallel.mesh import gather_to_host, make_mesh, shard_batch
 from cc_jax.parallel.rules import init_sharded, param_sharding_fn, shard_params, shards_params
@@ -107,6 +108,7 @@ def set_up(
   folder = workdir / "checkpoints"
   checkpoints = Checkpoints(folder, keep=settings.keep, keep_every=settings.keep_every)
   mesh = make_mesh(config.mesh, settings.batch_size)
+  attention = mesh_kernels(settings.attention, mesh, dtype=settings.dtype, training=True)
   # The base is read, and the adapter initialised, where it is sharded to; both are plain pytrees.
   adapter = setup.adapter_configs(config)
   base = load_base(config.base, sharding=param_sharding_fn(mesh), **setup.base_options(config))
@@ -124,6 +126,7 @@ def set_up(
   run = Run(config, workdir, mesh, base, context, frozen, state, record["step"], checkpoints, log,
             check_lock)
   log_set_up(run, processes, warm_start)
+  log.say(attention.describe())
   return run
 
 

@@ -1,5 +1,6 @@
 """From a config to the parts of a training run: adapter, step context, data, metrics."""
 
+import dataclasses
 import hashlib
 import platform
 import re
@@ -82,6 +83,7 @@ def heldout_prompt_sensitivity(
   wrong = {"class": wrong_nouns(batch, tokenizers, words)}
   if scenes := data_pipeline.context_phrases(config.data):
     wrong["scene"] = wrong_phrases(batch, scenes, tokenizers, words)
+  context = dataclasses.replace(context, mesh=mesh)  # whose attention it then uses
   return make_prompt_sensitivity(context, mesh, batch, wrong)
 
 

@@ -13,10 +13,13 @@ from cc_jax.customcontrast.build import merge_params
 from cc_jax.customcontrast.model import CustomContrast
 from cc_jax.diffusion.schedule import NoiseSchedule
 from cc_jax.errors import UserError
+from cc_jax.models.attention_kernels import with_kernels
+from cc_jax.models.attention_kinds import XLA_ONLY, AttentionKernels
 from cc_jax.models.params import Params
 from cc_jax.models.remat import check_policies, set_policies
 from cc_jax.objectives.contrast import ContrastiveBackend
 from cc_jax.objectives.pair_scaling import PairLoss
+from cc_jax.parallel.attention import mesh_kernels
 from cc_jax.parallel.fsdp import all_gather_on_use, remat_all_gathers
 from cc_jax.parallel.mesh import batch_sharding
 from cc_jax.parallel.rules import shards_params
@@ -87,9 +90,17 @@ class StepContext:
       lines.append("macl: " + backend.explain(pair_loss, groups, n, width, embed_width))
     return lines
 
+  @property
+  def kernels(self) -> AttentionKernels:
+    """The attention kernels of a program on the mesh; XLA's while there is none."""
+    if self.mesh is None:
+      return XLA_ONLY
+    train = self.config.train
+    return mesh_kernels(train.attention, self.mesh, dtype=train.dtype, training=True)
+
   def model(self, *params: Params) -> CustomContrast:
     """The CustomContrast module with these weights (adapter's and base's)."""
-    return merge_params(self.definition, *params)
+    return with_kernels(merge_params(self.definition, *params), self.kernels)
 
   def model_for_gradient(self, *params: Params) -> CustomContrast:
     """`model` with weights gathered over fsdp, train.remat_unet and train.remat_text."""
