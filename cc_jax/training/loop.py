@@ -38,6 +38,7 @@ from cc_jax.training.run import (
 )
 from cc_jax.training.step import TrainState, init_state, make_train_step
 from cc_jax.training.telemetry import Profile, Telemetry
+from cc_jax.training.utilisation import measure_utilisation
 from cc_jax.training.workdir_lock import lock_workdir
 from data_pipeline.errors import DataError
 
@@ -228,19 +229,11 @@ def compile_step(run: Run, batch: Mapping[str, jax.Array], seed: jax.Array) -> j
       run.log.say(line)
     began = time.perf_counter()
     step_fn = make_train_step(run.context, run.mesh, run.state, run.frozen)
-    step_fn = step_fn.lower(run.state, run.frozen, batch, seed).compile()
+    arguments = (run.state, run.frozen, batch, seed)
+    step_fn = step_fn.lower(*arguments).compile()
     run.log.say(f"compiled in {time.perf_counter() - began:.0f} s")
-    measure_utilisation(run.log, step_fn, run.mesh)
+    measure_utilisation(run.log, run.context, run.mesh, step_fn, arguments)
   return step_fn
-
-
-def measure_utilisation(log: Telemetry, step_fn: jax.stages.Compiled, mesh: Mesh) -> None:
-  """Gives the log the FLOPs of a step and of the chip, where the chip's peak is known."""
-  from cc_jax.plan import chips, hlo  # lazily: only accelerators need them
-
-  chip = chips.find(mesh.devices.flat[0].device_kind)
-  if chip is not None:
-    log.program(hlo.Program(step_fn.as_text()).flops, chip.flops)
 
 
 def due(step: int, *every: int) -> bool:
