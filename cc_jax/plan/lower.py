@@ -82,7 +82,7 @@ def train_program(config: ml_collections.ConfigDict, mesh: Mesh | AbstractMesh) 
   seed = jax.ShapeDtypeStruct((), np.uint32, sharding=replicated_sharding(mesh))
   step = make_train_step(context, mesh, state, frozen)
   arguments = (state, frozen, batch, seed)
-  plain = functools.partial(train_step, plain_context(context, state.trainable, frozen))
+  plain = functools.partial(train_step, plain_context(context))
   return AbstractProgram(step, plain, arguments, parts, batch_size, mesh.size)
 
 
@@ -121,13 +121,13 @@ def generate_program(config: ml_collections.ConfigDict, mesh: Mesh) -> AbstractP
   trainable, frozen = abstract_params(trainable, mesh), abstract_params(frozen, mesh)
   parts = {"frozen base": frozen, "adapter": trainable, "batch": inputs}
 
-  def sample_by(context: StepContext) -> Callable:
+  def generate_by(make_model: Callable) -> Callable:
     return lambda trainable, frozen, inputs: sample_images(
-      lambda params: context.model(*params), (trainable, frozen), inputs, settings
+      lambda params: make_model(*params), (trainable, frozen), inputs, settings
     )
 
-  function = jax.jit(sample_by(context), out_shardings=batch_sharding(mesh))
-  plain = sample_by(plain_context(context, trainable, frozen))
+  function = jax.jit(generate_by(context.model), out_shardings=batch_sharding(mesh))
+  plain = generate_by(context.model)
   return AbstractProgram(function, plain, (trainable, frozen, inputs), parts, batch_size, mesh.size)
 
 

@@ -10,39 +10,26 @@ import functools
 
 import jax
 import ml_collections
-from flax import nnx
 from jax.sharding import Mesh
 
-from cc_jax.customcontrast.build import split_params
-from cc_jax.models.params import Params
 from cc_jax.training.step import train_step
 from cc_jax.training.step_context import StepContext
 from cc_jax.training.telemetry import Telemetry
 
 
-def plain_context(context: StepContext, *params: Params) -> StepContext:
+def plain_context(context: StepContext) -> StepContext:
   """The same step in the plainest words, whose FLOPs are the model's.
 
   Nothing is computed twice (no rematerialisation, and no accumulation, which encodes each picture
   for the contrastive losses first), attention is written out in products, and the whole batch lies
   on one device. Losses and gradients are the same. It is traced, and never compiled.
-
-  Args:
-    params: adapter and base, or their shapes.
   """
   config = ml_collections.ConfigDict(context.config)
   config.train.remat_unet, config.train.remat_text = ("none",), "none"
   config.train.grad_accum_steps, config.objective.contrast = 1, "naive"
   if "attention" in config.train:
     config.train.attention = "xla"
-  model = context.model(*params)
-  for _, module in nnx.iter_modules(model):
-    if hasattr(module, "implementation"):
-      module.implementation = "xla"
-  return dataclasses.replace(
-    context, definition=split_params(model)[0], config=ml_collections.FrozenConfigDict(config),
-    mesh=None,
-  )
+  return dataclasses.replace(context, config=ml_collections.FrozenConfigDict(config), mesh=None)
 
 
 def measure_utilisation(
@@ -59,8 +46,7 @@ def measure_utilisation(
   chip = chips.find(mesh.devices.flat[0].device_kind)
   if chip is None:
     return
-  state, frozen, *_ = arguments
-  plain = functools.partial(train_step, plain_context(context, state.trainable, frozen))
+  plain = functools.partial(train_step, plain_context(context))
   needed = model_flops.model_flops(plain, *arguments) / mesh.size
   program = hlo.Program(step_fn.as_text())
   log.program(needed, program.flops, chip.flops)
