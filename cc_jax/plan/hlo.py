@@ -17,6 +17,7 @@ from cc_jax.plan.collectives import Collective, find_collective
 from cc_jax.plan.flops import product_flops
 from cc_jax.plan.hlo_text import Computation, Instruction, padded_bytes, parse
 from cc_jax.plan.kernels import Kernel, find_kernel
+from cc_jax.plan.stack_frames import StackFrames
 
 _SLICES = ("dynamic-slice", "slice", "gather")
 
@@ -50,6 +51,16 @@ class Program:
     replicas = re.search(r"replica_count=(\d+)", text[:10_000])
     self.devices = math.prod(int(m[1]) for m in (partitions, replicas) if m)
     self._loops_counted_once: set[str] = set()
+    self._frames = StackFrames(text)
+
+  @functools.cached_property
+  def instructions(self) -> dict[str, Instruction]:
+    """All of them by name."""
+    return {name: i for inside in self.computations.values() for name, i in inside.items()}
+
+  def stack(self, i: Instruction) -> list[tuple[str, str]]:
+    """[(file, function)] of the source of an instruction, the innermost first; [] if unknown."""
+    return self._frames.stack(int(i.attribute(r"stack_frame_id=(\d+)") or 0))
 
   @functools.cached_property
   def steps(self) -> tuple[Step, ...]:

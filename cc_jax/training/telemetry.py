@@ -165,31 +165,6 @@ class Telemetry:
     return times | {f"share/{kind}": self._spent[kind] / total for kind in SHARES}
 
 
-class Profile:
-  """Writes a trace of steps first to last, inclusive, to a folder; (0, 0) writes none."""
-
-  def __init__(self, folder: epath.Path, steps: tuple[int, int] = (0, 0)):
-    self._folder, (self._first, self._last) = folder, steps
-    self._runs = False
-
-  def before(self, step: int) -> None:
-    """Call it before a step; the trace of a run that is resumed in between begins there."""
-    if not self._runs and self._first <= step <= self._last:
-      jax.profiler.start_trace(str(self._folder))
-      self._runs = True
-
-  def after(self, step: int, metrics: Any) -> None:
-    """Call it once a step is dispatched; waits for the last one."""
-    if self._runs and step == self._last:
-      jax.block_until_ready(metrics)
-      self.close()
-
-  def close(self) -> None:
-    if self._runs:
-      jax.profiler.stop_trace()
-      self._runs = False
-
-
 @contextlib.contextmanager
 def _storage_errors(path: epath.Path) -> Iterator[None]:
   try:

@@ -7,6 +7,7 @@ Both over the dense bf16 peak of cc_jax/plan/chips.py, whatever dtype the step c
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import ml_collections
@@ -34,21 +35,23 @@ def plain_context(context: StepContext) -> StepContext:
 
 def measure_utilisation(
   log: Telemetry, context: StepContext, mesh: Mesh, step_fn: jax.stages.Compiled, arguments: tuple
-) -> None:
+) -> Any:
   """Gives the log a step's FLOPs and the chip's peak, and says them, where the peak is known.
+
+  Returns the `cc_jax.plan.hlo.Program` that was read for it, or None.
 
   Args:
     step_fn: `train_step`, compiled.
     arguments: its (state, frozen, batch, seed).
   """
-  from cc_jax.plan import chips, hlo, model_flops  # lazily: only accelerators need them
+  from cc_jax.plan import chips, model_flops  # lazily: only accelerators need them
 
   chip = chips.find(mesh.devices.flat[0].device_kind)
   if chip is None:
-    return
+    return None
   plain = functools.partial(train_step, plain_context(context))
   needed = model_flops.model_flops(plain, *arguments) / mesh.size
-  program = hlo.Program(step_fn.as_text())
+  program = read_program(step_fn)
   log.program(needed, program.flops, chip.flops)
   log.say(
     f"a step on one {chip.name}: {needed / 1e12:.4g} TFLOP of the model (mfu), "
@@ -56,3 +59,11 @@ def measure_utilisation(
   )
   for target, runs in program.not_counted.items():
     log.say(f"hfu does not count {runs:g} calls of {target}")
+  return program
+
+
+def read_program(step_fn: jax.stages.Compiled) -> Any:
+  """The `cc_jax.plan.hlo.Program` of a compiled function; takes seconds for a large one."""
+  from cc_jax.plan import hlo
+
+  return hlo.Program(step_fn.as_text())
