@@ -78,6 +78,7 @@ def train_program(config: ml_collections.ConfigDict, mesh: Mesh | AbstractMesh) 
     "Adam": state.opt_state,
     "average": state.ema,
     "batch": batch,
+    "next batch": batch,  # the loop transfers it while a step runs
   }
   seed = jax.ShapeDtypeStruct((), np.uint32, sharding=replicated_sharding(mesh))
   step = make_train_step(context, mesh, state, frozen)

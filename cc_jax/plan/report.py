@@ -25,7 +25,7 @@ _LABELS = {"average": "EMA"}  # of parts whose name in --json is another
 def state_table(program: AbstractProgram) -> str:
   """What is kept on the chips between two steps, and the gradients of a step."""
   rows = [("kind", "GB in all", "GB a chip", "of it replicated")]
-  parts = {k: v for k, v in program.parts.items() if k != "batch"}
+  parts = {k: v for k, v in program.parts.items() if "batch" not in k}
   if "adapter" in parts and "Adam" in parts:
     parts["gradients"] = parts["adapter"]  # in float32 and sharded like the weights
   totals = np.zeros(3)
