@@ -2,6 +2,7 @@
 
 import re
 
+_DEEPEST = 1000  # frames; a circle, if another version writes them otherwise, must end
 _ROW = re.compile(r"(\d+) (.*)")
 
 
@@ -27,7 +28,7 @@ class StackFrames:
   def stack(self, frame: int | None) -> list[tuple[str, str]]:
     """[(file, function)] of a frame and its callers; [] for one that is not in the tables."""
     found = []
-    while frame in self._frames:
+    while frame in self._frames and len(found) < _DEEPEST:
       place, parent = self._frames[frame]
       found.append(self._places.get(place, ("", "")))
       frame = parent - self._offset
