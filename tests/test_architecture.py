@@ -13,7 +13,8 @@ ORDER = (
   "customcontrast", "bases", "metrics", "objectives", "diffusion", "models", "cli", "errors",
 )  # fmt: skip
 # The loop asks the planner's tables what a chip can do; the planner compiles what the loop runs.
-LEAVES = ("cc_jax.plan.chips", "cc_jax.plan.hlo", "cc_jax.plan.hlo_text")
+LEAVES = ("cc_jax.plan.chips", "cc_jax.plan.hlo", "cc_jax.plan.hlo_text",
+          "cc_jax.plan.model_flops")
 
 
 @functools.cache

@@ -326,7 +326,7 @@ def test_what_a_step_costs_and_where_the_rest_of_the_time_went(tmp_path, monkeyp
   def pass_by(seconds):
     clock["now"] += seconds
 
-  log.program(flops=30.0, peak=20.0)
+  log.program(model_flops=30.0, compiled_flops=40.0, peak=20.0)
   with log.spent("compiling"):
     pass_by(6)
   pass_by(3)
@@ -345,6 +345,7 @@ def test_what_a_step_costs_and_where_the_rest_of_the_time_went(tmp_path, monkeyp
   assert first["seconds"] == 5.5 and first["images_per_second"] == pytest.approx(12 / 11)
   assert first["images_per_second_per_chip"] == pytest.approx(4 / 11)
   assert first["mfu"] == pytest.approx(30 / 5.5 / 20)
+  assert first["hfu"] == pytest.approx(40 / 5.5 / 20)
   shares = {key: first[f"share/{key}"] for key in ("data", "saving", "compiling")}
   assert shares == {"data": 0.1, "saving": 0.15, "compiling": 0.3}
   assert second["seconds"] == 2.0 and second["share/saving"] == 0.0

@@ -558,12 +558,22 @@ def test_stops_after_max_bad_steps_with_the_good_state_saved(setup, loader, tmp_
   loader.clear()  # the data were mended, and the rate lowered: the same command goes on
   config.train.learning_rate *= 0.1
   seen = []
-  callbacks = Callbacks(lambda *a: seen.append(a[-1].name), lambda *a: seen.append("end"))
-  config.train.update(sample_every=4, keep_every=8)
+  before, live = {id(x) for x in jax.live_arrays()}, []
+
+  def on_sample(config, base, model, file):
+    seen.append(file.name)
+    live.extend(x.shape for x in jax.live_arrays() if id(x) not in before)
+
+  callbacks = Callbacks(on_sample, lambda *a: seen.append("end"))
+  config.train.update(sample_every=7, keep_every=8)  # drawn when nothing is saved
   state = train(config, tmp_path, callbacks, profile_steps=(7, 8))
-  assert "learning_rate was" in capsys.readouterr().out
+  out = capsys.readouterr().out
+  assert "learning_rate was" in out and "largest parts of a step: " in out
   assert list((tmp_path / "profile").rglob("*.xplane.pb"))
-  assert state.step == 8 and seen == ["0000008.png", "end"]
+  assert state.step == 8 and seen == ["0000007.png", "end"]
+  wide = state.trainable["mfi_encoder.textual.proj_in.kernel"].shape
+  same = sum(x.shape == wide for x in state.trainable.values())
+  assert live.count(wide) == 4 * same  # weights, EMA, Adam's two: what the plan counts (C9)
   for name in ("adapter", "adapter-0000008"):  # what train.keep_every keeps has its own file
     assert load_adapter(tmp_path / f"{name}.safetensors").notes["steps"] == "8"
   steps = [line["step"] for line in read_log(tmp_path / "metrics.jsonl")]

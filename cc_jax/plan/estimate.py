@@ -11,10 +11,15 @@ from cc_jax.plan import hlo
 from cc_jax.plan.chips import Chip
 from cc_jax.plan.collectives import by_kind
 from cc_jax.plan.lower import AbstractProgram
+from cc_jax.plan.model_flops import model_flops
 from cc_jax.plan.topology import Slice
 
 # Part of the published memory bandwidth that programs reach; part of the method of `Estimate`.
 BANDWIDTH_RATIO = 0.9
+# Part of the peak that attention kernels reach at the width to which they pad heads: by libtpu's
+# static profile JAX's flash attention, forward and backward, reaches 0.85 on v5e and 0.71 on v6e
+# (docs/scale.md).
+KERNEL_RATIO = 0.8
 # How far the estimate may be off: it was 3 % off the one published step time that we know of,
 # partly by luck.
 TOLERANCE = 0.25
@@ -47,8 +52,9 @@ class Estimate:
 
   Method (docs/scale.md, "How the step time is estimated"): a fusion with a matrix product or
   convolution takes the longer of libtpu's own cycles and its traffic with HBM; everything else its
-  traffic; nothing overlaps. Without cycles (no TPU), products take their FLOPs at the
-  chip's peak. A collective takes what a ring algorithm sends, over all links of a chip at once.
+  traffic; nothing overlaps. Without cycles (no TPU, a kernel), products take their FLOPs at the
+  chip's peak, and attention kernels theirs at the width to which they pad heads, at KERNEL_RATIO of
+  it. A collective takes what a ring algorithm sends, over all links of a chip at once.
   """
 
   products: float
@@ -74,6 +80,7 @@ class CompiledPlan:
   dimensions: int  # of the slice's torus
   images: int
   memory: Memory
+  model_flops: float  # per chip and run: cc_jax.plan.model_flops
   program: hlo.Program
   estimate: Estimate
   compiled: Any
@@ -97,6 +104,7 @@ class CompiledPlan:
         "chip": None if math.isinf(self.chip.memory) else self.chip.memory,
       },
       "flops": program.flops,
+      "model_flops": self.model_flops,
       "bytes_moved": program.bytes,
       "collectives": {
         kind: {"runs": runs, "output_bytes": size}
@@ -105,7 +113,8 @@ class CompiledPlan:
       "seconds": seconds,
       "seconds_range": list(self.estimate.bounds(self.dimensions)),
       "seconds_parts": dataclasses.asdict(self.estimate),
-      "flops_utilisation": program.flops / seconds / self.chip.flops,
+      "mfu": self.model_flops / seconds / self.chip.flops,
+      "hfu": program.flops / seconds / self.chip.flops,
       "images_per_second": self.images / seconds,
       "images_per_second_per_chip": per_chip / seconds,
       "chip_hours_per_million_images": 1e6 * seconds / per_chip / 3600,
@@ -140,6 +149,7 @@ def make_plan(program: AbstractProgram, slice_: Slice) -> CompiledPlan | Overflo
       max(0, stats.output_size_in_bytes - stats.alias_size_in_bytes),
       stats.generated_code_size_in_bytes,
     ),
+    model_flops=model_flops(program.plain, *program.arguments) / program.chips,
     program=hlo_program,
     estimate=make_estimate(hlo_program, slice_.chip),
     compiled=compiled,
@@ -154,11 +164,20 @@ def make_estimate(program: hlo.Program, chip: Chip) -> Estimate:
     if step.collective:
       collectives += step.runs * step.collective.sent_bytes() / chip.interconnect
     if step.flops:
-      compute = step.cycles / chip.clock if step.cycles and chip.clock else step.flops / chip.flops
-      products += step.runs * max(compute, traffic)
+      products += step.runs * max(compute_seconds(step, chip), traffic)
     elif not step.collective:
       memory += step.runs * traffic
   return Estimate(products, memory, collectives)
+
+
+def compute_seconds(step: hlo.Step, chip: Chip) -> float:
+  """Of one run of a step with products; see Estimate."""
+  if step.cycles and chip.clock:
+    return step.cycles / chip.clock
+  if not step.head_width:
+    return step.flops / chip.flops
+  padded = -(-step.head_width // chip.kernel_width) * chip.kernel_width
+  return step.flops * padded / step.head_width / (KERNEL_RATIO * chip.flops)
 
 
 def chip_bytes(tree: Any) -> int:

@@ -14,7 +14,7 @@ from cc_jax.plan.hlo_text import Instruction, Shape
 def product_flops(i: Instruction, operands: Sequence[Shape]) -> int:
   """FLOPs of a dot or a convolution of `operands`; 0 for any other instruction."""
   if i.opcode == "convolution":
-    return convolution_flops(i, *operands)
+    return convolution_flops(i, *operands, i.shapes[0])
   if i.opcode != "dot":
     return 0
   contracted = i.attribute(r"lhs_contracting_dims=\{([\d,]*)\}") or ""
@@ -22,7 +22,7 @@ def product_flops(i: Instruction, operands: Sequence[Shape]) -> int:
   return 2 * i.shapes[0].size * math.prod(lengths)
 
 
-def convolution_flops(i: Instruction, lhs: Shape, rhs: Shape) -> int:
+def convolution_flops(i: Instruction, lhs: Shape, rhs: Shape, out: Shape) -> int:
   """2 · batch · features out · features in (of a group) · pairs of (output, kernel) positions.
 
   Forward and both gradients of a convolution count the same, and a batched product that libtpu
@@ -31,11 +31,10 @@ def convolution_flops(i: Instruction, lhs: Shape, rhs: Shape) -> int:
   labels = i.attribute(r"dim_labels=([\w?]+_[\w?]+->[\w?]+)")
   inputs, out_labels = labels.split("->")
   lhs_labels, rhs_labels = inputs.split("_")
-  out = i.shapes[0]
   window = _window(i.attribute(r"window=\{([^}]*)\}") or "")
   pairs = 1
   for label in (c for c in out_labels if c.isdigit()):
-    pairs *= _position_pairs(
+    pairs *= position_pairs(
       size_in=lhs.dims[lhs_labels.index(label)], size_out=out.dims[out_labels.index(label)],
       kernel=rhs.dims[rhs_labels.index(label)],
       **{key: values[int(label)] for key, values in window.items()},
@@ -58,7 +57,7 @@ def _window(text: str) -> dict[str, list[int]]:
 
 
 @functools.cache
-def _position_pairs(
+def position_pairs(
   size_in: int, size_out: int, kernel: int, stride: int, pad: int, lhs_dilate: int, rhs_dilate: int
 ) -> int:
   """How many pairs (output position, kernel position) of one axis meet an input value."""

@@ -16,6 +16,8 @@ from cc_jax.errors import UserError
 from cc_jax.plan.collectives import Collective, find_collective
 from cc_jax.plan.flops import product_flops
 from cc_jax.plan.hlo_text import Computation, Instruction, padded_bytes, parse
+from cc_jax.plan.kernels import Kernel, find_kernel
+from cc_jax.plan.stack_frames import StackFrames
 
 _SLICES = ("dynamic-slice", "slice", "gather")
 
@@ -30,6 +32,7 @@ class Step:
   bytes: int  # to and from main memory, of one run
   cycles: int | None
   collective: Collective | None
+  head_width: int = 0  # of a kernel that is an attention
 
 
 class Program:
@@ -48,6 +51,16 @@ class Program:
     replicas = re.search(r"replica_count=(\d+)", text[:10_000])
     self.devices = math.prod(int(m[1]) for m in (partitions, replicas) if m)
     self._loops_counted_once: set[str] = set()
+    self._frames = StackFrames(text)
+
+  @functools.cached_property
+  def instructions(self) -> dict[str, Instruction]:
+    """All of them by name."""
+    return {name: i for inside in self.computations.values() for name, i in inside.items()}
+
+  def stack(self, i: Instruction) -> list[tuple[str, str]]:
+    """[(file, function)] of the source of an instruction, the innermost first; [] if unknown."""
+    return self._frames.stack(int(i.attribute(r"stack_frame_id=(\d+)") or 0))
 
   @functools.cached_property
   def steps(self) -> tuple[Step, ...]:
@@ -55,7 +68,7 @@ class Program:
 
   @property
   def flops(self) -> float:
-    """Of matrix products and convolutions; see cc_jax.plan.flops."""
+    """Of matrix products and convolutions, those in custom calls included: flops.py, kernels.py."""
     return sum(step.flops * step.runs for step in self.steps)
 
   @property
@@ -79,17 +92,24 @@ class Program:
 
   @property
   def not_counted(self) -> dict[str, float]:
-    """Custom calls, whose work is unknown: target -> runs."""
+    """Custom calls whose work is unknown: target -> runs."""
     runs: dict[str, float] = {}
-    for i, count in self._walk(self.entry, 1):
-      if i.target:
+    for i, computation, count in self._walk(self.entry, 1):
+      if i.target and not self._kernel(i, computation):
         runs[i.target] = runs.get(i.target, 0) + count
     return runs
 
-  def _walk(self, computation: Computation, runs: float) -> Iterator[tuple[Instruction, float]]:
-    """Every instruction and how often it runs, those in fusions and loops included."""
+  def _kernel(self, i: Instruction, computation: Computation) -> Kernel | None:
+    return i.target and find_kernel(
+      i, [shape for name in i.operands for shape in computation[name].shapes[:1]]
+    )
+
+  def _walk(
+    self, computation: Computation, runs: float
+  ) -> Iterator[tuple[Instruction, Computation, float]]:
+    """Every instruction, where it is and how often it runs, those in fusions and loops included."""
     for i in computation.values():
-      yield i, runs
+      yield i, computation, runs
       for name in i.called:
         yield from self._walk(self.computations[name], runs * self._trip_count(i, computation))
 
@@ -105,7 +125,9 @@ class Program:
       elif not i.free:
         collective = find_collective(i, self.computations, self.devices, runs)
         flops, size = self._flops(i, computation), self._bytes(i, computation)
-        yield Step(i.name, runs, flops, size, i.cycles, collective)
+        kernel = self._kernel(i, computation)
+        width = kernel.head_width if kernel else 0
+        yield Step(i.name, runs, flops, size, i.cycles, collective, width)
 
   def _trip_count(self, i: Instruction, computation: Computation) -> int:
     """How often a loop's body runs; 1 for what is no loop."""
@@ -153,6 +175,8 @@ class Program:
     return inside.root, lambda name: computation.resolve(inputs.get(name, name), inside)
 
   def _flops(self, i: Instruction, computation: Computation) -> int:
+    if kernel := self._kernel(i, computation):
+      return kernel.flops
     shapes = [computation[name].shapes for name in i.operands[:2]]
     fused = [self.computations[name] for name in i.called if i.opcode != "while"]
     return product_flops(i, [s[0] for s in shapes if s]) + sum(

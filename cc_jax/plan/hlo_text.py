@@ -66,6 +66,7 @@ _TILE = re.compile(r"T\(([\d,]+)\)")
 _SHAPE = re.compile(r"([a-z]\w*)\[([\d,]*)\](?:\{([^{}]*)\})?")
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = ")
+_END = re.compile(r"\}(?:$| |, execution_thread)")
 _NAME = re.compile(r"%([\w.\-]+)")
 _CALLED = re.compile(r"\b(?:calls|to_apply|body|(?:true|false)_computation)=%?([\w.\-]+)")
 
@@ -153,10 +154,12 @@ def parse(text: str) -> tuple[dict[str, Computation], str | None]:
       if start and " -> " in line:
         current = computations.setdefault(start[2], Computation())
         entry = start[2] if start[1] else entry
-    elif line.startswith("}"):
+    elif _END.match(line):
       current = None
     elif start := _INSTRUCTION.match(line):
-      current[start[2]] = _instruction(start[2], bool(start[1]), line[start.end() :])
+      last = current[start[2]] = _instruction(start[2], bool(start[1]), line[start.end() :])
+    else:  # attributes may go on: Pallas kernels have metadata of several lines
+      last.attributes += line
   return computations, entry
 
 

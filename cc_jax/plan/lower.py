@@ -4,6 +4,7 @@ They are those of `cc_jax.train` and `cc_jax.generate`: the same functions, give
 arrays.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -23,8 +24,9 @@ from cc_jax.plan.topology import Slice
 from cc_jax.sampling.prompts import Prompts
 from cc_jax.sampling.sample import SamplerInputs, SamplingConfig, guidance_branches, sample_images
 from cc_jax.training.setup import build_abstract, make_step_context
-from cc_jax.training.step import init_state, make_train_step
+from cc_jax.training.step import init_state, make_train_step, train_step
 from cc_jax.training.step_context import StepContext
+from cc_jax.training.utilisation import plain_context
 from data_pipeline.example import signature
 from data_pipeline.tokens import prompt_keys
 
@@ -33,6 +35,7 @@ class AbstractProgram(NamedTuple):
   """A program, and the shapes and shardings of its arguments."""
 
   function: Callable  # jitted
+  plain: Callable  # the same in the plainest words, whose FLOPs are the model's; never compiled
   arguments: tuple[Any, ...]  # pytrees of ShapeDtypeStruct with shardings
   parts: dict[str, Any]  # name -> pytree: the arguments as rows of the table of memory
   images: int  # generated or trained on in one run, on all chips
@@ -77,11 +80,13 @@ def train_program(config: ml_collections.ConfigDict, mesh: Mesh | AbstractMesh) 
     "Adam": state.opt_state,
     "average": state.ema,
     "batch": batch,
+    "next batch": batch,  # the loop transfers it while a step runs
   }
   seed = jax.ShapeDtypeStruct((), np.uint32, sharding=replicated_sharding(mesh))
   step = make_train_step(context, mesh, state, frozen)
   arguments = (state, frozen, batch, seed)
-  return AbstractProgram(step, arguments, parts, batch_size, mesh.size)
+  plain = functools.partial(train_step, plain_context(context))
+  return AbstractProgram(step, plain, arguments, parts, batch_size, mesh.size)
 
 
 def generate_program(config: ml_collections.ConfigDict, mesh: Mesh) -> AbstractProgram:
@@ -119,14 +124,16 @@ def generate_program(config: ml_collections.ConfigDict, mesh: Mesh) -> AbstractP
   )
   trainable, frozen = abstract_params(trainable, mesh), abstract_params(frozen, mesh)
   parts = {"frozen base": frozen, "adapter": trainable, "batch": inputs}
-  function = jax.jit(
-    lambda trainable, frozen, inputs: sample_images(
-      lambda params: with_kernels(context.model(*params), kernels), (trainable, frozen), inputs,
-      settings,
-    ),
-    out_shardings=batch_sharding(mesh),
-  )
-  return AbstractProgram(function, (trainable, frozen, inputs), parts, batch_size, mesh.size)
+
+  def generate_by(make_model: Callable) -> Callable:
+    return lambda trainable, frozen, inputs: sample_images(
+      lambda params: make_model(*params), (trainable, frozen), inputs, settings
+    )
+
+  attending = generate_by(lambda *params: with_kernels(context.model(*params), kernels))
+  function = jax.jit(attending, out_shardings=batch_sharding(mesh))
+  plain = generate_by(context.model)
+  return AbstractProgram(function, plain, (trainable, frozen, inputs), parts, batch_size, mesh.size)
 
 
 def _build(config: ml_collections.ConfigDict) -> tuple[StepContext, Any, Any, Base]:

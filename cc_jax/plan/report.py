@@ -8,7 +8,14 @@ import jax
 import numpy as np
 
 from cc_jax.parallel.sharding_report import align_table
-from cc_jax.plan.estimate import BANDWIDTH_RATIO, TOLERANCE, CompiledPlan, all_bytes, chip_bytes
+from cc_jax.plan.estimate import (
+  BANDWIDTH_RATIO,
+  KERNEL_RATIO,
+  TOLERANCE,
+  CompiledPlan,
+  all_bytes,
+  chip_bytes,
+)
 from cc_jax.plan.lower import AbstractProgram
 from cc_jax.plan.topology import Slice
 
@@ -18,7 +25,7 @@ _LABELS = {"average": "EMA"}  # of parts whose name in --json is another
 def state_table(program: AbstractProgram) -> str:
   """What is kept on the chips between two steps, and the gradients of a step."""
   rows = [("kind", "GB in all", "GB a chip", "of it replicated")]
-  parts = {k: v for k, v in program.parts.items() if k != "batch"}
+  parts = {k: v for k, v in program.parts.items() if "batch" not in k}
   if "adapter" in parts and "Adam" in parts:
     parts["gradients"] = parts["adapter"]  # in float32 and sharded like the weights
   totals = np.zeros(3)
@@ -52,7 +59,8 @@ def describe_plan(plan: CompiledPlan, what: str) -> str:
   lines = [
     f"{what} on {plan.chips} x {chip.name}, {plan.images} images a run", "",
     align_table(rows, left=1), "",
-    f"FLOPs a chip        {n['flops']:.4g} ({n['flops'] * plan.chips / plan.images:.4g} an image)",
+    f"FLOPs a chip        {n['flops']:.4g} ({n['flops'] * plan.chips / plan.images:.4g} an image), "
+    f"of them the model's {n['model_flops']:.4g}",
     f"bytes moved a chip  {n['bytes_moved']:.4g}",
   ]  # fmt: skip
   rows = [("collective", "runs", "output MiB a chip")]
@@ -66,7 +74,8 @@ def describe_plan(plan: CompiledPlan, what: str) -> str:
     "",
     f"estimated step      {e.seconds:.4g} s ({low:.3g} to {high:.3g}): products {e.products:.3g}, "
     f"other traffic {e.memory:.3g}, collectives {e.collectives:.3g}",
-    f"model FLOPs used    {100 * n['flops_utilisation']:.1f} % of {chip.flops / 1e12:,.4g} TFLOP/s",
+    f"utilisation         mfu {100 * n['mfu']:.1f} %, hfu {100 * n['hfu']:.1f} % of "
+    f"{chip.flops / 1e12:,.4g} TFLOP/s",
     f"images/s            {n['images_per_second']:.4g} "
     f"({n['images_per_second_per_chip']:.4g} a chip)",
     f"chip-hours per million images  {n['chip_hours_per_million_images']:,.4g}",
@@ -82,7 +91,8 @@ def _error_sources(plan: CompiledPlan) -> list[str]:
   lines = [
     f"Method: products take {cycles} or their traffic, the rest its traffic at "
     f"{BANDWIDTH_RATIO:.0%} of {chip.bandwidth / 1e9:,.0f} GB/s, collectives what a ring sends at "
-    f"{chip.interconnect / 1e9:,.0f} GB/s; nothing overlaps.",
+    f"{chip.interconnect / 1e9:,.0f} GB/s, attention kernels their FLOPs at heads of "
+    f"{chip.kernel_width} or a multiple at {KERNEL_RATIO:.0%} of the peak; nothing overlaps.",
     f"Errors: {TOLERANCE:.0%} either way; a collective that uses one axis of the torus alone is "
     f"{plan.dimensions} times as slow (the upper end); reading data, saving and drawing samples "
     "are not in it.",
@@ -100,7 +110,7 @@ def describe_measured(plan: CompiledPlan, measured: Mapping[str, Any]) -> str:
   seconds, memory = measured["seconds"], measured["memory"]
   return "\n".join([
     f"measured step       {seconds:.4g} s; the estimate is {plan.estimate.seconds / seconds:.2f} "
-    f"times that; {100 * plan.program.flops / seconds / plan.chip.flops:.1f} % of the chip's peak",
+    f"times that; mfu {100 * plan.model_flops / seconds / plan.chip.flops:.1f} % of the peak",
     f"measured memory     {memory / 2**30:.3f} GiB at its peak; the plan says "
     f"{plan.memory.total / 2**30:.3f}"
     if memory

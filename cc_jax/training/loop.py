@@ -38,7 +38,9 @@ from cc_jax.training.run import (
   write_adapter,
 )
 from cc_jax.training.step import TrainState, init_state, make_train_step
-from cc_jax.training.telemetry import Profile, Telemetry
+from cc_jax.training.step_parts import Profile, make_profile
+from cc_jax.training.telemetry import Telemetry
+from cc_jax.training.utilisation import measure_utilisation, read_program
 from cc_jax.training.workdir_lock import lock_workdir
 from data_pipeline.errors import DataError
 
@@ -67,7 +69,7 @@ def train(
 
 def run_training(run: Run, callbacks: Callbacks, profile_steps: tuple[int, int]) -> TrainState:
   """From set up to the last picture; whatever ends it, the good state is saved."""
-  config, profile = run.config, Profile(run.workdir / "profile", profile_steps)
+  config, profile = run.config, make_profile(run.log, run.workdir, profile_steps, run.start)
   try:
     if callbacks.on_start is not None and jax.process_count() == 1:
       if line := callbacks.on_start(config, run.base):
@@ -182,7 +184,7 @@ def run_steps(run: Run, callbacks: Callbacks, profile: Profile) -> None:
     batches = setup.make_batches(config, run.base, config.seed, run.start, mesh)
     rows = next(batches)
     batch, seed = shard_batch(rows, mesh), shard_params(setup.step_seed(config), mesh)
-  step_fn = compile_step(run, batch, seed)
+  step_fn = compile_step(run, batch, seed, profile)
   with log.spent("starting"):
     sensitivity_fn = settings.prompt_sensitivity_every and setup.heldout_prompt_sensitivity(
       config, run.base, run.context, mesh
@@ -223,7 +225,9 @@ def run_steps(run: Run, callbacks: Callbacks, profile: Profile) -> None:
         raise SystemExit(EXIT_CODE)
 
 
-def compile_step(run: Run, batch: Mapping[str, jax.Array], seed: jax.Array) -> jax.stages.Compiled:
+def compile_step(
+  run: Run, batch: Mapping[str, jax.Array], seed: jax.Array, profile: Profile
+) -> jax.stages.Compiled:
   """The training step, compiled before the first one so that its time can be told apart."""
   with run.log.spent("compiling"):
     run.log.say("compiling the training step ...")
@@ -231,19 +235,12 @@ def compile_step(run: Run, batch: Mapping[str, jax.Array], seed: jax.Array) -> j
       run.log.say(line)
     began = time.perf_counter()
     step_fn = make_train_step(run.context, run.mesh, run.state, run.frozen)
-    step_fn = step_fn.lower(run.state, run.frozen, batch, seed).compile()
+    arguments = (run.state, run.frozen, batch, seed)
+    step_fn = step_fn.lower(*arguments).compile()
     run.log.say(f"compiled in {time.perf_counter() - began:.0f} s")
-    measure_utilisation(run.log, step_fn, run.mesh)
+    program = measure_utilisation(run.log, run.context, run.mesh, step_fn, arguments)
+    profile.program = lambda: program or read_program(step_fn)
   return step_fn
-
-
-def measure_utilisation(log: Telemetry, step_fn: jax.stages.Compiled, mesh: Mesh) -> None:
-  """Gives the log the FLOPs of a step and of the chip, where the chip's peak is known."""
-  from cc_jax.plan import chips, hlo  # lazily: only accelerators need them
-
-  chip = chips.find(mesh.devices.flat[0].device_kind)
-  if chip is not None:
-    log.program(hlo.Program(step_fn.as_text()).flops, chip.flops)
 
 
 def due(step: int, *every: int) -> bool:

@@ -1,8 +1,9 @@
 """The log of a run: metrics.jsonl, TensorBoard and a progress bar.
 
-Beside losses and norms a line has `seconds` of a step, images per second, the model FLOPs
-utilisation `mfu` where the chip's peak is known, and which fractions (`share/`) of the time since
-the line before were spent on waiting for data, saving and compiling.
+Beside losses and norms a line has `seconds` of a step, images per second, where the chip's peak is
+known the utilisations `mfu` and `hfu` (model and hardware FLOPs: utilisation.py), and which
+fractions (`share/`) of the time since the line before were spent on waiting for data, saving and
+compiling.
 
 A line averages the metrics since the line before, over the steps whose update was not skipped. Each
 checkpoint holds the running sums, and a restart truncates the log to the step that it restores: the
@@ -27,7 +28,7 @@ from cc_jax.errors import UserError, one_line
 
 LAST_VALUE = ("learning_rate", "bad_steps")  # not averaged: a line has those of its own step
 # These depend on the machine; everything else in a line is a function of config and step.
-TIMINGS = ("seconds", "images_per_second", "images_per_second_per_chip", "mfu")
+TIMINGS = ("seconds", "images_per_second", "images_per_second_per_chip", "mfu", "hfu")
 SHARES = ("data", "saving", "compiling")
 
 
@@ -43,7 +44,7 @@ class Telemetry:
     `batch_size` is global. `writes` is False on all processes but one.
     """
     self._every, self._batch_size, self._writes = every, batch_size, writes
-    self._chips, self._utilisation = chips, 0.0
+    self._chips, self._utilisation = chips, {}
     self._sums: dict[str, float] = dict(sums["sums"]) if sums else {}
     self._count: int = sums["count"] if sums else 0
     self._skipped: int = sums["skipped"] if sums else 0
@@ -65,9 +66,9 @@ class Telemetry:
       initial=start, total=steps, unit="step", dynamic_ncols=True, mininterval=1.0, smoothing=0.05
     )
 
-  def program(self, flops: float, peak: float) -> None:
-    """Sets the FLOPs of one step on one chip and the chip's peak, FLOPs per second."""
-    self._utilisation = flops / peak
+  def program(self, model_flops: float, compiled_flops: float, peak: float) -> None:
+    """Sets the FLOPs of one step on one chip, needed and done; the chip's peak, FLOPs a second."""
+    self._utilisation = {"mfu": model_flops / peak, "hfu": compiled_flops / peak}
 
   def waited(self, seconds: float) -> None:
     """Counts time that the loop waited for data; it is part of the step's time."""
@@ -160,34 +161,8 @@ class Telemetry:
     rate = self._batch_size / seconds
     times = {"seconds": seconds, "images_per_second": rate}
     times["images_per_second_per_chip"] = rate / self._chips
-    if self._utilisation:
-      times["mfu"] = self._utilisation / seconds
+    times |= {key: share / seconds for key, share in self._utilisation.items()}
     return times | {f"share/{kind}": self._spent[kind] / total for kind in SHARES}
-
-
-class Profile:
-  """Writes a trace of steps first to last, inclusive, to a folder; (0, 0) writes none."""
-
-  def __init__(self, folder: epath.Path, steps: tuple[int, int] = (0, 0)):
-    self._folder, (self._first, self._last) = folder, steps
-    self._runs = False
-
-  def before(self, step: int) -> None:
-    """Call it before a step; the trace of a run that is resumed in between begins there."""
-    if not self._runs and self._first <= step <= self._last:
-      jax.profiler.start_trace(str(self._folder))
-      self._runs = True
-
-  def after(self, step: int, metrics: Any) -> None:
-    """Call it once a step is dispatched; waits for the last one."""
-    if self._runs and step == self._last:
-      jax.block_until_ready(metrics)
-      self.close()
-
-  def close(self) -> None:
-    if self._runs:
-      jax.profiler.stop_trace()
-      self._runs = False
 
 
 @contextlib.contextmanager
