@@ -1,6 +1,7 @@
 """Input pipelines and the rendered world; imports nothing of cc_jax.
 
-Training reads its data through `check_folder`, `make_loader` and `heldout_subjects` only.
+Training reads its data through `check_folder`, `check_cached`, `make_loader` and `heldout_subjects`
+only.
 Tensorflow is imported only when a loader of source 'tfds' or 'folder' is made, or for a TFDS data
 set.
 """
@@ -15,8 +16,8 @@ from data_pipeline.errors import DataError
 from data_pipeline.feature_cache import Networks
 
 __all__ = [
-  "DataError", "check_folder", "context_phrases", "heldout_subjects", "is_subjects3d",
-  "load_subjects", "make_loader", "subjects_per_split",
+  "DataError", "check_cached", "check_folder", "context_phrases", "heldout_subjects",
+  "is_subjects3d", "load_subjects", "make_loader", "subjects_per_split",
 ]
 
 SOURCES = ("tfds", "render", "folder")
@@ -127,6 +128,14 @@ def check_folder(data_config) -> None:
   subjects = folder.FolderSubjects(data_config.name, lenient=lenient)
   holdout = sampling.check_holdout(data_config.holdout_subjects)
   sampling.choose_heldout(subjects.names, subjects.table.family_id, holdout, subjects.where)
+
+
+def check_cached(data_config) -> None:
+  """Raises DataError where data.cached asks for features of data that can have none."""
+  if data_config.cached:
+    from data_pipeline.sources import stored
+
+    stored.check_cacheable(data_config)
 
 
 def open_builder(data_config):

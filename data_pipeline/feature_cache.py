@@ -105,6 +105,12 @@ class Layout:
     """Its frames, (subject, frame), in order."""
     return self.frames[shard * self.per_shard : (shard + 1) * self.per_shard]
 
+  def count(self, role: str) -> list[int]:
+    """The rows of each shard."""
+    starts = range(0, len(self.frames), self.per_shard)
+    shown = self._shown[role]
+    return [int(shown[n : n + self.per_shard].sum()) * self.placements[role] for n in starts]
+
   def is_shown(self, role: str, frame: tuple[int, int]) -> bool:
     """Whether the frame has rows in this role."""
     return bool(self._shown[role][self._position[frame]])
@@ -204,11 +210,13 @@ def write_shard(
   _write(shard_file(folder, shard), safetensors.numpy.save(contiguous, metadata))
 
 
-def bad_frames_of(folder: Path, shard: int) -> list[list[int]] | None:
-  """The frames of a finished shard that could not be read; None for a shard that is not there."""
+def bad_frames_of(folder: Path, shard: int, layout: Layout) -> list[list[int]] | None:
+  """The frames of a finished shard that could not be read; None unless it is there and whole."""
   try:
     with safetensors.safe_open(shard_file(folder, shard), "numpy") as stored:
-      return json.loads(stored.metadata()["bad"])
+      frames = stored.get_slice("target_mask").get_shape()[0]
+      whole = frames == len(layout.of_shard(shard))
+      return json.loads(stored.metadata()["bad"]) if whole else None
   except (safetensors.SafetensorError, OSError, TypeError, KeyError):
     return None
 
@@ -217,7 +225,7 @@ def write_manifest(folder: Path, key: Key, layout: Layout, dtypes: Mapping[str, 
   """Makes the folder complete. Raises DataError for a shard that is not there."""
   bad = []
   for shard in range(layout.shards):
-    found = bad_frames_of(folder, shard)
+    found = bad_frames_of(folder, shard, layout)
     if found is None:
       raise DataError(
         f"{shard_file(folder, shard)} is not there; all processes must write to one file system, "

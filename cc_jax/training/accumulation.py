@@ -13,9 +13,10 @@ from cc_jax.training.contrastive import (
   compare_embeddings,
   contrastive_embeddings,
 )
+from cc_jax.training.inputs import reference_features
 from cc_jax.training.losses import diffusion_objective
 from cc_jax.training.noise import sample_step_noise
-from cc_jax.training.step_context import Batch, Metrics, StepContext, to_unit_range
+from cc_jax.training.step_context import Batch, Metrics, StepContext
 
 
 def accumulate_gradients(
@@ -28,14 +29,14 @@ def accumulate_gradients(
   to the embeddings; then each microbatch again, with that gradient given.
   """
   objective, count = context.config.objective, context.config.train.grad_accum_steps
-  size = batch["target"].shape[0]
+  size = batch["target_mask"].shape[0]
   microbatches = split_microbatches((dict(batch), sample_step_noise(context, key, size)), count)
 
   def embed_microbatch(trainable, microbatch):
     """(model, features, embeddings) of a microbatch."""
     batch, noise = microbatch
     model = context.model_for_gradient(trainable, frozen)
-    features, embed = model.image_features(to_unit_range(batch["reference"]))
+    features, embed = reference_features(model, batch)
     inputs = batch, features, embed, noise.t
     return model, features, contrastive_embeddings(model, objective, *inputs)
 

@@ -10,7 +10,8 @@ from cc_jax.customcontrast.model import CustomContrast
 from cc_jax.objectives.contrast import ContrastiveBackend
 from cc_jax.objectives.cscl import cscl
 from cc_jax.objectives.macl import macl
-from cc_jax.training.step_context import Batch, Metrics, prefix_keys, to_unit_range
+from cc_jax.training.inputs import positive_features
+from cc_jax.training.step_context import Batch, Metrics, prefix_keys
 
 
 class Embeddings(NamedTuple):
@@ -42,7 +43,7 @@ def contrastive_embeddings(
   reference = model.encode(features, t)
   positive = None
   if objective.lambda_macl or objective.cscl_frame == "cross_frame":
-    positive = model.encode(model.image_features(to_unit_range(batch["positive"]))[0], t)
+    positive = model.encode(positive_features(model, batch), t)
   if objective.lambda_cscl:
     textual = reference if objective.cscl_frame == "same_frame" else positive
     embeddings = embeddings._replace(

@@ -97,17 +97,19 @@ class StoredFrames:
     as_text = lambda flags: "".join("01"[int(flag)] for flag in flags)  # noqa: E731
     return as_text(references), as_text(drawn)
 
-  def pictures(self, frame: tuple[int, int], layout: Layout) -> dict[str, np.ndarray] | None:
-    """What a frame (subject, frame) looks like in each role; None if it cannot be read.
+  def pictures(
+    self, frame: tuple[int, int], layout: Layout
+  ) -> tuple[dict[str, np.ndarray], bool]:
+    """(what a frame (subject, frame) looks like in each role, whether it could be read).
 
     target uint8 [1, s, s, 3], target_mask uint8 [1, s, s], reference and positive uint8 [k, s, s,
-    3] for their placements, k = 0 where the frame is not shown so.
+    3] for their placements, k = 0 where the frame is not shown so. A bad frame is all white.
     """
-    number, f = frame
+    (number, f), size = frame, self._triple.image_size
     pair = self._bad.load(self._subjects[number], number, f)
+    is_good = pair is not None
     if pair is None:
-      return None
-    size = self._triple.image_size
+      pair = np.full((size, size, 3), 255, np.uint8), np.full((size, size), 255, np.uint8)
     target, mask = triples.square(*pair, size)
     shown: dict[str, list[np.ndarray]] = {"reference": [], "positive": []}
     show = {"positive": triples.show_positive, "reference": triples.show_reference}
@@ -117,7 +119,7 @@ class StoredFrames:
         shown[role].append(show[role](*pair, self._triple, u))
     empty = np.zeros((0, size, size, 3), np.uint8)
     stacked = {role: np.stack(many) if many else empty for role, many in shown.items()}
-    return dict(target=target[None], target_mask=mask[None], **stacked)
+    return dict(target=target[None], target_mask=mask[None], **stacked), is_good
 
   def open(self, command: str) -> FeatureCache:
     """Raises DataError, with the command that makes them, unless all features are there."""
