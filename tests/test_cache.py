@@ -207,9 +207,9 @@ def test_loss_and_gradient_are_those_of_a_run_without(cached):
   errors = {name: float(np.linalg.norm(gradient[name] - x)) for name, x in plain_gradient.items()}
   whole, of_error = (np.linalg.norm([*values.values()]) for values in (norms, errors))
   assert of_error < 5e-6 * whole  # 5e-7 was seen
-  # What is left of gradients that cancel out is rounding, and has no digits to compare.
-  for name in (name for name, norm in norms.items() if norm > 1e-3 * whole):
-    assert errors[name] < 1e-5 * norms[name], name
+  # Where a weight's gradient nearly cancels out, what is left has the rounding of its summands.
+  for name, norm in norms.items():
+    assert errors[name] < max(1e-5 * norm, 1e-6 * whole), name
 
 
 def test_stored_inputs_are_those_of_the_step(cached):
@@ -419,7 +419,7 @@ def test_a_run_trains_on_stored_features(cached, tmp_path):
   for stored, plain in zip(logs[True], logs[False]):
     assert stored.keys() == plain.keys()
     for key in plain:
-      if "second" not in key and "time" not in key and "mfu" not in key:
+      if key.startswith(("loss", "norm", "gap", "diffusion", "cscl", "macl")):
         np.testing.assert_allclose(stored[key], plain[key], rtol=1e-4, atol=1e-7, err_msg=key)
   np.testing.assert_array_equal(*seen)
 
@@ -455,7 +455,7 @@ def test_the_command_killed_and_on_two_processes(cached, tiny_folder, data, tmp_
                                       env=environment | more, stdout=subprocess.PIPE, text=True))
   assert [process.wait(400) for process in processes] == [0, 0]
   assert "is complete" in processes[0].stdout.read()
-  assert processes[1].stdout.read() == ""
+  assert "complete" not in processes[1].stdout.read()
   assert kept == {file: file.stat().st_mtime_ns for file in kept}
   for file in cached.folder.glob("*.safetensors"):
     found, wanted = (safetensors.numpy.load_file(f / file.name) for f in (folder, cached.folder))
