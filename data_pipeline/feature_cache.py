@@ -12,6 +12,7 @@ the mask of the target, and the image features of its fixed placements (`data.pl
 reference and as positive. cc_jax.cache writes it; reading needs no JAX.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -181,7 +182,10 @@ def find_cache(root: Path, key: Key, command: str) -> FeatureCache:
     return FeatureCache(folder, command)
   if folder.is_dir():
     raise DataError(f"{folder} is not complete; finish it: {command}")
-  others = [known_key(other.parent) for other in sorted(root.glob(f"*/{MANIFEST}"))]
+  others = []
+  for other in sorted(root.glob(f"*/{MANIFEST}")):
+    with contextlib.suppress(DataError):  # of another format: not what is asked for
+      others.append(known_key(other.parent))
   if not others:
     raise DataError(f"data.cached: {root} has no features yet; make them: {command}")
   nearest = min((key.differences(other) for other in others), key=len)

@@ -171,6 +171,32 @@ def test_placements_are_fixed_and_fresh_ones_are_not():
   np.testing.assert_allclose(u.std(0), 12**-0.5, atol=0.02)
 
 
+@pytest.mark.slow
+def test_a_tfds_data_set(tmp_path):
+  """The index of TFDS, and a cache in the data set's folder; without any network."""
+  import test_sources
+  from test_triples import make_tokenizer
+
+  tokenizer = make_tokenizer(tmp_path / "tokenizer", max_length=160)
+  data_dir = tmp_path / "tfds"
+  test_sources.write_blobs(data_dir, file_format="array_record", frames=4)
+  networks = feature_cache.Networks({"vae": "1"}, {}, "the command")
+  settings = dict(source="tfds", name="blobs", data_dir=str(data_dir), placements=2,
+                  group_ratio=0.0)  # fmt: skip
+  plain, reading = (test_sources.config(**settings, cached=c) for c in (False, True))
+  frames, _ = store_copies(SimpleNamespace(data=plain), networks)
+  assert frames.root.name == "features"
+  assert data_dir in frames.root.parents
+  found, wanted = (
+    next(data_pipeline.make_loader(c, tokenizer, batch_size=4, seed=3, networks=networks))
+    for c in (reading, plain)
+  )
+  np.testing.assert_array_equal(found["target_moments"], wanted["target"])
+  np.testing.assert_array_equal(found["positive_features"], wanted["positive"])
+  np.testing.assert_array_equal(found["reference_features"], wanted["reference"])
+  np.testing.assert_array_equal(found["input_ids"], wanted["input_ids"])
+
+
 # The numbers' side.
 
 

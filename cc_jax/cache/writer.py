@@ -91,13 +91,13 @@ def _prepare(
     config.base, sharding=lambda path, shape: replicated_sharding(mesh), only=ENCODERS,
     **setup.base_options(config),
   )
-  networks = needed_features(config, base)
-  frames = StoredFrames(config.data, networks, *open_subjects(config.data))
   definition, trainable, frozen = build_customcontrast(
     base, *setup.adapter_configs(config), dtype=config.train.dtype, transform=eval_shape_only
   )
   context = setup.make_step_context(config, definition, base)
   _, rest, encoders = without_encoders(context, frozen)
+  networks = needed_features(config, base)
+  frames = StoredFrames(config.data, networks, *open_subjects(config.data))
   unread = shapes_of({**trainable, **rest})
   return dataclasses.replace(context, unread=unread), encoders, frames
 
