@@ -6,7 +6,6 @@ Tensorflow is imported only when a loader of source 'tfds' or 'folder' is made, 
 set.
 """
 
-import re
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -14,6 +13,7 @@ from absl import logging
 
 from data_pipeline.errors import DataError
 from data_pipeline.feature_cache import Networks
+from data_pipeline.sources.builders import is_subjects3d, open_builder
 
 __all__ = [
   "DataError", "check_cached", "check_folder", "context_phrases", "heldout_subjects",
@@ -138,17 +138,6 @@ def check_cached(data_config) -> None:
     stored.check_cacheable(data_config)
 
 
-def open_builder(data_config):
-  """The TFDS builder of `config.data`; subjects3d is written on its first use."""
-  if is_subjects3d(data_config):
-    from data_pipeline.subjects3d import builder as subjects3d
-
-    return subjects3d.build(data_config.name, data_config.data_dir)
-  from data_pipeline.sources import tfds_source
-
-  return tfds_source.open_builder(data_config.name, data_config.data_dir)
-
-
 def heldout_subjects(data_config, count: int, seed: int = 0) -> list:
   """Subjects for pictures that are drawn while training goes on, of any data set on disk.
 
@@ -187,16 +176,6 @@ def heldout_subjects(data_config, count: int, seed: int = 0) -> list:
   return heldout.draw_subjects(
       subjects, count, seed, holdout=holdout, has_split=has_split, max_bad_share=bad_share
   )
-
-
-def is_subjects3d(data_config) -> bool:
-  """Whether `config.data` asks for the rendered world, whose factors are known.
-
-  Its TFDS data set is subjects3d[/config][:version] and no other name that begins so.
-  """
-  if data_config.source == "render":
-    return True
-  return data_config.source == "tfds" and re.split("[/:]", data_config.name)[0] == "subjects3d"
 
 
 def context_phrases(data_config) -> Sequence[str]:

@@ -11,6 +11,7 @@ import numpy as np
 from data_pipeline import sampling, triples
 from data_pipeline.errors import DataError
 from data_pipeline.feature_cache import FeatureCache, Key, Layout, Networks, find_cache
+from data_pipeline.sources.builders import open_builder
 from data_pipeline.sources.listing import data_path, is_local
 from data_pipeline.sources.rows import BadPictures, SubjectSet, training_subjects
 
@@ -26,7 +27,6 @@ def open_subjects(data_config: Any, split: str = "train") -> tuple[SubjectSet, i
     from data_pipeline.sources.folder import FolderSubjects
 
     return FolderSubjects(data_config.name, lenient=lenient), holdout
-  from data_pipeline import open_builder
   from data_pipeline.sources.tfds_source import SubjectRecords, check_holdout
 
   builder = open_builder(data_config)
