@@ -32,6 +32,12 @@ def get_config() -> ml_collections.ConfigDict:
   # The reference is 'centred'; the lab also shows it 'in_place' (as in its frame, on white), at a
   # 'random' size and place like positives, or the whole 'frame' with its background.
   c.data.reference_layout = "centred"
+  # Each frame has so many fixed sizes and places, as a positive and (where these are random) as a
+  # reference, of which a step draws one; 0 = a fresh one each time.
+  c.data.placements = 0
+  # Frozen features are read, not computed: `python -m cc_jax.cache` writes them (docs/scale.md).
+  c.data.cached = False
+  c.data.cache_dir = ""  # where they lie; '' = beside the data
   c.data.frames = "multi_view"  # 'self': the reference is the target's frame (a control)
   # Probability that a caption is only the class noun, "a teapot": real captions are often as short.
   c.data.caption_drop_detail_prob = 0.0

@@ -1,21 +1,23 @@
 """Input pipelines and the rendered world; imports nothing of cc_jax.
 
-Training reads its data through `check_folder`, `make_loader` and `heldout_subjects` only.
+Training reads its data through `check_folder`, `check_cached`, `make_loader` and `heldout_subjects`
+only.
 Tensorflow is imported only when a loader of source 'tfds' or 'folder' is made, or for a TFDS data
 set.
 """
 
-import re
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 from absl import logging
 
 from data_pipeline.errors import DataError
+from data_pipeline.feature_cache import Networks
+from data_pipeline.sources.builders import is_subjects3d, open_builder
 
 __all__ = [
-  "DataError", "check_folder", "context_phrases", "heldout_subjects", "is_subjects3d",
-  "load_subjects", "make_loader", "subjects_per_split",
+  "DataError", "check_cached", "check_folder", "context_phrases", "heldout_subjects",
+  "is_subjects3d", "load_subjects", "make_loader", "subjects_per_split",
 ]
 
 SOURCES = ("tfds", "render", "folder")
@@ -33,6 +35,7 @@ def make_loader(
     rows: Sequence[int] | None = None,
     s_words: int = 2,
     split: str = "train",
+    networks: Networks | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
   """Endless batches of triples (docs/method.md, "Data"): a pure function of (seed, step).
 
@@ -50,6 +53,7 @@ def make_loader(
     rows: indices into the global batch of this host's b rows; by default consecutive ones.
     s_words: number of S+ words for which captions leave room.
     split: of the TFDS data set or the rendered world; a folder has 'train' only.
+    networks: with data.cached, what the stored features must be of.
 
   Returns:
     An iterator over dicts of numpy arrays, b = batch_size / process_count, s = image_size:
@@ -61,13 +65,19 @@ def make_loader(
       slot         int32 [b]           index right after the class noun's tokens, where S+ goes
       noun_span    int32 [b, 2]        the class noun's tokens [start, end), end == slot
       subject_id, family_id, class_id  int32 [b], -1 where unknown
-    With two tokenizers also input_ids_2, slot_2 and noun_span_2, those of the second.
+    With two tokenizers also input_ids_2, slot_2 and noun_span_2, those of the second. With
+    data.cached the pictures are replaced by what is stored of them (`feature_cache.ROLES`):
+      target_moments      [b, h, w, 2 c]  mean and log-variance of the VAE's posterior
+      reference_features  [b, p, d]       and positive_features: hidden states of the image encoder
+      reference_embed     [b, e]          its embedding
 
   Raises:
     DataError: a config value or input data that cannot be used, at once or with the batch that
       meets it.
   """
   from data_pipeline.example import Maker
+  from data_pipeline.sources import stored
+  from data_pipeline.sources.rows import make_batches
 
   source = data_config.source
   if source not in SOURCES:
@@ -89,17 +99,18 @@ def make_loader(
       logging.log_first_n(
         logging.WARNING, "data.holdout_subjects=%d has no effect: rendered subjects have splits", 1,
         maker.holdout)
+    if maker.triple.placements or data_config.cached:
+      stored.check_cacheable(data_config)
     return render.batches(maker, split=split, start_step=start_step, rows=rows)
+  if source == "folder" and split != "train":
+    raise DataError(f"a folder has no split {split!r}; use split='train' or another folder")
+  subjects, heldout = stored.open_subjects(data_config, split)
   if source == "folder":
-    from data_pipeline.sources import folder
-
-    if split != "train":
-      raise DataError(f"a folder has no split {split!r}; use split='train' or another folder")
-    return folder.batches(maker, folder=data_config.name, start_step=start_step, rows=rows)
-  from data_pipeline.sources import tfds_source
-
-  builder = _open_builder(data_config)
-  return tfds_source.batches(maker, builder, split=split, start_step=start_step, rows=rows)
+    subjects.check_captions(maker.encode)
+  if data_config.cached:
+    frames = stored.StoredFrames(data_config, networks, subjects, heldout)
+    maker.read_features(frames.open(networks.command))
+  return make_batches(maker, subjects, heldout=heldout, start_step=start_step, rows=rows)
 
 
 def check_folder(data_config) -> None:
@@ -119,15 +130,12 @@ def check_folder(data_config) -> None:
   sampling.choose_heldout(subjects.names, subjects.table.family_id, holdout, subjects.where)
 
 
-def _open_builder(data_config):
-  """The TFDS builder of `config.data`; subjects3d is written on its first use."""
-  if is_subjects3d(data_config):
-    from data_pipeline.subjects3d import builder as subjects3d
+def check_cached(data_config) -> None:
+  """Raises DataError where data.cached asks for features of data that can have none."""
+  if data_config.cached:
+    from data_pipeline.sources import stored
 
-    return subjects3d.build(data_config.name, data_config.data_dir)
-  from data_pipeline.sources import tfds_source
-
-  return tfds_source.open_builder(data_config.name, data_config.data_dir)
+    stored.check_cacheable(data_config)
 
 
 def heldout_subjects(data_config, count: int, seed: int = 0) -> list:
@@ -160,7 +168,7 @@ def heldout_subjects(data_config, count: int, seed: int = 0) -> list:
   elif data_config.source == "tfds":
     from data_pipeline.sources import tfds_source
 
-    builder = _open_builder(data_config)
+    builder = open_builder(data_config)
     split = tfds_source.heldout_split(builder)
     subjects, has_split = tfds_source.SubjectRecords(builder, split or "train"), bool(split)
   else:
@@ -168,16 +176,6 @@ def heldout_subjects(data_config, count: int, seed: int = 0) -> list:
   return heldout.draw_subjects(
       subjects, count, seed, holdout=holdout, has_split=has_split, max_bad_share=bad_share
   )
-
-
-def is_subjects3d(data_config) -> bool:
-  """Whether `config.data` asks for the rendered world, whose factors are known.
-
-  Its TFDS data set is subjects3d[/config][:version] and no other name that begins so.
-  """
-  if data_config.source == "render":
-    return True
-  return data_config.source == "tfds" and re.split("[/:]", data_config.name)[0] == "subjects3d"
 
 
 def context_phrases(data_config) -> Sequence[str]:

@@ -1,20 +1,25 @@
 """From three frames of a subject and a caption to a row of a batch, the same for all sources."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
 from data_pipeline import sampling, tokens, triples
 from data_pipeline.errors import DataError
+from data_pipeline.feature_cache import FeatureCache
+
+PICTURES = dict.fromkeys(("positive", "reference", "target", "target_mask"), np.uint8)
 
 
-def signature(text_encoders: int = 1) -> dict[str, type]:
-  """The keys and types of an example; for the shapes see `data_pipeline.make_loader`."""
-  pictures = ("positive", "reference", "target", "target_mask")
+def signature(text_encoders: int = 1, pictures: Mapping[str, type] = PICTURES) -> dict[str, type]:
+  """The keys and types of an example; for the shapes see `data_pipeline.make_loader`.
+
+  `pictures`: of the pictures, or of what is stored of them (`feature_cache.FeatureCache.dtypes`).
+  """
   prompts = sum(tokens.prompt_keys(text_encoders), ())
   labels = ("subject_id", "family_id", "class_id")
-  return dict.fromkeys(pictures, np.uint8) | dict.fromkeys(prompts + labels, np.int32)
+  return {**pictures, **dict.fromkeys(prompts + labels, np.int32)}
 
 
 class Maker:
@@ -24,12 +29,14 @@ class Maker:
     self, data_config, tokenizers: Sequence[Callable], *, batch_size: int, seed: int, s_words: int
   ):
     """`tokenizers`: one for each text encoder."""
-    self.signature = signature(len(tokenizers))
+    self._text_encoders = len(tokenizers)
+    self.signature = signature(self._text_encoders)
     self.triple = triples.TripleConfig.from_config(data_config)
-    self._frames = data_config.frames
-    sampling.check_frames(self._frames)
+    self.frames_kind = data_config.frames
+    sampling.check_frames(self.frames_kind)
     self.holdout = sampling.check_holdout(data_config.holdout_subjects)
     self.max_bad_share = sampling.check_bad_share(data_config.max_bad_share)
+    self.cache: FeatureCache | None = None
     self._terse_prob = data_config.caption_drop_detail_prob
     if not 0 <= self._terse_prob <= 1:
       raise DataError(f"data.caption_drop_detail_prob={self._terse_prob} must lie between 0 and 1")
@@ -47,6 +54,11 @@ class Maker:
     # A finite data set repeats its captions; the limit is for rendered ones, which are endless.
     self.encode = functools.lru_cache(maxsize=1 << 15)(encode)
     self._chosen_by_step: dict[int, np.ndarray] = {}
+
+  def read_features(self, cache: FeatureCache) -> None:
+    """From now on rows have the stored features of pictures, and not the pictures."""
+    self.cache = cache
+    self.signature = signature(self._text_encoders, cache.dtypes)
 
   def check(self, table: sampling.SubjectTable) -> None:
     """Raises DataError when the batches that the config asks for cannot be drawn from `table`."""
@@ -75,16 +87,25 @@ class Maker:
   def frames(self, chosen: tuple[int, int, int]) -> tuple[int, int, int]:
     """Frames (i, j, k) as `data.frames` wants them; see `sampling.FRAMES`."""
     i, j, k = chosen
-    if self._frames == "multi_view":
+    if self.frames_kind == "multi_view":
       return chosen
     return (j if i == k else i), k, k
 
   def example(
     self, rng: np.random.Generator, table: sampling.SubjectTable, subject: int,
     images: Sequence[np.ndarray], masks: Sequence[np.ndarray], caption: str, noun: str,
+    ids: Sequence[tuple[int, int]] = (),
   ) -> dict[str, np.ndarray]:
-    """One row; `images` and `masks` are those of frames (i, j, k), `caption` is frame k's."""
-    row = triples.make_triple(rng, images, masks, self.triple)
+    """One row; `images` and `masks` are those of frames (i, j, k), `caption` is frame k's.
+
+    `ids`: each frame's (subject, frame) in the data set, for fixed placements; with a cache they
+    stand for the pictures.
+    """
+    if self.cache is None:
+      row = triples.make_triple(rng, images, masks, self.triple, ids)
+    else:
+      chosen = [triples.choose_placement(rng.random(3), self.triple) for _ in range(2)]
+      row = self.cache.row(ids, *chosen)
     if rng.random() < self._terse_prob:  # the row's last draw, so that no other depends on it
       caption = f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
     row |= self.encode(caption, noun)

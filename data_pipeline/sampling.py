@@ -17,6 +17,7 @@ GROUPS = ("class", "family")
 # captions and random numbers are those of 'multi_view', so that runs can be compared in pairs.
 FRAMES = ("multi_view", "self")
 _SPARE = 2  # another domain: what only few rows draw
+_PLACEMENT = 3  # a frame's fixed placements (`data.placements`)
 
 
 class SubjectTable(NamedTuple):
@@ -42,6 +43,14 @@ def spare_rng(seed: int, step: int, row: int) -> np.random.Generator:
   It decides which of several captions is used, and what takes the place of a bad picture.
   """
   return _rng(seed, step, _SPARE, row)
+
+
+def placement_rng(subject: int, frame: int, k: int) -> np.random.Generator:
+  """The random stream of a frame's fixed placement k, the same in every run (`data.placements`).
+
+  `subject` is its number in the data set, held-out ones counted.
+  """
+  return _rng(subject, frame, _PLACEMENT, k)
 
 
 def _rng(seed: int, step: int, domain: int, row: int = 0) -> np.random.Generator:
@@ -188,3 +197,11 @@ def choose_frames(
   # First the frames that can serve as a reference, in their random order.
   others = others[np.argsort(~np.asarray(is_reference)[others], kind="stable")]
   return int(others[1]), int(others[0]), k
+
+
+def can_be_drawn(is_reference: Bool[np.ndarray, " f"]) -> Bool[np.ndarray, " f"]:
+  """Which frames of a subject `choose_frames` can choose as positive or reference."""
+  # With two that can serve as a reference, one of them may be the target, and another steps in.
+  if np.count_nonzero(is_reference) >= 3:
+    return np.asarray(is_reference, bool)
+  return np.ones(len(is_reference), bool)

@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
+from data_pipeline import sampling
 from data_pipeline.errors import DataError
 from data_pipeline.images import OPAQUE
 
@@ -32,6 +33,13 @@ class TripleConfig:
   reference_jitter: float = 0.0
   positive_ratio: tuple[float, float] = (0.4, 0.9)
   reference_layout: str = "centred"
+  placements: int = 0  # fixed ones of each frame; 0 = a fresh one each time
+
+  @property
+  def reference_placements(self) -> int:
+    """How many of the fixed placements show different references: 1 where nothing is random."""
+    jitters = self.reference_layout == "centred" and self.reference_jitter > 0
+    return self.placements if jitters or self.reference_layout == "random" else 1
 
   @classmethod
   def from_config(cls, data) -> TripleConfig:
@@ -51,6 +59,8 @@ class TripleConfig:
           f"data.reference_layout={config.reference_layout!r} is unknown; use one of "
           f"{', '.join(LAYOUTS)}"
       )
+    if config.placements < 0:
+      raise DataError(f"data.placements={config.placements} must be 0 (always a fresh one) or more")
     return config
 
 
@@ -59,21 +69,46 @@ def make_triple(
     images: tuple[np.ndarray, np.ndarray, np.ndarray],
     masks: tuple[np.ndarray, np.ndarray, np.ndarray],
     config: TripleConfig,
+    ids: tuple[tuple[int, int], ...] = (),
 ) -> dict[str, np.ndarray]:
   """The pictures of frames (i, j, k), each `uint8 [h, w, 3]` with a mask `uint8 [h, w]`.
 
+  `ids`: each frame's (subject, frame) in the data set, needed if config.placements > 0.
   Returns `positive`, `reference`, `target` `uint8 [s, s, 3]` and `target_mask` `uint8 [s, s]`,
   s = config.image_size. Raises DataError for an empty mask or shapes that do not fit.
   """
-  size = config.image_size
   # Both are always drawn, so that options of one do not change the random numbers of the other.
   positive_u, reference_u = rng.random(3), rng.random(3)
-  low, high = config.positive_ratio
-  ratio = low + (high - low) * positive_u[0]
-  positive = _place_at(images[0], masks[0], size, ratio, positive_u[1:])
+  if config.placements:
+    positive_k, reference_k = (choose_placement(u, config) for u in (positive_u, reference_u))
+    positive_u, _ = placement(*ids[0], positive_k)
+    _, reference_u = placement(*ids[1], reference_k)
+  positive = show_positive(images[0], masks[0], config, positive_u)
   reference = show_reference(images[1], masks[1], config, reference_u)
-  target, target_mask = square(images[2], masks[2], size)
+  target, target_mask = square(images[2], masks[2], config.image_size)
   return dict(positive=positive, reference=reference, target=target, target_mask=target_mask)
+
+
+def choose_placement(u: np.ndarray, config: TripleConfig) -> int:
+  """Which of the fixed placements the uniform numbers that would have placed the frame choose."""
+  return int(u[0] * config.placements)
+
+
+def placement(subject: int, frame: int, k: int) -> tuple[np.ndarray, np.ndarray]:
+  """The uniform numbers [3] of a frame's fixed placement k, as a positive and as a reference."""
+  rng = sampling.placement_rng(subject, frame, k)
+  return rng.random(3), rng.random(3)
+
+
+def show_positive(
+    image: UInt8[np.ndarray, "h w 3"],
+    mask: UInt8[np.ndarray, "h w"],
+    config: TripleConfig,
+    u: np.ndarray,
+) -> UInt8[np.ndarray, "s s 3"]:
+  """A frame as a positive: on white, at the size and place that three uniform numbers say."""
+  low, high = config.positive_ratio
+  return _place_at(image, mask, config.image_size, low + (high - low) * u[0], u[1:])
 
 
 def show_reference(
@@ -95,8 +130,7 @@ def show_reference(
       image = ((image * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
     return square(image, mask, size)[0]
   if layout == "random":
-    low, high = config.positive_ratio
-    return _place_at(image, mask, size, low + (high - low) * u[0], u[1:])
+    return show_positive(image, mask, config, u)
   jitter = config.reference_jitter
   ratio = min(1.0, config.reference_ratio * (1 + jitter * (2 * u[0] - 1)))
   return _place_at(image, mask, size, ratio, 0.5 + jitter * (u[1:] - 0.5))

@@ -191,7 +191,7 @@ class Setup:
       return latents
 
     monkeypatch.setattr(CustomContrast, "predict", look)
-    monkeypatch.setattr(losses, "sample_latents", lambda *_: jnp.zeros((1, 16, 16, 4)))
+    monkeypatch.setattr(losses, "target_latents", lambda *_: jnp.zeros((1, 16, 16, 4)))
     batch = self.batch(monkeypatch)
     if reference is not None:
       batch["reference"] = reference

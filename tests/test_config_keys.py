@@ -25,6 +25,8 @@ from cc_jax.customcontrast.mfi_encoder import MFIEncoderConfig
 from cc_jax.errors import UserError
 from cc_jax.lab import trial_scores
 from cc_jax.training import config_checks, loop, setup, step
+from data_pipeline.errors import DataError
+from data_pipeline.feature_cache import Networks
 
 ROOT = Path(__file__).parent.parent
 # Methods that copy or compare a config read all of its keys for nothing.
@@ -138,15 +140,20 @@ def unread_by_training(config, workdir, monkeypatch):
   reads = Reads(monkeypatch)
   callbacks = loop.Callbacks(evaluate.draw_validation_grid, evaluate.score_test_subjects)
   loop.train(config, workdir, callbacks)
-  # The other source's keys, without tensorflow.
+  # The other source's keys, without tensorflow, and those of stored features.
+  subjects = SimpleNamespace(
+    where="", names=["a", "b"], table=SimpleNamespace(family_id=np.arange(2)), pictures=4,
+    features_folder=workdir / "features", fingerprint=lambda: "")
   modules = (data_pipeline.subjects3d, "builder"), (data_pipeline.sources, "tfds_source")
   for package, name in modules:
-    stub = SimpleNamespace(build=lambda *_: None, batches=lambda *_, **__: iter(()))
+    stub = SimpleNamespace(
+      build=lambda *_: None, SubjectRecords=lambda *_: subjects, check_holdout=lambda *_: 0)
     monkeypatch.setitem(sys.modules, f"{package.__name__}.{name}", stub)
     monkeypatch.setattr(package, name, stub, raising=False)
-  config.data.source = "tfds"
+  config.data.update(source="tfds", cached=True, placements=1)
   tokenizer = load_tokenizer(Path(config.base) / "tokenizer")
-  real_loader(config.data, tokenizer, batch_size=4, seed=0)
+  with pytest.raises(DataError, match="no features yet"):
+    real_loader(config.data, tokenizer, batch_size=4, seed=0, networks=Networks({}, {}, ""))
   return sorted(keys - reads.paths)
 
 

@@ -31,7 +31,7 @@ def config(**changes):
       source="folder", name="", data_dir="", image_size=32, reference_ratio=0.8,
       reference_jitter=0.0, positive_ratio=(0.4, 0.9), group="class", group_ratio=0.5,
       reference_layout="centred", frames="multi_view", caption_drop_detail_prob=0.0,
-      holdout_subjects=0, max_bad_share=0.0,
+      holdout_subjects=0, max_bad_share=0.0, placements=0, cached=False, cache_dir="",
   )  # fmt: skip
   return types.SimpleNamespace(**fields | changes)
 

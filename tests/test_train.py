@@ -49,8 +49,9 @@ from cc_jax.training.accumulation import (
 from cc_jax.training.checkpoint import Checkpoints
 from cc_jax.training.contrastive import Embeddings, compare_embeddings, contrastive_embeddings
 from cc_jax.training.encodings import SubjectEncodings
+from cc_jax.training.inputs import sample_latents
 from cc_jax.training.loop import Callbacks, train
-from cc_jax.training.losses import diffusion_objective, sample_latents, subject_weights, total_loss
+from cc_jax.training.losses import diffusion_objective, subject_weights, total_loss
 from cc_jax.training.noise import keep_conditions, sample_step_noise, sample_timesteps
 from cc_jax.training.parameter_table import parameter_table
 from cc_jax.training.prompt_sensitivity import (

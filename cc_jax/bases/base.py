@@ -60,7 +60,7 @@ class Base:
 def load_base(
   name: str | Path, *, dtype: Any = jnp.float32, param_dtype: Any = jnp.float32,
   image_encoder: str | Path | None = None, lora: Sequence[tuple[str | Path, float]] = (),
-  sharding: Sharding | None = None,
+  sharding: Sharding | None = None, only: Sequence[str] | None = None,
 ) -> Base:
   """Reads a base.
 
@@ -73,6 +73,7 @@ def load_base(
     lora: files or PEFT's folders (paths or hub ids) and the scales with which they are merged.
     sharding: where each parameter shall lie; default the first device. Its path is the one in the
       frozen part of cc_jax.customcontrast.build, e.g. 'unet.conv_in.kernel', 'text_encoders.0...'.
+    only: names of `Base.networks` to read, the others stay abstract; `hash` is of those read.
 
   Raises:
     UserError: a folder or file is missing, unreadable, or not what its config.json says; a LoRA is
@@ -93,7 +94,9 @@ def load_base(
   digests: dict[str, str] = {}
   with contextlib.ExitStack() as stack:
     sources, unused = files.open(stack, shapes)
-    for label, module in modules.items():
+    for label, module in base.networks.items():
+      if only is not None and label not in only:
+        continue
       stored: dict[str, str] = {}
       modules[label] = load_weights(
         module, sources[label], digests=stored,

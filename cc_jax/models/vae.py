@@ -286,10 +286,15 @@ def images_to_latents(
 
   `noise_of`: a latent's shape [h, w, c] -> unit normal noise, for a sample.
   """
-  z, logvar = vae.encode(images.astype(jnp.float32) / 127.5 - 1)
+  return moments_to_latents(
+    vae.config, *vae.encode(images.astype(jnp.float32) / 127.5 - 1), noise_of)
+
+
+def moments_to_latents(config: AutoencoderKLConfig, z, logvar, noise_of=None) -> jax.Array:
+  """The same from what `AutoencoderKL.encode` says of the pixels, [B, h, w, c] each."""
   z = z.astype(jnp.float32)
   if noise_of is not None:
     # The bounds of diffusers' DiagonalGaussianDistribution.
     deviation = jnp.exp(0.5 * jnp.clip(logvar.astype(jnp.float32), -30.0, 20.0))
     z = z + deviation * noise_of(z.shape[1:])
-  return (z - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
+  return (z - (config.shift_factor or 0.0)) * config.scaling_factor

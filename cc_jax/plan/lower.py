@@ -23,11 +23,12 @@ from cc_jax.parallel.rules import abstract_params
 from cc_jax.plan.topology import Slice
 from cc_jax.sampling.prompts import Prompts
 from cc_jax.sampling.sample import SamplerInputs, SamplingConfig, guidance_branches, sample_images
+from cc_jax.training.cached_features import feature_shapes, without_encoders
 from cc_jax.training.setup import build_abstract, make_step_context
 from cc_jax.training.step import init_state, make_train_step, train_step
 from cc_jax.training.step_context import StepContext
 from cc_jax.training.utilisation import plain_context
-from data_pipeline.example import signature
+from data_pipeline.example import PICTURES, signature
 from data_pipeline.tokens import prompt_keys
 
 
@@ -60,11 +61,16 @@ def make_program(
 def train_program(config: ml_collections.ConfigDict, mesh: Mesh | AbstractMesh) -> AbstractProgram:
   """The training step of `cc_jax.train`, without weights."""
   context, trainable, frozen, _ = _build(config)
+  batch_size, side = config.train.batch_size, config.data.image_size
+  shapes = dict.fromkeys(PICTURES, (side, side, 3)) | {"target_mask": (side, side)}
+  dtypes = PICTURES
+  if config.data.cached:
+    features = feature_shapes(config, context, trainable, frozen)
+    shapes = {name: x.shape[1:] for name, x in features.items()}
+    dtypes = {name: x.dtype for name, x in features.items()}
+    context, frozen, _ = without_encoders(context, frozen)
   state = jax.eval_shape(lambda t: init_state(t, config), trainable)
   state, frozen = abstract_params((state, frozen), mesh)
-  batch_size, side = config.train.batch_size, config.data.image_size
-  shapes = dict.fromkeys(("positive", "reference", "target"), (side, side, 3))
-  shapes["target_mask"] = (side, side)
   towers = len(context.empty_prompt)
   for (ids, _, span), empty in zip(prompt_keys(towers), context.empty_prompt):
     shapes |= {ids: (len(empty),), span: (2,)}
@@ -72,7 +78,7 @@ def train_program(config: ml_collections.ConfigDict, mesh: Mesh | AbstractMesh) 
     name: jax.ShapeDtypeStruct(
       (batch_size, *shapes.get(name, ())), dtype, sharding=batch_sharding(mesh)
     )
-    for name, dtype in signature(towers).items()
+    for name, dtype in signature(towers, dtypes).items()
   }
   parts = {
     "frozen base": frozen,

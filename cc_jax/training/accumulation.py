@@ -29,7 +29,7 @@ def accumulate_gradients(
   to the embeddings; then each microbatch again, with that gradient given.
   """
   objective, count = context.config.objective, context.config.train.grad_accum_steps
-  size = batch["target"].shape[0]
+  size = batch["target_mask"].shape[0]
   microbatches = split_microbatches((dict(batch), sample_step_noise(context, key, size)), count)
 
   def embed_microbatch(trainable, microbatch, shown=True):

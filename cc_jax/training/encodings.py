@@ -14,8 +14,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from cc_jax.customcontrast.mfi_encoder import MFIFeatures
 from cc_jax.customcontrast.model import CustomContrast
+from cc_jax.training.inputs import image_features
 from cc_jax.training.noise import SHARED_TIMESTEP, StepNoise
-from cc_jax.training.step_context import Batch, StepContext, to_unit_range
+from cc_jax.training.step_context import Batch, StepContext
 
 
 class SubjectEncodings(NamedTuple):
@@ -39,7 +40,7 @@ def encode_subjects(
   """
   objective = context.config.objective
   names = ("reference", "positive") if needs_positive(objective) else ("reference",)
-  features, embed = look_at(model, batch, names)
+  features, embed = image_features(model, batch, names)
   t, keep = step_noise.t, step_noise.keep_image
   if not (objective.lambda_cscl or objective.lambda_macl):
     encoded = model.encode(features[:, 0], t, keep)
@@ -56,18 +57,6 @@ def needs_positive(objective: ml_collections.ConfigDict) -> bool:
   """Whether a loss compares the reference with another frame of the subject."""
   cross_frame = objective.lambda_cscl and objective.cscl_frame == "cross_frame"
   return bool(objective.lambda_macl or cross_frame)
-
-
-def look_at(
-  model: CustomContrast, batch: Batch, names: tuple[str, ...]
-) -> tuple[Float[Array, "b n p c"], Float[Array, "b n e"]]:
-  """Image features and embeddings of n pictures of each sample, as one batch.
-
-  Sample by sample, not set by set: a batch that is sharded over devices then stays so.
-  """
-  pixels = jnp.stack([batch[name] for name in names], axis=1)
-  found = model.image_features(to_unit_range(pixels.reshape(-1, *pixels.shape[2:])))
-  return tuple(x.reshape(*pixels.shape[:2], *x.shape[1:]) for x in found)
 
 
 def _encode_sets(

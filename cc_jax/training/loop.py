@@ -23,6 +23,7 @@ from cc_jax.parallel.mesh import gather_to_host, make_mesh, shard_batch
 from cc_jax.parallel.rules import init_sharded, param_sharding_fn, shard_params, shards_params
 from cc_jax.parallel.sharding_report import check_sharding, describe_sharding
 from cc_jax.training import setup
+from cc_jax.training.cached_features import move_to_host, without_encoders
 from cc_jax.training.checkpoint import Checkpoints, config_changes
 from cc_jax.training.preemption import EXIT_CODE, Preemption
 from cc_jax.training.run import (
@@ -101,6 +102,7 @@ def set_up(
   """Everything before the first step; says what is trained, and where. `lock` holds the workdir."""
   setup.check_config(config)
   data_pipeline.check_folder(config.data)  # before a base of gigabytes is fetched
+  data_pipeline.check_cached(config.data)
   settings = config.train
   set_cpu_devices(config.mesh, settings.batch_size)
   processes = initialize_distributed(config.mesh)
@@ -117,7 +119,10 @@ def set_up(
   definition, trainable, frozen = build_customcontrast(
     base, *adapter, dtype=settings.dtype, seed=config.seed, transform=init_sharded(mesh)
   )
-  context = setup.make_step_context(config, definition, base)
+  context, encoders = setup.make_step_context(config, definition, base), {}
+  if config.data.cached:
+    context, frozen, encoders = without_encoders(context, frozen)
+    encoders, base = move_to_host(encoders, base)
   state, record, warm_start = restore_or_initialise(config, checkpoints, base, trainable, mesh)
   check_sharding({"state": state, "frozen": frozen}, mesh)
   log = Telemetry(
@@ -126,7 +131,7 @@ def set_up(
     writes=jax.process_index() == 0,
   )  # fmt: skip
   run = Run(config, workdir, mesh, base, context, frozen, state, record["step"], checkpoints, log,
-            check_lock)
+            check_lock, encoders)
   log_set_up(run, processes, warm_start)
   log.say(attention.describe())
   return run
@@ -165,6 +170,8 @@ def log_set_up(run: Run, processes: str, warm_start: ip_adapter.Report | None) -
     say(describe_sharding(parts | {"frozen": run.frozen}, mesh))
   trained, frozen = (sum(x.size for x in part.values()) for part in (state.trainable, run.frozen))
   say(f"{trained:,} trained, {frozen:,} frozen parameters; {mesh.size} devices")
+  if run.config.data.cached:
+    say("features are read and not computed: no VAE and no image encoder on the devices")
   if warm_start:
     say(warm_start.summary())
     if jax.process_index() == 0:

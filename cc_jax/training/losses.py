@@ -1,7 +1,5 @@
 """The loss of a training step: diffusion and contrast over the global batch."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -11,21 +9,13 @@ from cc_jax.customcontrast.mfi_encoder import MFIFeatures
 from cc_jax.customcontrast.model import Conditioning, CustomContrast
 from cc_jax.customcontrast.text_conditioning import size_conditions
 from cc_jax.models.params import Params
-from cc_jax.models.vae import images_to_latents
 from cc_jax.objectives.diffusion import diffusion_loss, min_snr_weights
 from cc_jax.training.contrastive import compare_embeddings, contrastive_embeddings
 from cc_jax.training.encodings import encode_subjects
+from cc_jax.training.inputs import normal, target_latents
 from cc_jax.training.noise import StepNoise, sample_step_noise
 from cc_jax.training.step_context import Batch, Metrics, StepContext, prefix_keys
 from data_pipeline.tokens import prompt_keys
-
-
-def sample_latents(vae: nnx.Module, images: Array, keys: Array) -> Float[Array, "b h w c"]:
-  """uint8 images [B, H, W, 3] -> a sample of the VAE's posterior in the UNet's units, float32.
-
-  `keys` [B]: one for each sample.
-  """
-  return images_to_latents(vae, images, functools.partial(_normal, keys))
 
 
 def subject_weights(masks: Array, size: tuple[int, int], weight: float) -> Array | None:
@@ -46,8 +36,8 @@ def denoise(
   """
   t, keys = step_noise.t, step_noise.keys
   posterior_keys, noise_keys = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
-  latents = sample_latents(model.vae, batch["target"], posterior_keys)
-  noise = _normal(noise_keys, latents.shape[1:])
+  latents = target_latents(model, batch, posterior_keys)
+  noise = normal(noise_keys, latents.shape[1:])
   conditioning = condition(context, model, batch, shown, step_noise)
   schedule = context.schedule
   prediction = model.predict(schedule.add_noise(latents, noise, t), t, conditioning)
@@ -74,7 +64,7 @@ def condition(
     # An empty prompt has no noun for S+ to stand after. [R]
     use_s_plus=keep_image & keep_text,
     zero_text=~keep_text if model.force_zeros_for_empty_prompt else False,
-    time_ids=_time_ids(model.unet, batch["target"]),
+    time_ids=_time_ids(model.unet, batch["target_mask"]),
   )
 
 
@@ -87,7 +77,7 @@ def total_loss(
   loss alone: to the contrastive losses the tokens of dropped images would all be the same.
   """
   model = context.model_for_gradient(trainable, frozen)
-  step_noise = sample_step_noise(context, key, batch["target"].shape[0])
+  step_noise = sample_step_noise(context, key, batch["target_mask"].shape[0])
   subjects = encode_subjects(context, model, batch, step_noise)
   total, metrics = diffusion_objective(context, model, batch, subjects.shown, step_noise)
   objective = context.config.objective
@@ -111,14 +101,9 @@ def diffusion_objective(
   return total, {"loss/diffusion": total, **prefix_keys("diffusion", metrics)}
 
 
-def _time_ids(unet: nnx.Module, images: Array) -> Float[Array, "b 6"] | None:
-  """SDXL's size conditions of whole images; None for other bases."""
+def _time_ids(unet: nnx.Module, masks: Array) -> Float[Array, "b 6"] | None:
+  """SDXL's size conditions of whole images, as large as masks [B, H, W]; None for other bases."""
   if unet.config.addition_embed_type != "text_time":
     return None
-  size, height, width = images.shape[:3]
+  size, height, width = masks.shape[:3]
   return jnp.tile(jnp.asarray(size_conditions(height, width), jnp.float32), (size, 1))
-
-
-def _normal(keys: Array, shape: tuple[int, ...]) -> Float[Array, "b ..."]:
-  """Standard normal samples [B, *shape], one for each key."""
-  return jax.vmap(lambda key: jax.random.normal(key, shape))(keys)

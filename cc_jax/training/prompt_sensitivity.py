@@ -18,9 +18,10 @@ from jaxtyping import Array, Bool, Float
 from cc_jax.models.params import Params
 from cc_jax.objectives.diffusion import per_sample_mse
 from cc_jax.parallel.mesh import replicated_sharding, shard_batch
+from cc_jax.training.inputs import image_features
 from cc_jax.training.losses import denoise
 from cc_jax.training.noise import StepNoise
-from cc_jax.training.step_context import Batch, StepContext, to_unit_range
+from cc_jax.training.step_context import Batch, StepContext
 from data_pipeline.tokens import prompt_keys
 
 NOISE_LEVEL = 0.85  # t / T: so noisy that the picture itself tells little
@@ -33,13 +34,13 @@ def sample_losses(
 ) -> Float[Array, " b"]:
   """Diffusion loss of each sample at t = 0.85 T, with reference, prompt and one noise."""
   model = context.model(adapter, frozen)
-  size = batch["target"].shape[0]
+  size = batch["target_mask"].shape[0]
   t = jnp.full((size,), int(NOISE_LEVEL * context.schedule.num_train_timesteps), jnp.int32)
   keep = jnp.ones(size, bool)
-  features, _ = model.image_features(to_unit_range(batch["reference"]))
+  features, _ = image_features(model, batch, ["reference"])
   keys = jax.random.split(jax.random.key(context.config.seed), size)
   step_noise = StepNoise(t, keep_text=keep, keep_image=keep, keys=keys)
-  shown = model.encode(features, t)
+  shown = model.encode(features[:, 0], t)
   return per_sample_mse(*denoise(context, model, batch, shown, step_noise))
 
 

@@ -73,6 +73,7 @@ class Run:
   checkpoints: Checkpoints
   log: Telemetry
   check_lock: Callable[[], None]  # UserError if another run took the workdir: lock_workdir
+  encoders: Params = dataclasses.field(default_factory=dict)  # on the host, if data.cached
   unlogged: FinishedStep | None = None  # the latest step, until it is logged
   last_update: int = 0  # the latest logged step that changed the weights
 
@@ -159,7 +160,8 @@ def run_callback(run: Run, callback: Callback | None, path: epath.Path) -> None:
   if jax.process_count() > 1:
     run.log.say(f"no pictures from several processes: python -m cc_jax.evaluate draws {path.name}")
     return
-  callback(run.config, run.base, run.context.model(run.state.ema, run.frozen), path)
+  model = run.context.model(run.state.ema, run.frozen, run.encoders)
+  callback(run.config, run.base, model, path)
 
 
 def write_adapter(run: Run, step: int) -> None:

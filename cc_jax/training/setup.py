@@ -26,6 +26,7 @@ from cc_jax.customcontrast.mfi_encoder import MFIEncoderConfig
 from cc_jax.diffusion.schedule import NoiseSchedule
 from cc_jax.models.params import Params
 from cc_jax.parallel.mesh import local_rows
+from cc_jax.training.cached_features import needed_features
 from cc_jax.training.config_checks import check_config, check_with_base
 from cc_jax.training.prompt_sensitivity import make_prompt_sensitivity, wrong_nouns, wrong_phrases
 from cc_jax.training.step_context import StepContext
@@ -71,6 +72,7 @@ def make_batches(
     config.data, base.tokenizers, batch_size=config.train.batch_size, seed=seed,
     start_step=start, rows=local_rows(mesh, config.train.batch_size),
     s_words=config.encoder.s_words,
+    networks=needed_features(config, base) if config.data.cached else None,
   )
 
 

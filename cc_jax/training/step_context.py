@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Mapping
 
+import jax
 import jax.numpy as jnp
 import ml_collections
 from flax import nnx
@@ -38,6 +39,8 @@ class StepContext:
   config: ml_collections.ConfigDict
   empty_prompt: tuple[tuple[int, ...], ...]  # per text encoder, [T] token ids of ""
   mesh: Mesh | None = None  # over which the batch is sharded; the contrastive losses use it
+  # Shapes of weights that no step reads: with stored features, the VAE's and image encoder's.
+  unread: Mapping[str, jax.ShapeDtypeStruct] = dataclasses.field(default_factory=dict)
 
   def __post_init__(self):
     objective, train = self.config.objective, self.config.train
@@ -100,7 +103,7 @@ class StepContext:
 
   def model(self, *params: Params) -> CustomContrast:
     """The CustomContrast module with these weights (adapter's and base's)."""
-    return with_kernels(merge_params(self.definition, *params), self.kernels)
+    return with_kernels(merge_params(self.definition, self.unread, *params), self.kernels)
 
   def model_for_gradient(self, *params: Params) -> CustomContrast:
     """`model` with weights gathered over fsdp, train.remat_unet and train.remat_text."""

@@ -41,17 +41,15 @@ folders' names.
 '''
 
 import dataclasses
-from collections.abc import Iterator
+import hashlib
 
 import numpy as np
 from etils import epath
 
 from data_pipeline import images, sampling, triples
 from data_pipeline.errors import DataError
-from data_pipeline.example import Maker
 from data_pipeline.sources import listing
 from data_pipeline.sources.captions_file import read_listing
-from data_pipeline.sources.rows import make_batches
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,9 +119,20 @@ class FolderSubjects:
     self.names = [subject.place.name for subject in self._subjects]
     self.table = _table(self._subjects)
     self.pictures = sum(len(subject.frames) for subject in self._subjects)
+    self.features_folder = folder.parent / f"{folder.name}_features"
 
   def __getitem__(self, number: int) -> Subject:
     return self._subjects[number]
+
+  def fingerprint(self) -> str:
+    """A hash of subjects, files and their sizes, and of which are references."""
+    digest = hashlib.sha256()
+    for subject in self._subjects:
+      for frame in subject.frames:
+        sizes = [file and file.stat().length for file in (frame.picture, frame.mask)]
+        line = subject.place.name, frame.picture.name, *sizes, frame.is_reference
+        digest.update(f"{line}\n".encode())
+    return digest.hexdigest()
 
   def check_captions(self, encode) -> None:
     """Raises DataError for a caption that encode(caption, noun) refuses."""
@@ -134,13 +143,6 @@ class FolderSubjects:
             encode(caption, subject.noun)
           except DataError as error:
             raise DataError(f"{subject.where}: {error}") from None
-
-
-def batches(maker: Maker, *, folder: str, start_step: int, rows: range) -> Iterator[dict]:
-  """Endless batches of the subjects in `folder`."""
-  subjects = FolderSubjects(folder, lenient=maker.max_bad_share > 0)
-  subjects.check_captions(maker.encode)
-  return make_batches(maker, subjects, heldout=maker.holdout, start_step=start_step, rows=rows)
 
 
 def read_folder(folder: epath.PathLike, *, lenient: bool = False) -> list[Subject]:

@@ -7,6 +7,7 @@ from typing import Protocol
 
 import numpy as np
 from absl import logging
+from etils import epath
 
 from data_pipeline import sampling
 from data_pipeline.errors import DataError
@@ -32,18 +33,25 @@ class SubjectSet(Protocol):
   names: Sequence[str]
   table: sampling.SubjectTable
   pictures: int
+  features_folder: epath.Path  # beside the data: `data_pipeline.feature_cache`
 
   def __getitem__(self, number: int) -> Subject: ...
+  def fingerprint(self) -> str: ...  # of names and sizes of the files; no picture is read
+
+
+def training_subjects(subjects: SubjectSet, heldout: int) -> np.ndarray:
+  """The numbers of the subjects without the `heldout` that training leaves out."""
+  family_id = subjects.table.family_id
+  left_out = sampling.choose_heldout(subjects.names, family_id, heldout, subjects.where)
+  return np.flatnonzero(~left_out)
 
 
 def make_batches(
     maker: Maker, subjects: SubjectSet, *, heldout: int = 0, start_step: int, rows: range
 ) -> Iterator[dict]:
   """Endless batches of the subjects, without the `heldout` that training leaves out."""
-  table = subjects.table
-  left_out = sampling.choose_heldout(subjects.names, table.family_id, heldout, subjects.where)
-  numbers = np.flatnonzero(~left_out)
-  table = sampling.SubjectTable(*(column[numbers] for column in table))
+  numbers = training_subjects(subjects, heldout)
+  table = sampling.SubjectTable(*(column[numbers] for column in subjects.table))
   maker.check(table)
   if len(numbers) == 1:
     logging.log_first_n(
@@ -66,10 +74,12 @@ class _RowMaker:
     chosen = self._maker.subjects(self._table, step)
     entry, subject, frames, loaded = self._load(rng, spare, chosen, int(chosen[row]))
     pictures, masks = zip(*loaded)
+    ids = [(int(self._numbers[entry]), f) for f in frames]
     captions = subject.captions(frames[2])
     caption = captions[int(spare.integers(len(captions)))] if len(captions) > 1 else captions[0]
     try:
-      return self._maker.example(rng, self._table, entry, pictures, masks, caption, subject.noun)
+      return self._maker.example(
+        rng, self._table, entry, pictures, masks, caption, subject.noun, ids)
     except DataError as error:
       raise DataError(f"{subject.where}: {error}") from None
 
@@ -97,11 +107,17 @@ class _RowMaker:
         continue
       drawn = sampling.choose_frames(spare if failed else rng, is_reference[good])
       frames = self._maker.frames(tuple(good[f] for f in drawn))
-      loaded = {f: self._bad.load(subject, number, f) for f in dict.fromkeys(frames)}
+      loaded = {f: self._load_frame(subject, number, f) for f in dict.fromkeys(frames)}
       bad = {(number, f) for f, pair in loaded.items() if pair is None}
       if not bad:
         return entry, subject, frames, [loaded[f] for f in frames]
       failed |= bad
+
+  def _load_frame(self, subject: Subject, number: int, f: int):
+    """Picture and mask, or None if bad. With stored features no picture is read."""
+    if self._maker.cache is not None:
+      return None if (number, f) in self._maker.cache.bad else (None, None)
+    return self._bad.load(subject, number, f)
 
 
 class BadPictures:

@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import io
 import os
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from absl import logging
@@ -23,28 +24,27 @@ from etils import epath
 
 from data_pipeline import images, sampling, triples
 from data_pipeline.errors import DataError
-from data_pipeline.example import Maker
 from data_pipeline.sources import tf_data
 from data_pipeline.sources.features import Schema
 from data_pipeline.sources.listing import data_path, is_local
 from data_pipeline.sources.records import Records
-from data_pipeline.sources.rows import make_batches
 
 _IDS = ("subject_id", "family_id", "class_id")
 _INDEX = (*_IDS, "name", "frames", "places")  # columns of the index file
 
 
-def batches(maker: Maker, builder, *, split: str, start_step: int, rows: range) -> Iterator[dict]:
-  """Endless batches of the data set of a TFDS builder, see `open_builder`."""
-  subjects = SubjectRecords(builder, split)
-  holdout = maker.holdout if split == "train" else 0
+def check_holdout(builder, split: str, holdout: int) -> int:
+  """How many subjects of the split training leaves out: 0 where others have a split of their own.
+  """
+  if split != "train":
+    return 0
   if holdout and heldout_split(builder):
     logging.log_first_n(
         logging.WARNING, "data.holdout_subjects=%d has no effect: %s has the split %r", 1,
         holdout, builder.info.full_name, heldout_split(builder),
     )  # fmt: skip
-    holdout = 0
-  return make_batches(maker, subjects, heldout=holdout, start_step=start_step, rows=rows)
+    return 0
+  return holdout
 
 
 def heldout_split(builder) -> str | None:
@@ -84,9 +84,11 @@ class SubjectRecords:
       known = ", ".join(builder.info.splits)
       raise DataError(f"data set {name} has no split {split!r}; it has {known}")
     self._schema = Schema(builder.info.features, name)
+    self.features_folder = epath.Path(builder.data_path) / "features"
     self.where = f"{name} ({split})"
     self._parse = tf_data.import_tensorflow().train.Example.FromString
     files = [epath.Path(file) for file in builder.info.splits[split].filepaths]
+    self._files = files
     index_file = _index_file(epath.Path(builder.data_path), split, files)
     index = _read_index(index_file)
     self._records = Records(files, index.get("places"))
@@ -101,6 +103,11 @@ class SubjectRecords:
 
   def __len__(self) -> int:
     return len(self._records)
+
+  def fingerprint(self) -> str:
+    """A hash of the split's files and their sizes."""
+    lines = [f"{file.name} {_size_and_time(file)[0]}\n" for file in self._files]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
   def __getitem__(self, number: int) -> SubjectRecord:
     data = self._records[number]

@@ -1,0 +1,1 @@
+"""Frozen features written beside the data: `python -m cc_jax.cache`."""
