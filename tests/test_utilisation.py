@@ -219,6 +219,15 @@ def test_the_log_gets_both(monkeypatch):
   measure_utilisation(log, None, mesh, SimpleNamespace(as_text=lambda: GPU), arguments)
   assert found == [(2 * 6 * 8 * 4 / 2, hlo.Program(GPU).flops, 989.4e12)]
   assert said[1] == "hfu does not count 1 calls of cub_sort"
+
+  def refuse(*_):
+    raise ValueError("the FLOPs of pallas_call are not in the jaxpr")
+
+  with monkeypatch.context() as patch:  # a kernel that stays in the plain step ends no run
+    patch.setattr(utilisation, "train_step", refuse)
+    measure_utilisation(log, None, mesh, SimpleNamespace(as_text=lambda: GPU), arguments)
+  assert found.pop() == (None, hlo.Program(GPU).flops, 989.4e12)
+  assert said[2].startswith("no mfu: the FLOPs of pallas_call")
   mesh.devices[0] = SimpleNamespace(device_kind="cpu")
   measure_utilisation(log, None, mesh, None, arguments)
   assert len(found) == 1

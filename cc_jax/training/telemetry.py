@@ -66,9 +66,11 @@ class Telemetry:
       initial=start, total=steps, unit="step", dynamic_ncols=True, mininterval=1.0, smoothing=0.05
     )
 
-  def program(self, model_flops: float, compiled_flops: float, peak: float) -> None:
+  def program(self, model_flops: float | None, compiled_flops: float, peak: float) -> None:
     """Sets the FLOPs of one step on one chip, needed and done; the chip's peak, FLOPs a second."""
-    self._utilisation = {"mfu": model_flops / peak, "hfu": compiled_flops / peak}
+    self._utilisation = {"hfu": compiled_flops / peak}
+    if model_flops is not None:
+      self._utilisation["mfu"] = model_flops / peak
 
   def waited(self, seconds: float) -> None:
     """Counts time that the loop waited for data; it is part of the step's time."""

@@ -13,6 +13,7 @@ import jax
 import ml_collections
 from jax.sharding import Mesh
 
+from cc_jax.errors import one_line
 from cc_jax.training.step import train_step
 from cc_jax.training.step_context import StepContext
 from cc_jax.training.telemetry import Telemetry
@@ -49,14 +50,16 @@ def measure_utilisation(
   chip = chips.find(mesh.devices.flat[0].device_kind)
   if chip is None:
     return None
-  plain = functools.partial(train_step, plain_context(context))
-  needed = model_flops.model_flops(plain, *arguments) / mesh.size
-  program = read_program(step_fn)
+  plain, program = functools.partial(train_step, plain_context(context)), read_program(step_fn)
+  done = f"{program.flops / 1e12:.4g} of the compiled program (hfu)"
+  try:
+    needed = model_flops.model_flops(plain, *arguments) / mesh.size
+    done = f"{needed / 1e12:.4g} TFLOP of the model (mfu), {done}"
+  except ValueError as error:  # a kernel that no config key replaces: no reason to end a run
+    needed = None
+    log.say(f"no mfu: {one_line(error)}")
   log.program(needed, program.flops, chip.flops)
-  log.say(
-    f"a step on one {chip.name}: {needed / 1e12:.4g} TFLOP of the model (mfu), "
-    f"{program.flops / 1e12:.4g} of the compiled program (hfu), of {chip.flops / 1e12:.4g} a second"
-  )
+  log.say(f"a step on one {chip.name}: {done}, of {chip.flops / 1e12:.4g} TFLOP a second")
   for target, runs in program.not_counted.items():
     log.say(f"hfu does not count {runs:g} calls of {target}")
   return program
