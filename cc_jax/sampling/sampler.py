@@ -32,7 +32,8 @@ class ImageSampler:
 
   What is compiled (what begins a batch, one call of the UNet, the VAE's decoder) serves all
   prompts, seeds, scales, guidances above 1, numbers of steps, and all samplers that agree in adding
-  noise or not. Another size, batch, number of references, or set of guidance's branches compiles anew.
+  noise or not. Another size, batch, number of references, or set of guidance's branches compiles
+  anew.
   """
 
   def __init__(self, model: nnx.Module, schedule: NoiseSchedule, *,
