@@ -57,6 +57,9 @@ export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$scratch/compiled}
 export XLA_PYTHON_CLIENT_MEM_FRACTION=${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.92}
 : >"$GPU_RESULTS"
 
+# Nothing is measured then, and XLA's optimizations take longest.
+[ -n "$tiny" ] && export JAX_DISABLE_MOST_OPTIMIZATIONS=true
+
 module() { "$python" -m "benchmarks.gpu.$1" ${tiny:+"$tiny"} "${@:2}"; }
 note() { module record "$@"; }  # a line of results: PART KEY=VALUE...
 

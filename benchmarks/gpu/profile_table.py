@@ -15,7 +15,7 @@ from benchmarks.gpu.record import record
 # The first that matches a kernel's name, in lower case.
 KINDS = (
   ("attention", r"flash|fmha|sdpa|attention|splash"),
-  ("convolution", r"conv|wgrad|dgrad|fprop|implicit_gemm"),
+  ("convolution", r"conv(?!ert)|wgrad|dgrad|fprop|implicit_gemm"),
   ("product", r"gemm|matmul|\bdot|dot_|cublas|cutlass|nvjet|xmma"),
   ("copy or transpose", r"transpose|copy|memcpy|memset|concatenate|pad"),
   ("reduction", r"reduce|norm"),

@@ -1,4 +1,4 @@
-"""What is measured: the shipped architectures with random weights, or tiny ones of the same form."""
+"""What is measured: the shipped architectures with random weights, or tiny ones of their form."""
 
 from __future__ import annotations
 

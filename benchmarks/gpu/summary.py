@@ -32,10 +32,11 @@ def text(rows: Sequence[dict[str, Any]], device: str, rate: dict, *, tiny: bool 
   if rate:
     parts.append(f"Measured bf16 product rate ({rate['side']} x {rate['side']}, JAX "
                  f"{rate['jax']}): {rate['tflops']:.1f} TFLOP/s.")
-  parts += ["## Training: SD 1.5 adapter, 512 px, bf16, random weights", training(rows, flops, rate)]
+  parts.append("## Training: SD 1.5 adapter, 512 px, bf16, random weights")
+  parts.append(training(rows, flops, rate))
   if flops:
     parts.append(f"Model FLOPs of our step: {flops:.1f} GFLOP an image, forward and backward, "
-                 "products and convolutions, nothing recomputed. Share: of the measured rate.")
+                 "nothing recomputed. Share: of the measured rate.")
   for base, title in (("sd15", "SD 1.5, 512 px"), ("sdxl", "SDXL, 1024 px")):
     parts += [f"## Sampling: {title}, bf16, guidance", sampling(rows, f"sample-{base}")]
   parts += ["## Where a step's time goes", *profiles(rows)]
@@ -83,7 +84,8 @@ def profiles(rows) -> list[str]:
       found.append(f"{row['profile']}, {row['device_seconds']:.3f} s of the device in the trace:")
       for title, key in (("kind of kernel", "kinds"), ("kernel", "kernels")):
         found.append(table((title, "share"), [
-          (f"`{name[:90]}`", number(100 * share, ".1f", " %")) for name, share in row[key].items()]))
+          (f"`{name[:90]}`", number(100 * share, ".1f", " %"))
+          for name, share in row[key].items()]))
   return found or ["No profile."]
 
 

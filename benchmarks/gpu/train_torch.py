@@ -28,7 +28,7 @@ from transformers import (
 from benchmarks.gpu.record import record
 from benchmarks.gpu.sizes import architecture, is_out_of_memory
 
-QUERIES, TOKENS, ROUNDS, STEPS = 16, 77, 3, 4
+QUERIES, TOKENS = 16, 77
 
 
 def main() -> None:
@@ -47,7 +47,7 @@ def main() -> None:
   step.loss = torch.compile(step.loss, backend="eager" if arguments.tiny else "inductor",
                             dynamic=False)
   batch = arguments.first
-  while batch <= (8 if arguments.tiny else arguments.most):
+  while batch <= (4 if arguments.tiny else arguments.most):
     try:
       measure(step, "compiled", batch)
     except Exception as error:
@@ -62,6 +62,7 @@ class Step:
   """Networks, optimizer and one training step."""
 
   def __init__(self, device: str, *, tiny: bool):
+    self.rounds, self.steps = (1, 1) if tiny else (3, 4)  # to be measured
     folder, vision = architecture("sd15", tiny=tiny)
     self.device, self.side = device, 16 if tiny else 512
     read = lambda path: json.loads((path / "config.json").read_text())  # noqa: E731
@@ -150,16 +151,16 @@ def measure(step: Step, mode: str, size: int) -> None:
   compile_seconds = time.perf_counter() - began
   step(batch)
   times = []
-  for _ in range(ROUNDS):
+  for _ in range(step.rounds):
     if cuda:
       torch.cuda.synchronize()
     began = time.perf_counter()
-    for _ in range(STEPS):
+    for _ in range(step.steps):
       last = step(batch)
     loss = float(last)  # waits
     if cuda:
       torch.cuda.synchronize()
-    times.append((time.perf_counter() - began) / STEPS)
+    times.append((time.perf_counter() - began) / step.steps)
   seconds = float(np.median(times))
   peak = torch.cuda.max_memory_allocated() / 2**30 if cuda else None
   record("train", who=f"PyTorch, {mode}", batch=size, seconds=seconds,
