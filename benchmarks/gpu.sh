@@ -3,8 +3,8 @@
 #
 #   benchmarks/gpu.sh [--out=DIR] [--wheels=DIR] [--minutes=9] [--parts=rate,correct,...] [--tiny]
 #
-# Parts in order of worth; each has a budget of seconds, is ended when it is over, and the next one
-# goes on. What is missing (a GPU, torch, diffusers, time) is said and skipped. Every number is
+# Parts in order of worth; each has a budget of seconds (in proportion to --minutes), is ended when
+# it is over, and the next one goes on. What is missing (a GPU, torch, diffusers, time) is said and skipped. Every number is
 # written as it comes: one JSON object a line in DIR/gpu.jsonl, and after each part the tables in
 # DIR/<device>.md. DIR is $OUT, else benchmarks/results.
 #
@@ -58,7 +58,7 @@ export XLA_PYTHON_CLIENT_MEM_FRACTION=${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.92}
 : >"$GPU_RESULTS"
 
 # Nothing is measured then, and XLA's optimizations take longest.
-[ -n "$tiny" ] && export JAX_DISABLE_MOST_OPTIMIZATIONS=true
+[ -n "$tiny" ] && export JAX_DISABLE_MOST_OPTIMIZATIONS=true OMP_NUM_THREADS=1
 
 module() { "$python" -m "benchmarks.gpu.$1" ${tiny:+"$tiny"} "${@:2}"; }
 note() { module record "$@"; }  # a line of results: PART KEY=VALUE...
@@ -70,9 +70,9 @@ fi
 JAX_PLATFORMS=cpu module model_flops >"$scratch/flops.log" 2>&1 &
 counting=$!
 
-# part NAME BUDGET MODULE ARGUMENTS...; `needs` holds Python modules to be there.
+# part NAME BUDGET-OF-9-MINUTES MODULE ARGUMENTS...; `needs` holds Python modules to be there.
 part() {
-  local name=$1 budget=$2 left=$((limit - SECONDS)) needed
+  local name=$1 budget=$(($2 * minutes / 9)) left=$((limit - SECONDS)) needed
   if [ -n "$only" ] && [[ $only != *,"$name",* ]]; then return; fi
   for needed in $needs; do
     if ! "$python" -c "import $needed" >/dev/null 2>&1; then

@@ -33,7 +33,7 @@ def main() -> None:
   params = jax.tree_util.tree_map_with_path(RandomWeights(), shapes)
   sampler = ImageSampler(
     nnx.merge(definition, params), NoiseSchedule.from_config(base.scheduler_config))
-  for count in (1, 4):
+  for count in (1,) if arguments.tiny else (1, 4):
     try:
       measure(sampler, base, count, steps, arguments.base)
     except Exception as error:
