@@ -38,7 +38,7 @@ def main() -> None:
   check_losses()
   for shape in TINY_SHAPES if tiny else SHAPES:
     check_attention(*shape)
-  check_step()
+  check_step(tiny)
 
 
 def relative(ours, exact) -> float:
@@ -154,11 +154,10 @@ def exact_attention(q, k, v, upstream):
 # ---- the step
 
 
-def check_step() -> None:
+def check_step(tiny: bool) -> None:
   """A tiny base's step on the CPU, and on the device in float32 and bf16."""
   losses = {}
   cpu = jax.devices("cpu")[0]
-  quick = jax.config.jax_disable_most_optimizations
   for label, device, dtype in (("CPU, float32", cpu, "float32"),
                                ("device, float32", jax.devices()[0], "float32"),
                                ("device, bfloat16", jax.devices()[0], "bfloat16")):
@@ -172,13 +171,13 @@ def check_step() -> None:
     state = shard_params(init_state(trainable, config), mesh)
     frozen = jax.tree_util.tree_map_with_path(weights, frozen)
     # The CPU's program runs once.
-    jax.config.update("jax_disable_most_optimizations", quick or device is cpu)
+    jax.config.update("jax_disable_most_optimizations", tiny or device is cpu)
     batch = noise(4, config.data.image_size, [[0] * 77])
     batch = {name: np.asarray(x, shapes[name].dtype) for name, x in batch.items() if name in shapes}
     _, metrics = program.function(
       state, frozen, shard_batch(batch, mesh), shard_params(np.uint32(0), mesh))
     losses[label] = {name: float(metrics[name]) for name in ("loss", "norm/gradient")}
-    jax.config.update("jax_disable_most_optimizations", quick)
+    jax.config.update("jax_disable_most_optimizations", tiny)
   reference = losses["CPU, float32"]
   for label, limit in (("device, float32", 2e-3), ("device, bfloat16", 5e-2)):
     for name, value in losses[label].items():
