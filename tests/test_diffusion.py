@@ -857,7 +857,7 @@ def test_calls_one_by_one_are_the_scan(latents, fresh):
   one = jax.jit(lambda state, index, row: samplers.advance(jax_model, state, index, row, noise_fn))
   for name, steps in [("unipc", 4), ("heun", 3), ("euler_ancestral", 7)]:
     table = samplers.step_table(schedule, steps=steps, sampler=name)
-    state = samplers.first_state(latents, table)
+    state = samplers.first_state(jnp.asarray(latents), table)
     for index in range(len(table.step)):
       row = jax.tree.map(lambda x: x[index], table._replace(start=None))  # noqa: B023
       state = one(state, np.int32(index), row)
