@@ -10,8 +10,8 @@
 #
 #   rate       bf16 products of 8192 x 8192: the denominator of "share of the measured product rate"
 #   correct    attention kinds, a bf16 step, losses against float64 on the CPU
-#   train      our step: SD 1.5 adapter training at 512 px, batches 4, 8, ... until memory is full,
-#              and a profile of the largest one as a table
+#   train      our step: SD 1.5 adapter training at 512 px, batches 4, 16, 64, ... until memory is
+#              full, then half of what did not fit, and a profile of the largest one as a table
 #   peer-train the same in PyTorch: diffusers' UNet with IP-Adapter's attentions and Resampler
 #   sample-sd15, peer-sample-sd15, sample-sdxl, peer-sample-sdxl
 #              30 steps with guidance, 1 and 4 pictures; the peer is diffusers with torch.compile

@@ -110,6 +110,17 @@ def test_the_tables_say_what_was_measured_and_what_not():
   assert "- peer-train: skipped no Python module diffusers" in words
 
 
+@pytest.mark.parametrize("most_that_fits, tried", [
+  (100, [4, 16, 64, 256, 128]), (40, [4, 16, 64, 32]), (3, [4]), (1000, [4, 16, 64, 256]),
+])  # fmt: skip
+def test_batches_grow_until_one_does_not_fit(most_that_fits, tried):
+  from benchmarks.gpu.sizes import growing_batches
+
+  batches = []
+  growing_batches(4, 256, lambda batch: batches.append(batch) or batch <= most_that_fits)
+  assert batches == tried
+
+
 def test_attention_in_float64_is_its_own_derivative():
   """The reference of the attention kinds, against differences of itself."""
   from benchmarks.gpu.correctness import exact_attention

@@ -6,7 +6,7 @@ import importlib
 import json
 import math
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +107,16 @@ def peak_gib() -> float | None:
   """The most memory that the device has held, as its allocator says; None where it does not."""
   statistics = jax.local_devices()[0].memory_stats() or {}
   return statistics["peak_bytes_in_use"] / 2**30 if "peak_bytes_in_use" in statistics else None
+
+
+def growing_batches(first: int, most: int, fits: Callable[[int], bool]) -> None:
+  """Calls `fits(batch)`, which measures, for 4 times as many until one does not fit; then its half.
+  """
+  batch = first
+  while batch <= most and fits(batch):
+    batch *= 4
+  if first < batch // 2 <= most // 2:
+    fits(batch // 2)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -15,7 +15,13 @@ import numpy as np
 
 from benchmarks.gpu.profile_table import profile
 from benchmarks.gpu.record import record
-from benchmarks.gpu.sizes import RandomWeights, is_out_of_memory, peak_gib, training_config
+from benchmarks.gpu.sizes import (
+  RandomWeights,
+  growing_batches,
+  is_out_of_memory,
+  peak_gib,
+  training_config,
+)
 from benchmarks.train_step import noise
 from cc_jax.parallel.mesh import make_mesh, shard_batch
 from cc_jax.parallel.rules import shard_params
@@ -32,20 +38,23 @@ def main() -> None:
   parser.add_argument("--first", type=int, default=4)
   parser.add_argument("--most", type=int, default=256)
   arguments = parser.parse_args()
-  batch, last = arguments.first, None
-  while batch <= (4 if arguments.tiny else arguments.most):
+  last = [()]
+
+  def fits(batch: int) -> bool:
+    last[0] = ()  # its memory goes first
+    gc.collect()
     try:
-      last = None  # its memory goes first
-      gc.collect()
-      last = measure(batch, tiny=arguments.tiny)
+      last[0] = measure(batch, tiny=arguments.tiny)
     except Exception as error:
       if not is_out_of_memory(error):
         raise
       record("train", who="cc_jax", batch=batch, does_not_fit=True)
-      break
-    batch *= 2
-  if last:
-    profile("train", f"a step of {last[3]} images", lambda: take_steps(*last[:3], steps=2))
+    return bool(last[0])
+
+  growing_batches(arguments.first, 4 if arguments.tiny else arguments.most, fits)
+  if last[0]:
+    *parts, batch = last[0]
+    profile("train", f"a step of {batch} images", lambda: take_steps(*parts, steps=2))
 
 
 def measure(batch: int, *, tiny: bool) -> tuple:

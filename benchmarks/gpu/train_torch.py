@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from benchmarks.gpu.record import record
-from benchmarks.gpu.sizes import architecture, is_out_of_memory
+from benchmarks.gpu.sizes import architecture, growing_batches, is_out_of_memory
 
 QUERIES, TOKENS = 16, 77
 
@@ -46,16 +46,20 @@ def main() -> None:
   torch._dynamo.config.cache_size_limit = 64
   step.loss = torch.compile(step.loss, backend="eager" if arguments.tiny else "inductor",
                             dynamic=False)
-  batch = arguments.first
-  while batch <= (4 if arguments.tiny else arguments.most):
+
+  def fits(batch: int) -> bool:
     try:
       measure(step, "compiled", batch)
+      return True
     except Exception as error:
       if not is_out_of_memory(error):
         raise
-      record("train", who="PyTorch, compiled", batch=batch, does_not_fit=True)
-      break
-    batch *= 2
+    record("train", who="PyTorch, compiled", batch=batch, does_not_fit=True)
+    step.optimizer.zero_grad(set_to_none=True)
+    torch.cuda.empty_cache()
+    return False
+
+  growing_batches(arguments.first, 4 if arguments.tiny else arguments.most, fits)
 
 
 class Step:
