@@ -4,9 +4,11 @@
 #   benchmarks/gpu.sh [--out=DIR] [--wheels=DIR] [--minutes=9] [--parts=rate,correct,...] [--tiny]
 #
 # Parts in order of worth; each has a budget of seconds (in proportion to --minutes), is ended when
-# it is over, and the next one goes on. What is missing (a GPU, torch, diffusers, time) is said and skipped. Every number is
-# written as it comes: one JSON object a line in DIR/gpu.jsonl, and after each part the tables in
-# DIR/<device>.md. DIR is $OUT, else benchmarks/results.
+# it is over, and the next one goes on. What is missing (torch, diffusers, time) is said and skipped.
+# Every number is written as it comes: one JSON object a line in DIR/gpu.jsonl, and after each part
+# the tables in DIR/<device>.md. DIR is $OUT, else benchmarks/results.
+#
+# It has run with --tiny on a CPU alone so far, never on a GPU: no machine with one was at hand.
 #
 #   rate       bf16 products of 8192 x 8192: the denominator of "share of the measured product rate"
 #   correct    attention kinds, a bf16 step, losses against float64 on the CPU

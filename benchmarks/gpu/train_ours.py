@@ -38,7 +38,7 @@ def main() -> None:
   parser.add_argument("--first", type=int, default=4)
   parser.add_argument("--most", type=int, default=256)
   arguments = parser.parse_args()
-  last = [()]
+  last, good = [()], []
 
   def fits(batch: int) -> bool:
     last[0] = ()  # its memory goes first
@@ -49,9 +49,13 @@ def main() -> None:
       if not is_out_of_memory(error):
         raise
       record("train", who="cc_jax", batch=batch, does_not_fit=True)
+    if last[0]:
+      good.append(batch)
     return bool(last[0])
 
   growing_batches(arguments.first, 4 if arguments.tiny else arguments.most, fits)
+  if not last[0] and good:  # the last one tried did not fit
+    fits(good[-1])
   if last[0]:
     *parts, batch = last[0]
     profile("train", f"a step of {batch} images", lambda: take_steps(*parts, steps=2))
