@@ -14,27 +14,27 @@ In Python:
   images[0].save("out.png")
 """
 
+from __future__ import annotations
+
 import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import jax
 import ml_collections
 from absl import flags
 
 from cc_jax import cli
-from cc_jax.diffusion.samplers import SAMPLERS
 from cc_jax.errors import UserError, expand_user
-from cc_jax.models.attention_kinds import KINDS
-from cc_jax.models.params import DTYPES
-from cc_jax.parallel.mesh import make_mesh
-from cc_jax.sampling.arguments import as_nouns, as_prompts, as_seeds, pictures_by_subject
-from cc_jax.sampling.images import save
-from cc_jax.sampling.pipeline import Pipeline, load
-from cc_jax.sampling.sampler import check_guidance
-from data_pipeline.tokens import LONG_PROMPTS
+
+# JAX and Flax take two seconds of processor time to import. They are imported where they are used,
+# so that importing this module costs next to nothing.
+if TYPE_CHECKING:
+  import jax
+
+  from cc_jax.sampling.pipeline import Pipeline, load
 
 __all__ = ["Pipeline", "load"]
 
@@ -52,8 +52,21 @@ _PAIR_FLAGS = {
 }
 
 
+def __getattr__(name: str):
+  """`Pipeline` and `load`, imported when they are first asked for."""
+  if name not in __all__:
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+  from cc_jax.sampling import pipeline
+
+  return getattr(pipeline, name)
+
+
 def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
   """The command's flags."""
+  from cc_jax.diffusion.samplers import SAMPLERS
+  from cc_jax.models.attention_kinds import KINDS
+  from cc_jax.models.params import DTYPES
+  from data_pipeline.tokens import LONG_PROMPTS
 
   def text(name: str, default: str | None, meaning: str) -> None:
     flags.DEFINE_string(name, default, meaning, flag_values=values)
@@ -106,6 +119,12 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
 
 def main(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> None:
   """The command."""
+  from cc_jax.models.params import DTYPES
+  from cc_jax.sampling import arguments as given
+  from cc_jax.sampling import pipeline
+  from cc_jax.sampling.images import save
+  from cc_jax.sampling.sampler import check_guidance
+
   del argv
   outputs = _check_outputs(values.out, values.seed, values.num_images)
   if values.dtype not in DTYPES:
@@ -123,16 +142,17 @@ def main(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> None:
     references = [_split_subject(files) for files in reference]
     masks = [[file or None for file in _split_subject(files)] if files else None for files in mask]
   # What needs no base is found before it is loaded.
-  as_prompts(values.prompt)
-  as_seeds(values.seed, values.num_images)
-  shown = pictures_by_subject(references, masks or None, as_nouns(arguments["class_noun"]))
+  given.as_prompts(values.prompt)
+  given.as_seeds(values.seed, values.num_images)
+  nouns = given.as_nouns(arguments["class_noun"])
+  shown = given.pictures_by_subject(references, masks or None, nouns)
   for file in [file for subjects in shown for files in subjects for file in files]:
     if file is not None and not _is_file(file):
       raise UserError(f"{file} is missing; check the path")
   lora = split_files(values.lora, lambda text: _is_file(_parse_lora(text)[0]))
   with warnings.catch_warnings():
     warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
-    pipe = load(
+    pipe = pipeline.load(
       values.checkpoint, values.base, image_encoder=values.image_encoder,
       lora=[_parse_lora(text) for text in lora], strict_base=values.strict_base,
       mesh=data_mesh(values.num_images), dtype=values.dtype,
@@ -151,6 +171,10 @@ def main(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> None:
 
 def data_mesh(num_images: int) -> jax.sharding.Mesh | None:
   """A mesh of one device per image, as far as there are devices; None for a single one."""
+  import jax
+
+  from cc_jax.parallel.mesh import make_mesh
+
   size = min(num_images, len(jax.devices()))
   return make_mesh(ml_collections.ConfigDict({"data": size}), size) if size > 1 else None
 

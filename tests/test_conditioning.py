@@ -33,7 +33,7 @@ from cc_jax.models.unet_config import UNetConfig
 from cc_jax.models.vae import AutoencoderKL, AutoencoderKLConfig
 from cc_jax.parallel.mesh import make_mesh
 from cc_jax.plan.lower import generate_program, train_program
-from cc_jax.sampling import pipeline, sample
+from cc_jax.sampling import conditions, pipeline, sample
 from cc_jax.training import losses
 from cc_jax.training.noise import StepNoise
 from cc_jax.training.setup import adapter_configs, make_batches, make_step_context
@@ -160,11 +160,12 @@ class Setup:
     """{branch of guidance: what the UNet is told} in drawing."""
     inputs, config = self.drawing(*arguments, plain=plain, **options)
     if plain:
-      conditions = sample._base_conditions(sample.bundle(self.base), inputs, config)
-      told = {name: x[None] for name, x in conditions(config.branches, 400, 0).items()}
+      told = conditions.encode(sample.bundle(self.base), inputs, config)
+      told = {name: x[None] for name, x in told.items()}
     else:
-      conditions = sample._subject_conditions(self.model, inputs, config)
-      told = told_by(conditions(config.branches, 400, 0))
+      encoded = conditions.encode(self.model, inputs, config)
+      said = conditions.conditions(self.model, inputs, config, encoded)
+      told = told_by(said(config.branches, 400, 0))
     rows = {name: np.split(np.asarray(x), len(config.branches), 1) for name, x in told.items()}
     return {
       branch: {name: values[i] for name, values in rows.items()}
@@ -466,7 +467,8 @@ def test_guidance_up_to_1_is_none(  # P3
   inputs, config = setup.drawing(PROMPT, NOUN, [picture], **given)
   assert config.branches == branches
   predicted = {sample.EMPTY: 1.0, sample.TEXT: 2.0, sample.FULL: 4.0}
-  monkeypatch.setattr(sample, "_subject_conditions", lambda *_: lambda names, t, step: names)
+  monkeypatch.setattr(sample, "encode", lambda *_: None)
+  monkeypatch.setattr(sample, "conditions", lambda *_: lambda names, t, step: names)
   monkeypatch.setattr(sample, "_predict", lambda model, x, t, names: jnp.stack(
     [jnp.full(x.shape[1:], predicted[name]) for name in names]))  # fmt: skip
   once = lambda denoise, noise, table, **_: (denoise(noise, 400, 0), None)  # noqa: E731

@@ -850,22 +850,17 @@ def test_bad_arguments(arguments, match):
       samplers.skip_of_strength(5, strength)
 
 
-def test_padding_of_a_table_changes_nothing_and_calls_nothing():
-  """The states that the network sees are the same, and it is not asked for more."""
-  table = samplers.step_table(NoiseSchedule(), steps=4, sampler="unipc")
-  noise = jnp.asarray(np.random.default_rng(0).standard_normal((2, 3, 3, 1)), jnp.float32)
-  timesteps = []
-
-  def model(x, t, step):
-    jax.debug.callback(lambda t: timesteps.append(float(t)), t)
-    return jnp.tanh(x) * (1 + t / 1000)
-
-  results = {}
-  for rows in (4, 9):
-    results[rows] = samplers.integrate(
-      model, noise, samplers.padded(table, rows), return_inputs=True
-    )
-    jax.effects_barrier()
-  assert timesteps == list(table.timestep) * 2
-  np.testing.assert_array_equal(results[4][0], results[9][0])
-  np.testing.assert_array_equal(results[4][1], results[9][1][:4])
+def test_calls_one_by_one_are_the_scan(latents, fresh):
+  """`advance`, compiled alone, serves every number of steps and every sampler."""
+  schedule = NoiseSchedule.from_config({**SD, "prediction_type": "v_prediction"})
+  noise_fn = lambda call: jnp.asarray(fresh)[call]  # noqa: E731
+  one = jax.jit(lambda state, index, row: samplers.advance(jax_model, state, index, row, noise_fn))
+  for name, steps in [("unipc", 4), ("heun", 3), ("euler_ancestral", 7)]:
+    table = samplers.step_table(schedule, steps=steps, sampler=name)
+    state = samplers.first_state(jnp.asarray(latents), table)
+    for index in range(len(table.step)):
+      row = jax.tree.map(lambda x: x[index], table._replace(start=None))  # noqa: B023
+      state = one(state, np.int32(index), row)
+    expected = samplers.integrate(jax_model, jnp.asarray(latents), table, noise_fn=noise_fn)
+    assert relative(state[0], np.asarray(expected)) < 1e-5
+  assert one._cache_size() == 1

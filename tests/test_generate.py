@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import textwrap
 import warnings
 
 import jax
@@ -178,6 +179,7 @@ def test_scale_is_per_step_and_layer(pipe, rows):
 
 SHARDED = """
 import sys
+import textwrap
 import jax
 from cc_jax import generate
 jax.config.update("jax_disable_most_optimizations", True)
@@ -316,16 +318,57 @@ def test_maps_are_the_models_at_the_states_passed_through(pipe, references):
     assert np.abs(found[-1] - found[0]).max() > 1e-3  # depends on the step
 
 
-def test_one_program_serves_prompts_scales_samplers_and_numbers_of_steps(pipe, rows):
+def test_the_same_programs_serve_prompts_scales_samplers_steps_and_a_bar(
+  pipe, rows, monkeypatch
+):
+  def compiled():
+    draws = pipe.sampler
+    programs = draws._begin, draws._take_call, draws._decode, draws._location_maps
+    return [program._cache_size() for program in programs]
+
   pipe.sampler(**rows(2))
-  compiled = pipe.sampler._sample._cache_size()
+  before = compiled()
   longer, _ = pipe.sampler(**rows(2, steps=7, scale=0.5, guidance=4.0))
   other, _ = pipe.sampler(**rows(2, steps=7, scale=0.5, guidance=4.0, sampler="dpmsolver++"))
   pipe.sampler(**rows(2, steps=12, sampler="heun", noise=pipe.sampler.noise([8, 9])))
-  assert pipe.sampler._sample._cache_size() == compiled
+  ticks, lowered, program = [], [], pipe.sampler._take_call
+  monkeypatch.setattr(pipe.sampler, "_take_call", lambda *args, config: (
+    lowered or lowered.append(program.lower(*args, config=config).as_text()),
+    program(*args, config=config))[1])  # fmt: skip
+  ticking, _ = pipe.sampler(**rows(2, steps=26, sampler="heun", tick=lambda: ticks.append(0)))
+  monkeypatch.undo()
+  assert "callback" not in lowered[0]  # P29: it would keep the program out of JAX's cache
+  silent, _ = pipe.sampler(**rows(2, steps=26, sampler="heun"))
+  assert compiled() == before
   assert far(longer, other) > 1
-  pipe.sampler(**rows(2, steps=26))
-  assert pipe.sampler._sample._cache_size() == compiled + 1
+  assert len(ticks) == 2 * 26 - 1  # calls of the UNet
+  np.testing.assert_array_equal(ticking, silent)
+
+
+@pytest.mark.slow
+def test_the_bars_programs_are_found_in_the_compilation_cache(folder, tmp_path):
+  """P29: a program with a host callback is compiled again in every process."""
+  command = textwrap.dedent("""
+    import sys
+    import jax
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    missed = []
+    note = lambda event, **_: missed.append(event) if event.endswith("cache_misses") else None
+    jax.monitoring.register_event_listener(note)
+    from cc_jax import generate
+    pipe = generate.load(sys.argv[1])
+    picture = pipe("a duck", "duck", [sys.argv[2]], steps=2, progress=True)[0]
+    print(len(missed), picture.tobytes().hex())
+  """)
+  environment = os.environ | {
+    "JAX_COMPILATION_CACHE_DIR": str(tmp_path), "JAX_DISABLE_MOST_OPTIMIZATIONS": "true"}
+  arguments = [sys.executable, "-c", command, str(folder / "run"), str(folder / "cut.png")]
+  (missed, picture), (missed_again, same) = (
+    subprocess.run(
+      arguments, env=environment, capture_output=True, text=True, check=True).stdout.split()
+    for _ in range(2))
+  assert int(missed) >= 3 and int(missed_again) == 0
+  assert picture == same
 
 
 def test_fresh_noise_is_a_pictures_own_and_maps_are_per_step(pipe, references):
@@ -361,7 +404,8 @@ def test_mask_file_equals_alpha_channel_and_whole_pictures_warn(folder):
 
 @pytest.fixture(autouse=True)
 def loads_once(monkeypatch):
-  monkeypatch.setattr(generate, "load", lambda *a, lora=(), **k: LOAD(*a, lora=tuple(lora), **k))
+  cached = lambda *a, lora=(), **k: LOAD(*a, lora=tuple(lora), **k)  # noqa: E731
+  monkeypatch.setattr("cc_jax.sampling.pipeline.load", cached)
 
 
 LOAD = functools.cache(load)
@@ -590,7 +634,7 @@ class Recorder:
 @pytest.fixture
 def recorder(monkeypatch):
   recorder = Recorder()
-  monkeypatch.setattr(generate, "load", recorder.load)
+  monkeypatch.setattr("cc_jax.sampling.pipeline.load", recorder.load)
   return recorder
 
 
@@ -696,7 +740,7 @@ def test_a_base_of_the_family_is_told_on_stderr(folder, monkeypatch, capsys):
       load(*args, **kwargs)
       return self
 
-  monkeypatch.setattr(generate, "load", Quiet().load)
+  monkeypatch.setattr("cc_jax.sampling.pipeline.load", Quiet().load)
   call(folder, checkpoint=folder / "foreign.safetensors", out=folder / "family.png")
   errors = capsys.readouterr().err
   assert errors.startswith("warning: ") and errors.count("\n") == 1

@@ -3,8 +3,9 @@
 All samplers are the same recurrence with different numbers (solvers.py), which are arguments of the
 compiled function. So it depends only on the number of calls of the network, which is the length of
 the scan, and on whether noise is added. Different prompts, samplers, spacings, prediction types and
-schedules share it; a different number of calls compiles again, unless the table is `padded`. There
-is one call per step, except for Heun's method with 2 steps - 1 and PNDM with steps + 1.
+schedules share it; a different number of calls compiles again. Who compiles one call alone
+(`advance`) compiles once for any number. There is one call per step, except for Heun's method with
+2 steps - 1 and PNDM with steps + 1.
 """
 
 import operator
@@ -42,6 +43,8 @@ class StepTable(NamedTuple):
   start: Float[Array, "2"]
 
 
+# (latents, what a multistep sampler remembers), all float32 [b h w c]
+State = tuple[Array, tuple[Array, ...]]
 # (state [b h w c] float32, timestep [] float32, step [] int32) -> prediction, any dtype
 ModelFn = Callable[[Array, Array, Array], Array]
 # (number of the call [] int32) -> unit normal noise [b h w c]
@@ -67,7 +70,7 @@ def integrate(
   Args:
     model_fn: its prediction type is the schedule's. Guidance (guidance.py) is part of it.
     noise: the first state's.
-    table: may be traced, and may be `padded`.
+    table: may be traced.
     image: clean latents to start from, for a table with `skip`.
     noise_fn: fresh noise; None leaves it out, which is only right where `adds_noise` is False.
     return_inputs: also return the states that the network saw.
@@ -75,35 +78,41 @@ def integrate(
   Returns:
     float32 latents, whatever dtype the model works in.
   """
-  slots = table.mix.shape[1] - 1
-
   def call(carry, row):
     index, row = row
-    state, memory = carry
-    prediction = model_fn(state, row.timestep, row.step).astype(jnp.float32)
-    x0 = row.x0_state * state + row.x0_prediction * prediction
-    x0 = jnp.clip(x0, -row.x0_limit, row.x0_limit)
-    fresh = None if noise_fn is None else noise_fn(index).astype(jnp.float32)
-    inputs = (state, prediction, x0, fresh, *memory)
-    outputs = [
-      sum(factor * x for factor, x in zip(factors, inputs, strict=True) if x is not None)
-      for factors in row.mix
-    ]
-    return (outputs[0], tuple(outputs[1:])), (state if return_inputs else None)
+    return advance(model_fn, carry, index, row, noise_fn), (carry[0] if return_inputs else None)
 
-  def no_call(carry, row):
-    return carry, (carry[0] if return_inputs else None)
+  rows = (jnp.arange(len(table.step)), table._replace(start=None))
+  (final, _), states = jax.lax.scan(call, first_state(noise, table, image), rows)
+  return (final, states) if return_inputs else final
 
-  def call_unless_padding(carry, row):  # a branch at run time: padding costs no call
-    return jax.lax.cond(row[1].timestep >= 0, call, no_call, carry, row)
 
+def first_state(
+  noise: Float[Array, "b h w c"], table: StepTable, image: Float[Array, "b h w c"] | None = None
+) -> State:
+  """Where a trajectory begins; the arguments are those of `integrate`."""
   first = table.start[1] * noise.astype(jnp.float32)
   if image is not None:
     first += table.start[0] * image.astype(jnp.float32)
-  memory = (jnp.zeros_like(first),) * slots
-  rows = (jnp.arange(len(table.step)), table._replace(start=None))
-  (final, _), states = jax.lax.scan(call_unless_padding, (first, memory), rows)
-  return (final, states) if return_inputs else final
+  return first, (jnp.zeros_like(first),) * (table.mix.shape[1] - 1)
+
+
+def advance(
+  model_fn: ModelFn, state: State, index: Int[Array, ""], row: StepTable,
+  noise_fn: NoiseFn | None = None,
+) -> State:
+  """One call of the network: the state after it. `row` is row number `index` of the table."""
+  x, memory = state
+  prediction = model_fn(x, row.timestep, row.step).astype(jnp.float32)
+  x0 = row.x0_state * x + row.x0_prediction * prediction
+  x0 = jnp.clip(x0, -row.x0_limit, row.x0_limit)
+  fresh = None if noise_fn is None else noise_fn(index).astype(jnp.float32)
+  inputs = (x, prediction, x0, fresh, *memory)
+  outputs = [
+    sum(factor * x for factor, x in zip(factors, inputs, strict=True) if x is not None)
+    for factors in row.mix
+  ]
+  return outputs[0], tuple(outputs[1:])
 
 
 def step_table(
@@ -160,18 +169,6 @@ def step_table(
   columns = (x0_state, x0_prediction, limit, calls.mix, np.array(start))
   columns = (np.asarray(column, np.float32) for column in columns)
   return StepTable(calls.t.astype(np.float32), calls.step.astype(np.int32), *columns)
-
-
-def padded(table: StepTable, calls: int) -> StepTable:
-  """The same trajectory in `calls` rows, for a function compiled for them; `integrate` skips the
-  rows that are added.
-  """
-  count = len(table.step)
-  columns = [np.pad(x, [(0, calls - count)] + [(0, 0)] * (x.ndim - 1)) for x in table[:-1]]
-  table = StepTable(*columns, table.start)
-  table.timestep[count:] = -1  # marks a row as padding
-  table.step[count:] = table.step[count - 1] + 1
-  return table
 
 
 def resolve_sampler(schedule: NoiseSchedule, sampler: str) -> str:

@@ -239,7 +239,6 @@ class Pipeline:
         time_ids=size_conditions(
           height, width, original_size=original_size, crop=crop, target_size=target_size),
         clip_skip=clip_skip, maps=return_maps, tick=self._tick if progress else None, **trajectory)
-      jax.effects_barrier()  # the last ticks
     images = [Image.fromarray(image) for image in images]
     return (images, self._maps_by_layer(maps, latent_size)) if return_maps else images
 

@@ -1,5 +1,6 @@
 """The host part of generation: any number of images, drawn in batches of one compiled shape."""
 
+import functools
 import textwrap
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,17 +13,18 @@ from tqdm import tqdm
 
 from cc_jax.customcontrast.model import CustomContrast
 from cc_jax.customcontrast.text_conditioning import size_conditions
-from cc_jax.diffusion.samplers import StepTable, adds_noise, padded, skip_of_strength, step_table
+from cc_jax.diffusion.samplers import StepTable, adds_noise, skip_of_strength, step_table
 from cc_jax.diffusion.schedule import NoiseSchedule
 from cc_jax.errors import UserError
 from cc_jax.models.attention_kernels import with_kernels
 from cc_jax.parallel.attention import mesh_kernels
 from cc_jax.parallel.mesh import batch_sharding, pad_batch, replicate
+from cc_jax.sampling import sample
+from cc_jax.sampling.conditions import SamplerInputs, SamplingConfig
 from cc_jax.sampling.images import to_uint8
 from cc_jax.sampling.prompts import Prompts
-from cc_jax.sampling.sample import SamplerInputs, SamplingConfig, guidance_branches, sample_images
+from cc_jax.sampling.sample import SamplerOutput, guidance_branches
 
-CALLS = 25  # numbers of UNet calls are rounded up to multiples of this
 _PER_IMAGE = ("prompts", "references", "use_image", "noise", "image", "extra_subjects",
               "interpolate_to")  # fields of SamplerInputs
 
@@ -30,9 +32,10 @@ _PER_IMAGE = ("prompts", "references", "use_image", "noise", "image", "extra_sub
 class ImageSampler:
   """Draws any number of images with one model, in batches of one size.
 
-  One compiled program serves all prompts, seeds, scales, guidances above 1 and, up to the next
-  multiple of CALLS, all numbers of steps and all samplers that agree in adding noise or not.
-  Another size, batch, number of references, or set of guidance's branches compiles anew.
+  What is compiled (what begins a batch, one call of the UNet, the VAE's decoder) serves all
+  prompts, seeds, scales, guidances above 1, numbers of steps, and all samplers that agree in adding
+  noise or not. Another size, batch, number of references, or set of guidance's branches compiles
+  anew.
   """
 
   def __init__(self, model: nnx.Module, schedule: NoiseSchedule, *,
@@ -62,11 +65,18 @@ class ImageSampler:
     self.latent_size = (side, side) if isinstance(side, int) else tuple(side)
     self.latent_channels = model.vae.config.latent_channels
     self.factor = model.vae.config.factor  # pixels per latent
-    # A function of this object, so that no other ImageSampler's compiled program is looked up.
-    self._sample = jax.jit(
-      lambda params, inputs, config, tick: sample_images(self.merge, params, inputs, config, tick),
-      static_argnames=("config", "tick"),
-    )
+    # Functions of this object, so that no other ImageSampler's compiled programs are looked up. The
+    # state is laid out alike by whatever made it, or the second call would be compiled for itself.
+    laid_out = None if mesh is None else batch_sharding(mesh)
+
+    def compiled(function, out_shardings=laid_out, static=("config",)):
+      return jax.jit(functools.partial(function, self.merge), static_argnames=static,
+                     out_shardings=out_shardings)
+
+    self._begin = compiled(sample.begin, None if mesh is None else (laid_out, None))
+    self._take_call = compiled(sample.take_call)
+    self._location_maps = compiled(sample.location_maps, None)
+    self._decode = compiled(sample.decode, static=())
 
   def noise(self, seeds: Sequence[int],
             size: tuple[int, int] | None = None) -> Float[np.ndarray, "b h w c"]:
@@ -134,7 +144,7 @@ class ImageSampler:
         multiple of its size.
       params: in place of the model's own.
       progress: show a bar over the batches.
-      tick: see `sample_images`.
+      tick: called after every call of the UNet, for a progress bar.
 
     Raises:
       UserError: steps, sampler, guidance or scale make no sense.
@@ -161,7 +171,6 @@ class ImageSampler:
     branches = guidance_branches(guidance, None if references is None else image_guidance)
     config = SamplingConfig(branches, adds_noise(table), s_plus, maps, clip_skip)
 
-    table = padded(table, -(-len(table.step) // CALLS) * CALLS)
     inputs = SamplerInputs(
       prompts=prompts if extra_subjects else prompts._replace(extra_subjects=()),
       negative=None if negative is None else tuple(ids[:1] for ids in negative.ids),
@@ -169,7 +178,7 @@ class ImageSampler:
       use_image=np.asarray(use_image, bool),
       noise=np.asarray(noise, np.float32),
       image=image,
-      scale=np.pad(scale, ((0, len(table.step) - steps_run), (0, 0))),
+      scale=scale,
       guidance=np.float32(guidance),
       image_guidance=np.float32(max(image_guidance or 0.0, 1.0)),  # up to 1 it is none
       table=table,
@@ -191,9 +200,31 @@ class ImageSampler:
       if not np.isfinite(pixels).all():
         raise UserError("the picture is not finite; draw in float32 (--dtype=float32)")
       images.append(to_uint8(pixels))
-      batches_of_maps.append([np.asarray(m)[:steps_run, :count] for m in output.maps])
+      batches_of_maps.append([m[:, :count] for m in output.maps])
     location_maps = (np.concatenate(layer, axis=1) for layer in zip(*batches_of_maps))
     return np.concatenate(images), tuple(location_maps)
+
+  def _sample(self, params: Any, inputs: SamplerInputs, config: SamplingConfig,
+              tick: Callable[[], None] | None = None) -> SamplerOutput:
+    """One batch. The device works while the host prepares the next call."""
+    table, scale, maps = inputs.table, inputs.scale, []
+    at_call = functools.partial(_at_call, table=table, scale=scale)
+    state, encoded = self._begin(params, at_call(inputs, 0), config=config)
+    # The pictures are encoded now.
+    inputs = inputs._replace(references=None, image=None, extra_subjects=(), interpolate_to=None)
+    for index, step in enumerate(table.step):
+      before, now = state, at_call(inputs, index)
+      if config.maps and (index == 0 or step != table.step[index - 1]):
+        maps.append(self._location_maps(params, now, encoded, state, config=config))
+      state = self._take_call(params, now, encoded, state, np.int32(index), config=config)
+      if tick is not None and index:
+        jax.block_until_ready(before)
+        tick()
+    if tick is not None:
+      jax.block_until_ready(state)
+      tick()
+    images = self._decode(params, state)
+    return SamplerOutput(images, tuple(np.stack(jax.device_get(layer)) for layer in zip(*maps)))
 
   def _batch(self, inputs: SamplerInputs, rows: slice, size: int) -> SamplerInputs:
     """Some images' inputs, padded to `size` and sharded over the mesh."""
@@ -217,6 +248,15 @@ class ImageSampler:
       raise UserError(
         f"scale {scale.min():g} makes no sense; use 0 (the base) to about 2, usually 1")
     return scale
+
+
+def _at_call(inputs: SamplerInputs, index: int, table: StepTable,
+             scale: Float[np.ndarray, "steps l"]) -> SamplerInputs:
+  """The inputs with one call's row of the table, and of the scale, in place of all rows."""
+  step = table.step[index]
+  row = jax.tree.map(lambda column: column[index : index + 1], table._replace(start=None))
+  row = row._replace(start=table.start, step=np.zeros(1, np.int32))
+  return inputs._replace(table=row, scale=scale[step : step + 1])
 
 
 def check_guidance(guidance: float, image_guidance: float | None) -> None:
