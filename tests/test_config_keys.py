@@ -104,7 +104,7 @@ def unread_by_training(config, workdir, monkeypatch):
   """
   keys = set(keys_of(config))
 
-  def compile_step(run, batch, seed):
+  def compile_step(run, batch, seed, profile):
     step_fn = step.make_train_step(run.context, run.mesh, run.state, run.frozen)
     _, metrics = jax.eval_shape(step_fn, run.state, run.frozen, batch, seed)
     metrics = {key: jnp.zeros(x.shape, x.dtype) for key, x in metrics.items()}

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-HEAVY = ("diffusers", "jax", "flax", "matplotlib", "optax", "orbax", "PIL", "safetensors", "scipy",
+HEAVY = ("diffusers", "jax", "flax", "matplotlib", "optax", "orbax", "PIL", "scipy",
          "tensorflow", "tensorflow_datasets", "tokenizers", "torch", "transformers")  # fmt: skip
 COMMAND = """
 import sys
@@ -17,8 +17,8 @@ print(*(name for name in sys.argv[1:] if name in sys.modules))
 @pytest.mark.parametrize("statement, needed", [
   ("import cc_jax.generate", ""),
   ("import data_pipeline", "PIL"),
-  ("import cc_jax.sampling.pipeline", "PIL flax jax optax safetensors"),
-  ("import cc_jax.train", "PIL flax jax optax orbax safetensors"),
+  ("import cc_jax.sampling.pipeline", "PIL flax jax optax"),
+  ("import cc_jax.train", "PIL flax jax optax orbax"),
 ])  # fmt: skip
 def test_a_command_imports_what_it_needs(statement, needed):
   """Flax brings optax."""

@@ -591,7 +591,7 @@ def quick_step(setup, loader, monkeypatch):
       ema=jax.tree.map(lambda x: x + 1, state.ema), step=state.step + 1),
     donate_argnums=0)
 
-  def compile_step(run, batch, seed):
+  def compile_step(run, batch, seed, profile):
     metrics = {key: jnp.zeros(()) for key in ("loss", "bad_steps", "learning_rate")}
 
     def one(state, frozen, batch, seed):
