@@ -34,6 +34,7 @@ from cc_jax.models.vae import AutoencoderKL, AutoencoderKLConfig
 from cc_jax.parallel.mesh import make_mesh
 from cc_jax.plan.lower import generate_program, train_program
 from cc_jax.sampling import conditions, pipeline, sample
+from cc_jax.sampling.prompts import Prompts
 from cc_jax.training import losses
 from cc_jax.training.noise import StepNoise
 from cc_jax.training.setup import adapter_configs, make_batches, make_step_context
@@ -552,7 +553,7 @@ def test_s_plus_stands_in_its_own_piece(setups, picture):  # P26
       assert same == (number != piece)
     alone = [array[:, piece] if array.ndim == 3 else array % TOKENS for array in (
       prompts.ids[encoder], prompts.slot[encoder], prompts.noun_span[encoder])]  # fmt: skip
-    alone = told(sample.Prompts(*((array,) * 2 for array in alone)))
+    alone = told(Prompts(*((array,) * 2 for array in alone)))
     np.testing.assert_array_equal(whole[piece][..., part], alone[..., part])
 
 

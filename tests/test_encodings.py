@@ -12,6 +12,7 @@ import tiny
 from cc_jax.bases.base import load_base
 from cc_jax.customcontrast.build import build_customcontrast
 from cc_jax.customcontrast.model import CustomContrast
+from cc_jax.customcontrast.qformer import TextualQformer, VisualQformer
 from cc_jax.training.encodings import encode_subjects
 from cc_jax.training.noise import StepNoise, share_timestep
 from cc_jax.training.setup import adapter_configs, make_step_context
@@ -44,8 +45,9 @@ def one_by_one(asked):
   def ask(reference, positive):
     features, embed = model.image_features(to_unit_range(reference))
     others, _ = model.image_features(to_unit_range(positive))
+    positive = model.encode(others, noise.t)
     return (model.encode(features, noise.t, noise.keep_image), model.encode(features, noise.t),
-            model.encode(others, noise.t), embed)  # fmt: skip
+            (positive.textual_cls, positive.textual_tokens), embed)  # fmt: skip
 
   return ask(batch["reference"], batch["positive"])
 
@@ -59,17 +61,19 @@ def assert_same(found, expected):
 def test_all_sets_in_one_batch(asked, one_by_one, monkeypatch, rows_per_device, microbatch):
   """Eight, four and one neighbour share the answer for no image."""
   calls = []
-  for name in ("image_features", "encode"):
-    function = getattr(CustomContrast, name)
+  asked_of = (CustomContrast, "image_features"), (TextualQformer, ""), (VisualQformer, "")
+  for cls, name in asked_of:
+    function = getattr(cls, name or "__call__")
     monkeypatch.setattr(
-      CustomContrast, name,
-      lambda self, x, *rest, f=function, n=name: (calls.append((n, len(x))), f(self, x, *rest))[1])
+      cls, name or "__call__", lambda self, x, *rest, f=function, n=name or cls.__name__: (
+        calls.append((n, len(x))), f(self, x, *rest))[1])
   monkeypatch.setattr(StepContext, "rows_per_device", lambda *_: rows_per_device)
   context, model, batch, noise = asked
   ask = jax.jit(lambda batch: encode_subjects(context, model, batch, noise, microbatch=microbatch))
   assert_same(tuple(ask(batch)), one_by_one)
   answers = 16 if microbatch else {16: 2, 12: 4}[rows_per_device]
-  assert calls == [("image_features", 32), ("encode", 32 + answers)]
+  assert calls == [("image_features", 32), ("TextualQformer", 32 + answers),
+                   ("VisualQformer", 16 + answers)]  # fmt: skip
 
 
 def test_what_no_loss_needs_is_not_asked(asked, one_by_one):

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 import warnings
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +30,7 @@ from cc_jax.customcontrast.mfi_encoder import MFIEncoderConfig
 from cc_jax.customcontrast.model import CustomContrast
 from cc_jax.diffusion.schedule import NoiseSchedule
 from cc_jax.errors import UserError
+from cc_jax.models.attention_kinds import XLA_ONLY
 from cc_jax.models.rngs import abstract
 from cc_jax.sampling import images as pictures
 from cc_jax.sampling import pipeline
@@ -621,6 +623,7 @@ class Recorder:
   """Stands for a loaded pipeline: notes what the command hands over, and draws a red square."""
 
   source, base = "a file", dataclasses.make_dataclass("Base", ["name", "hash"])("a base", "1234")
+  sampler = SimpleNamespace(kernels=XLA_ONLY)
 
   def load(self, checkpoint, base, *, image_encoder, lora, **rest):
     self.loaded = dict(checkpoint=checkpoint, base=base, image_encoder=image_encoder, lora=lora)

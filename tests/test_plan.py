@@ -252,9 +252,10 @@ def by_hand(batch: int) -> float:
   read = 2 * mm(65, 512, 128)  # the features themselves have no gradient
   visual = read + TRAINED * 2 * block(17, 17)
   textual = read + TRAINED * 2 * block(36, 9) + 2 * mm(4, 24, 128) + TRAINED * mm(4, 128, 128)
-  # Condition and reference need both, the positive its textual tokens. Fusion and words: condition.
+  # Of every reference, and of "no image" for eight neighbours; positives have textual tokens only.
   fusion = mm(32, 128, 128) + mm(16, 128, 128) + attention(32, 16, 128)
-  encoder = 2 * visual + 3 * textual + TRAINED * (fusion + mm(8, 128, 128))
+  rows = 1 + 1 / 8
+  encoder = rows * (visual + textual + TRAINED * (fusion + mm(8, 128, 128))) + textual
 
   # Text encoder: 4 sequences with S+, 32 tokens, 2 layers.
   linear = 4 * mm(32, 128, 128) + 2 * mm(32, 128, 512)

@@ -16,9 +16,9 @@ from cc_jax.customcontrast.mfi_encoder import MFIEncoderConfig
 from cc_jax.customcontrast.model import CustomContrast, Subject
 from cc_jax.errors import UserError
 from cc_jax.models.rngs import abstract
+from cc_jax.sampling.conditions import _repeat_visual_tokens
 from cc_jax.sampling.pipeline import load
 from cc_jax.sampling.prompts import encode_prompts
-from cc_jax.sampling.sample import _repeat_visual_tokens
 from data_pipeline.errors import DataError
 
 pytestmark = pytest.mark.usefixtures("quick_compile")

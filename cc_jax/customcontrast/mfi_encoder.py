@@ -165,8 +165,15 @@ class MFIEncoder(nnx.Module):
     `visual` is what `self.visual(features)` returned before: it does not depend on t, so that one
     call serves a whole denoising trajectory.
     """
-    visual_cls, visual = self.visual(features) if visual is None else visual
-    textual_cls, textual = self.textual(features, t)
+    visual = self.visual(features) if visual is None else visual
+    return self.combine(visual, self.textual(features, t))
+
+  def combine(
+    self, visual: tuple[Float[Array, "b d"], Float[Array, "b v d"]],
+    textual: tuple[Float[Array, "b d"], Float[Array, "g b q d"]],
+  ) -> MFIFeatures:
+    """What follows from the answers of both Q-Formers for the same images."""
+    (visual_cls, visual), (textual_cls, textual) = visual, textual
     if self.config.fusion == "tv_fusion":
       fused = self.fusion(textual, visual)
     else:  # the lab's control: each layer sees all visual tokens
@@ -175,9 +182,13 @@ class MFIEncoder(nnx.Module):
     if self.config.s_plus_space == "shared":
       words = jnp.mean(words, axis=0, keepdims=True)
     words = tuple(_by_image(head, words) for head in self.heads)
-    if self.config.contrast_head:
-      textual = _by_image(lambda x: self.contrast_out(jax.nn.gelu(self.contrast_in(x))), textual)
-    return MFIFeatures(visual_cls, visual, textual_cls, textual, fused, words)
+    return MFIFeatures(visual_cls, visual, textual_cls, self.compared(textual), fused, words)
+
+  def compared(self, textual: Float[Array, "g b q d"]) -> Float[Array, "g b q d"]:
+    """The textual Q-Former's tokens as MACL compares them: behind the head, if there is one."""
+    if not self.config.contrast_head:
+      return textual
+    return _by_image(lambda x: self.contrast_out(jax.nn.gelu(self.contrast_in(x))), textual)
 
 
 def _by_image(

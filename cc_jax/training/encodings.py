@@ -19,12 +19,19 @@ from cc_jax.training.noise import SHARED_TIMESTEP, StepNoise
 from cc_jax.training.step_context import Batch, StepContext
 
 
+class TextualFeatures(NamedTuple):
+  """What the contrastive losses read of positives."""
+
+  textual_cls: Float[Array, "b d"]
+  textual_tokens: Float[Array, "g b q d"]  # behind the head, if there is one
+
+
 class SubjectEncodings(NamedTuple):
   """The MFI-Encoder's answers for a batch, all at the samples' timesteps."""
 
   shown: MFIFeatures | None  # references for the diffusion loss, dropped ones as no image
   reference: MFIFeatures  # all of them
-  positive: MFIFeatures | None  # None where no loss needs it
+  positive: TextualFeatures | None  # None where no loss needs it
   embed: Float[Array, "b e"]  # of the references, by the image encoder
 
 
@@ -46,11 +53,10 @@ def encode_subjects(
     encoded = model.encode(features[:, 0], t, keep)
     return SubjectEncodings(encoded, encoded, None, embed[:, 0])
   group = 1 if microbatch else math.gcd(context.rows_per_device(len(t)), SHARED_TIMESTEP)
-  *encoded, no_image = _encode_sets(model, features, t, keep, group if shown else None)
-  return SubjectEncodings(
-    encoded[0].where(keep, no_image) if shown else None, encoded[0],
-    encoded[1] if len(names) > 1 else None, embed[:, 0],
-  )
+  group = group if shown else None
+  reference, positive, no_image = _encode_rows(model, features, t, keep, group)
+  kept = reference.where(keep, no_image) if shown else None
+  return SubjectEncodings(kept, reference, positive, embed[:, 0])
 
 
 def needs_positive(objective: ml_collections.ConfigDict) -> bool:
@@ -59,17 +65,19 @@ def needs_positive(objective: ml_collections.ConfigDict) -> bool:
   return bool(objective.lambda_macl or cross_frame)
 
 
-def _encode_sets(
+def _encode_rows(
   model: CustomContrast, features: Float[Array, "b n p c"], t: Int[Array, " b"],
   keep: Bool[Array, " b"], group: int | None,
-) -> list[MFIFeatures | None]:
-  """The MFI-Encoder's answer for each of the n sets, and for no image; all in one batch.
+) -> tuple[MFIFeatures, TextualFeatures | None, MFIFeatures | None]:
+  """What the MFI-Encoder says of references, of positives (n = 2), and of no image.
 
   Without an image the answer depends on t alone, and of `group` neighbours those that drop theirs
   have the same t (`noise.share_timestep`): one row answers for all of them. group None: none does.
+  The textual Q-Former reads all rows at once; the visual one, and what follows, no positives.
   """
-  size, sets = features.shape[:2]
+  encoder, (size, sets) = model.mfi_encoder, features.shape[:2]
   group, asks = group or 1, group is not None
+  # A group's rows: reference, positive, reference, positive, .., no image.
   rows = features.reshape(size // group, group * sets, *features.shape[2:])
   times = jnp.repeat(t, sets).reshape(size // group, group * sets)
   if asks:
@@ -78,18 +86,26 @@ def _encode_sets(
     first = jnp.argmax(drops, axis=1)[:, None]  # 0 where none drops, and nothing reads the answer
     times = jnp.concatenate(
       [times, jnp.take_along_axis(t.reshape(-1, group), first, axis=1)], axis=1)
-  encoded = model.encode(rows.reshape(-1, *rows.shape[2:]), times.reshape(-1))
 
-  def picked(axis, x, first, last, times=1):
-    """Of every group rows first, first + sets, .. before last, each `times` times: [.., B, ..]."""
-    x = x.reshape(*x.shape[:axis], *rows.shape[:2], *x.shape[axis + 1 :])
-    x = jax.lax.slice_in_dim(x, first, last, sets, axis=axis + 1)
+  def picked(axis, x, first, last, step=1, times=1):
+    """Of every group's rows first, first + step, .. before last, each `times` times."""
+    x = x.reshape(*x.shape[:axis], size // group, -1, *x.shape[axis + 1 :])
+    x = jax.lax.slice_in_dim(x, first, last, step, axis=axis + 1)
     x = jnp.repeat(x, times, axis=axis + 1)
-    return x.reshape(*x.shape[:axis], size, *x.shape[axis + 2 :])
+    return x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
 
-  answers = [
-    encoded.map_batch(functools.partial(picked, first=number, last=group * sets))
-    for number in range(sets)
-  ]
-  no_image = functools.partial(picked, first=group * sets, last=group * sets + 1, times=group)
-  return [*answers, encoded.map_batch(no_image) if asks else None]
+  cls, tokens = encoder.textual(rows.reshape(-1, *rows.shape[2:]), times.reshape(-1))
+  every = dict(first=0, last=rows.shape[1], step=sets)  # references and no image
+  encoded = encoder.combine(
+    encoder.visual(picked(0, rows.reshape(-1, *rows.shape[2:]), **every)),
+    (picked(0, cls, **every), picked(1, tokens, **every)))
+  reference = encoded.map_batch(functools.partial(picked, first=0, last=group))
+  positive = no_image = None
+  if sets > 1:
+    others = dict(first=1, last=group * sets, step=sets)
+    tokens = encoder.compared(picked(1, tokens, **others))
+    positive = TextualFeatures(picked(0, cls, **others), tokens)
+  if asks:
+    last = functools.partial(picked, first=group, last=group + 1, times=group)
+    no_image = encoded.map_batch(last)
+  return reference, positive, no_image
