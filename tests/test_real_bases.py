@@ -212,8 +212,8 @@ def test_train_generate_evaluate_as_typed(name, run, world):
   assert sheet.std() > 5
   run("generate", f"--checkpoint=runs/{name}", "--class_noun=mug", "--steps=2",
       "--reference=my_subjects/mug/0.jpg", "--mask=my_subjects/mug/0_mask.png",
-      "--prompt=a mug on the beach", "--out=mug.png")  # fmt: skip
-  picture = np.asarray(Image.open(world / "mug.png"))
+      "--prompt=a mug on the beach", "--num_images=8", "--out=mug.png")  # fmt: skip
+  picture = np.asarray(Image.open(world / "mug-0.png"))
   assert picture.shape == (IMAGE, IMAGE, 3) and picture.std() > 5  # levels of 255
 
   out = run("evaluate", f"--checkpoint=runs/{name}", f"--workdir=scores/{name}", "--count=1",

@@ -171,6 +171,7 @@ def same_to_the_bit(whole, killed):
   assert all(np.array_equal(x[key], a[f"ema/{key}"]) for key in x)
 
 
+@pytest.mark.slow
 def test_warm_start_from_an_ip_adapter(setup, loader, tmp_path, quick_compile):
   """Training starts from the file's values and reports; a run that goes on needs no file."""
   rng = np.random.default_rng(0)
