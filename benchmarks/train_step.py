@@ -12,8 +12,7 @@ more: VAE, image encoder, MFI-Encoder on three sets of images, text encoder for 
 objectives, optimizer, average. Both may use all cores.
 
 `--against` runs this file and that of another checkout (of another commit, say), each in its own
-tree and in turns. Processor seconds and page faults of a step are the difference of two runs that
-differ in their number of steps alone, so that start and compilation are left out of them.
+tree and in turns, and prints processor time and page faults of a step as well.
 """
 
 from __future__ import annotations
@@ -22,10 +21,8 @@ import argparse
 import importlib
 import os
 import re
-import resource
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -55,8 +52,9 @@ def main() -> None:
   parser.add_argument("--rounds", type=int, default=3)
   arguments = parser.parse_args()
   if arguments.against:
-    words = [f"--{key}={getattr(arguments, key)}" for key in ("config", "base", "batch_size")]
-    compare(arguments.against, words, arguments.steps, arguments.rounds)
+    keys = ("config", "base", "batch_size", "steps")
+    compare(
+      arguments.against, [f"--{key}={getattr(arguments, key)}" for key in keys], arguments.rounds)
     return
   name = Path(arguments.config).with_suffix("").as_posix().replace("/", ".")
   config = importlib.import_module(name).get_config()
@@ -100,41 +98,50 @@ def main() -> None:
             f"our whole step takes {middle / peer:.2f} times that")
 
 
-def compare(other: Path, words: Sequence[str], steps: int, rounds: int) -> None:
+def compare(other: Path, words: Sequence[str], rounds: int) -> None:
   """Prints medians of this tree's step and the other's, and the ratios of the rounds' medians."""
   trees = {"this": Path(__file__).parents[1], "other": other.resolve()}
   found = {name: [] for name in trees}
-  for number in range(1 + rounds):  # the first fills the cache of compiled programs
+  for _ in range(rounds):
     for name, tree in trees.items():
-      few, many = (run_tree(tree, words, count) for count in (2, 2 + steps))
-      if number:
-        per_step = [(b - a) / steps for a, b in zip(few[1:], many[1:])]
-        found[name].append([many[0], *per_step])
-        print(f"{name:6} {many[0]:8.1f} ms  {1e3 * per_step[0]:8.1f} ms of processor  "
-              f"{per_step[1]:8.0f} page faults", flush=True)
+      found[name].append(run_tree(tree, words))
+      ms, processor, faults = found[name][-1]
+      print(f"{name:6} {ms:8.1f} ms  {processor:8.1f} ms of processor  {faults:8.0f} page faults",
+            flush=True)
   this, that = (np.median(found[name], axis=0) for name in trees)
   print(f"a step of {trees['this']} against {trees['other']}, medians of {rounds} rounds:")
   for label, a, b in zip(("ms", "ms of processor", "page faults"), this, that):
-    a, b = (1e3 * a, 1e3 * b) if "processor" in label else (a, b)
     print(f"{label:16} {a:10.1f} {b:10.1f}   ratio {a / b:.3f}")
 
 
-def run_tree(tree: Path, words: Sequence[str], steps: int) -> tuple[float, float, float]:
-  """(ms of a step, seconds of processor, page faults) of a process that runs a tree's own file."""
-  cache = Path(tempfile.gettempdir()) / "train_step_programs"
-  environment = os.environ | {"PYTHONPATH": str(tree), "JAX_COMPILATION_CACHE_DIR": str(cache)}
-  before = resource.getrusage(resource.RUSAGE_CHILDREN)
-  # Without torch there is no peer, which would be counted as well.
-  hidden = "import sys; sys.modules['torch'] = None; import runpy; sys.argv = sys.argv[1:]; "
-  command = [sys.executable, "-c", hidden + "runpy.run_path(sys.argv[0], run_name='__main__')",
-             "benchmarks/train_step.py", *words, f"--steps={steps}"]  # fmt: skip
+# Runs a tree's own file and notes what every step took. No torch: a peer would be timed as well.
+WATCH = """
+import resource, runpy, statistics, sys, time
+sys.modules["torch"] = None
+import jax
+wait, marks = jax.block_until_ready, []
+def block_until_ready(x):
+  x, now = wait(x), resource.getrusage(resource.RUSAGE_SELF)
+  marks.append((time.perf_counter(), now.ru_utime + now.ru_stime, now.ru_minflt))
+  return x
+jax.block_until_ready = block_until_ready
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+steps = [[b - a for a, b in zip(*pair)] for pair in zip(marks[2:], marks[3:])]
+seconds, processor, faults = map(statistics.median, zip(*steps))
+print("MEDIANS", 1e3 * seconds, 1e3 * processor, faults)
+"""
+
+
+def run_tree(tree: Path, words: Sequence[str]) -> tuple[float, float, float]:
+  """Medians of a step of a tree's own file: ms, ms of processor, page faults."""
+  command = [sys.executable, "-c", WATCH, "benchmarks/train_step.py", *words]
+  environment = os.environ | {"PYTHONPATH": str(tree)}
   done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True)
   if done.returncode:
     sys.exit(f"{tree}: {done.stderr[-2000:]}")
-  after = resource.getrusage(resource.RUSAGE_CHILDREN)
-  milliseconds = float(re.search(r"step +([\d.]+) ms", done.stdout)[1])
-  seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-  return milliseconds, seconds, after.ru_minflt - before.ru_minflt
+  line = re.search("^MEDIANS (.*)", done.stdout, re.MULTILINE)[1]
+  return tuple(float(word) for word in line.split())
 
 
 def diffusers_unet(folder: Path, size: int, steps: int) -> float | None:
