@@ -1,6 +1,7 @@
 """What a step asks image encoder and MFI-Encoder: once, and the same as asked one by one."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -80,8 +81,11 @@ def test_what_no_loss_needs_is_not_asked(asked, one_by_one):
   context, model, batch, noise = asked
   config = ml_collections.ConfigDict(context.config)
   config.objective.lambda_macl = 0.0
-  ask = jax.jit(static_argnums=0, fun=lambda config, batch: encode_subjects(
-    dataclasses.replace(context, config=config), model, batch, noise))  # fmt: skip
+
+  @functools.partial(jax.jit, static_argnums=0)
+  def ask(config, batch):
+    return encode_subjects(dataclasses.replace(context, config=config), model, batch, noise)
+
   assert ask(ml_collections.FrozenConfigDict(config), batch).positive is None
   config.objective.lambda_cscl = 0.0
   found = ask(ml_collections.FrozenConfigDict(config), batch)
