@@ -16,7 +16,8 @@ import numpy as np
 from benchmarks.gpu.record import record
 from benchmarks.gpu.sizes import RandomWeights, training_config
 from benchmarks.train_step import noise
-from cc_jax.models import attention
+from cc_jax.models.attention_kernels import dot_product_attention
+from cc_jax.models.attention_kinds import KINDS, choose_kernels
 from cc_jax.objectives.cscl import cscl
 from cc_jax.objectives.diffusion import diffusion_loss
 from cc_jax.parallel.mesh import make_mesh, shard_batch
@@ -87,27 +88,14 @@ def check_losses() -> None:
 
 
 def attention_kinds(dtype) -> dict[str, object]:
-  """Kind -> function(q, k, v [b s n h]), of what this build and this device have; or the reason."""
-  try:
-    from cc_jax.models.attention_kernels import dot_product_attention
-    from cc_jax.models.attention_kinds import KINDS, choose_kernels
-  except ImportError:  # a build with `implementation` in place of kinds
-    def by_name(q, k, v, kind):
-      merged = (x.reshape(*x.shape[:2], -1) for x in (q, k, v))
-      out = attention.multi_head_attention(*merged, heads=q.shape[2], implementation=kind)
-      return out.reshape(q.shape)
-    kinds = {"xla": functools.partial(by_name, kind="xla")}
-    if jax.default_backend() == "gpu" and dtype == jnp.bfloat16:
-      kinds["cudnn"] = functools.partial(by_name, kind="cudnn")
-    return kinds
+  """Kind -> function(q, k, v [b s n h]) where this device has it, or the reason why not."""
   kinds = {}
   for kind in KINDS:
     if kind == "auto":  # is one of the others
       continue
     try:
       kernels = choose_kernels(kind, jax.devices()[0], dtype=dtype, training=True)
-      kinds[kind] = functools.partial(
-        lambda q, k, v, kernels: dot_product_attention(q, k, v, kernels), kernels=kernels)
+      kinds[kind] = functools.partial(dot_product_attention, kernels=kernels)
     except Exception as error:  # says what the kind needs
       kinds[kind] = str(error)
   return kinds

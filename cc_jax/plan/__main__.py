@@ -82,9 +82,8 @@ def print_suggestion(config: ml_collections.ConfigDict, slice_: Slice, args: Any
   chips, base = len(slice_.devices), build_abstract(config)[1]
   images = args.batch_per_chip or max(1, config.train.batch_size // chips)
   ladder = suggest.policies(2 * len(base.unet.config.block_out_channels) + 1)
-  attentions = ("",)
-  if "attention" in config.train:  # a CPU has but one
-    attentions = ("auto", "xla") if slice_.chip.kinds else (config.train.attention,)
+  # A CPU has but one kind.
+  attentions = ("auto", "xla") if slice_.chip.kinds else (config.train.attention,)
   evaluate = suggest.evaluate_by(config, slice_, lambda line: print(line, file=sys.stderr))
   trials = suggest.search(evaluate, images, ladder, attentions, args.compiles)
   choice = suggest.fastest(trials)

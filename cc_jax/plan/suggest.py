@@ -44,7 +44,7 @@ def policies(blocks: int) -> tuple[Policy, ...]:
 
 
 class Choice(NamedTuple):
-  """What may be chosen; `attention` is '' where the config has no such key."""
+  """What may be chosen; `attention` '' leaves the config's."""
 
   images: int  # a chip
   policy: Policy

@@ -94,10 +94,11 @@ def _encode_rows(
     x = jnp.repeat(x, times, axis=axis + 1)
     return x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
 
-  cls, tokens = encoder.textual(rows.reshape(-1, *rows.shape[2:]), times.reshape(-1))
   every = dict(first=0, last=rows.shape[1], step=sets)  # references and no image
+  rows = rows.reshape(-1, *rows.shape[2:])
+  cls, tokens = encoder.textual(rows, times.reshape(-1))
   encoded = encoder.combine(
-    encoder.visual(picked(0, rows.reshape(-1, *rows.shape[2:]), **every)),
+    encoder.visual(picked(0, rows, **every)),
     (picked(0, cls, **every), picked(1, tokens, **every)))
   reference = encoded.map_batch(functools.partial(picked, first=0, last=group))
   positive = no_image = None

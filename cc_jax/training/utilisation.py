@@ -29,8 +29,7 @@ def plain_context(context: StepContext) -> StepContext:
   config = ml_collections.ConfigDict(context.config)
   config.train.remat_unet, config.train.remat_text = ("none",), "none"
   config.train.grad_accum_steps, config.objective.contrast = 1, "naive"
-  if "attention" in config.train:
-    config.train.attention = "xla"
+  config.train.attention = "xla"
   return dataclasses.replace(context, config=ml_collections.FrozenConfigDict(config), mesh=None)
 
 
