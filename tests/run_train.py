@@ -8,6 +8,7 @@ SIGTERM in the same places; or at the next such place, if the run begins behind 
 run gets while it stops depends on the machine. After SIGTERM at a step each further one takes SLOW
 seconds longer.
 SHARDS is a folder for what lies on each device of each batch; FLOAT64 is for comparing numbers.
+THEN is a second workdir, in which the same process trains when it is done with the first.
 Batches come from tests/tiny.py.
 """
 
@@ -78,7 +79,7 @@ def shards_are_kept(folder):
 
 def main(argv):
   data_pipeline.make_loader = loader
-  loop.Telemetry = Deadly
+  loop.Telemetry, put = Deadly, loop.shard_batch
   if SHARDS:
     shards_are_kept(SHARDS)
   if KILL in ("save", "termsave"):
@@ -94,6 +95,9 @@ def main(argv):
 
     atomicity.AtomicRenameTemporaryPath.finalize = finalize_or_die
   loop.train(_CONFIG.value, workdir)
+  if os.environ.get("THEN"):
+    loop.shard_batch = put
+    loop.train(_CONFIG.value, os.environ["THEN"])
 
 
 if __name__ == "__main__":

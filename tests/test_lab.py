@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -14,6 +15,7 @@ import tiny
 
 import data_pipeline
 from cc_jax.bases.base import load_base
+from cc_jax.customcontrast.build import build_customcontrast
 from cc_jax.customcontrast.injection import InjectionConfig
 from cc_jax.customcontrast.mfi_encoder import MFIEncoderConfig
 from cc_jax.errors import UserError
@@ -43,7 +45,8 @@ from cc_jax.lab.trials import Interventions, Trials, reference_factors
 from cc_jax.sampling.images import reference_display
 from cc_jax.sampling.pipeline import load
 from cc_jax.training.loop import train
-from cc_jax.training.setup import check_config
+from cc_jax.training.run import write_adapter
+from cc_jax.training.setup import adapter_configs, check_config
 from configs import lab as table
 from configs import subjects3d
 from data_pipeline import sampling
@@ -625,11 +628,15 @@ def test_pictures_of_a_checkpoint(small, trained, tmp_path):
     "s_plus_map", "interventions", "location_maps", "two_subjects", "between_subjects", "sheet")}
 
 
-def test_features_are_those_of_the_layers(small, trained):
+def test_features_are_those_of_the_layers(small, tmp_path):
   """`embed` against the module, picture by picture, whatever the batch."""
-
   _, config = small
-  pipe = load(trained, config.run.base)
+  base = load_base(config.run.base)
+  _, untrained, _ = build_customcontrast(base, *adapter_configs(config.run))
+  state = SimpleNamespace(ema=untrained)
+  write_adapter(
+    SimpleNamespace(state=state, config=config.run, workdir=tmp_path, base=base), step=0)
+  pipe = load(tmp_path, config.run.base)
   model = lab_pictures.model_of(pipe)
   rng = np.random.default_rng(0)
   pictures = rng.integers(0, 256, (3, 64, 64, 3), np.uint8)

@@ -42,8 +42,8 @@ def free_port(candidates=(0,)):
       return free.getsockname()[1]
 
 
-def start(base, workdir, *, count, environments=None, flags=None):
-  """The training command in `count` processes with 8 devices in all."""
+def start(base, workdir, *, count, environments=None, flags=None, then=None):
+  """The training command in `count` processes with 8 devices in all; `then` in a second workdir."""
   port = free_port()
   flags = {**FLAGS, "mesh.processes": count, "mesh.cpu_devices": 8 // count, **(flags or {})}
   flags = [f"--config.{key}={value}" for key, value in flags.items()]
@@ -51,7 +51,7 @@ def start(base, workdir, *, count, environments=None, flags=None):
   processes = []
   for index in range(count):
     environment = {**os.environ, "FLOAT64": "1", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-    environment["SHARDS"] = str(workdir.parent)
+    environment |= {"SHARDS": str(workdir.parent), "THEN": str(then or "")}
     if count > 1:
       environment["JAX_COORDINATOR_ADDRESS"] = f"localhost:{port}"
       environment["JAX_NUM_PROCESSES"] = str(count)
@@ -75,18 +75,18 @@ def finish(processes, code=0):
 
 @pytest.fixture(scope="module")
 def folders(tiny_folder, tmp_path_factory):
-  """The runs of one process and of two, of which one gets SIGTERM; one goes on from there."""
+  """The runs of two processes, of which one gets SIGTERM, and of one, which then goes on there."""
   folder = tmp_path_factory.mktemp("processes")
   cache = {"JAX_COMPILATION_CACHE_DIR": str(folder / "cache")}
   for name in ("one", "two", "after"):
     (folder / name).mkdir()
-  finish(start(tiny_folder, folder / "one" / "run", count=1, environments={0: cache}))
   term = {1: {"KILL": "term:2", "SLOW": "1"}}
   outputs = finish(start(tiny_folder, folder / "two" / "run", count=2, environments=term), 143)
   (folder / "two" / "out.json").write_text(json.dumps(outputs))
   shutil.copytree(folder / "two" / "run", folder / "after" / "run")
   (stopped,) = os.listdir(folder / "two" / "run" / "checkpoints")
-  finish(start(tiny_folder, folder / "after" / "run", count=1, environments={0: cache}))
+  finish(start(tiny_folder, folder / "one" / "run", count=1, environments={0: cache},
+               then=folder / "after" / "run"))
   return folder, int(stopped)
 
 
