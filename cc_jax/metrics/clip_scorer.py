@@ -21,7 +21,7 @@ from cc_jax.metrics.model_folder import (
   read_json,
 )
 from cc_jax.metrics.preprocessing import CLIP_STATISTICS, Preprocessing
-from cc_jax.metrics.scorer import Scorer, unit_rows
+from cc_jax.metrics.scorer import Scorer, unit_rows, vit_name
 from cc_jax.models.clip import CLIPConfig, CLIPModel
 from cc_jax.models.clip_pixels import processor_from_dict
 from cc_jax.models.rngs import abstract
@@ -82,9 +82,8 @@ class ClipScorer(Scorer):
   def _what(self) -> str:
     vision = self.config.vision
     return (
-      f"CLIP ViT {vision.hidden_size}-{vision.num_hidden_layers} patch {vision.patch_size} "
-      f"({self.folder.name}), {vision.projection_dim} wide, cosine times 1; "
-      f"text prefix {self.text_prefix!r}; {self.preprocessing.describe()}"
+      f"CLIP {vit_name(vision)} ({self.name}), projected to {vision.projection_dim}, cosine times "
+      f"1; text prefix {self.text_prefix!r}; {self.preprocessing.describe()}"
     )
 
   _image_network = staticmethod(lambda module, pixels: module.image_features(pixels))

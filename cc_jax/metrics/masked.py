@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from cc_jax.errors import UserError
-from cc_jax.metrics.preprocessing import to_pil
+from cc_jax.metrics.preprocessing import on_white, to_pil
 
 # name -> in words, level of all three channels
 BACKGROUNDS = {"white": ("white (255)", 255), "grey": ("grey (128)", 128)}
@@ -33,7 +33,7 @@ def cut_out(
   level = BACKGROUNDS[background][1]
   result = []
   for index, (picture, mask) in enumerate(zip(pictures, masks, strict=True)):
-    pixels = np.asarray(to_pil(picture, index).convert("RGB"))
+    pixels = np.asarray(on_white(to_pil(picture, index)))
     mask = np.asarray(mask)
     if mask.dtype != np.uint8 or mask.shape != pixels.shape[:2]:
       raise UserError(

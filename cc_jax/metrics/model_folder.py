@@ -34,7 +34,13 @@ def find_folder(name: str | Path) -> Path:
     return Path(name)
   if not Path(name).exists() and download.is_hub_id(str(name)):
     layout = download.Layout("config.json and model.safetensors", _FILES)
-    return download.fetch_folder(str(name), _FILES, layout)
+    folder = download.fetch_folder(str(name), _FILES, layout)
+    if not list(folder.glob("*.safetensors")):
+      raise UserError(
+        f"{name} has no model.safetensors on the hub; a revision may ({name}@refs/pr/NUMBER), or "
+        "convert its weights where PyTorch is and give the folder"
+      )
+    return folder
   raise UserError(f"{name} is no folder; give the folder that has config.json and the weights")
 
 

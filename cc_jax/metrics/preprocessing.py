@@ -1,8 +1,8 @@
 """Pictures as a scorer's network wants them, as its reference prepares them, on the host by Pillow.
 
-References differ in four ways that move a score's second digit, so each is said: whether the
-shorter side or both sides are resized, by which filter, whether the result is bytes or floats, and
-which way an odd margin is cropped.
+References differ in ways that move a score's second digit, so each is said: whether the shorter
+side or both sides are resized, by which filter, whether the result is bytes or floats, which way an
+odd margin is cropped, and what becomes of transparency.
 """
 
 import dataclasses
@@ -19,6 +19,8 @@ from cc_jax.models.clip_pixels import CLIP_PROCESSOR
 CLIP_STATISTICS = {key: CLIP_PROCESSOR[key] for key in ("mean", "std")}
 _FILTERS = {"cubic": Image.Resampling.BICUBIC, "linear": Image.Resampling.BILINEAR}
 _NAMES = {"cubic": "bicubic", "linear": "bilinear"}
+_ALPHA = {"white": "alpha laid on white", "drop": "alpha dropped",
+          "drop_last": "alpha dropped after resizing"}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,12 +35,11 @@ class Preprocessing:
   # An odd margin: torchvision's CenterCrop rounds half of it (to even), transformers cuts it off.
   crop: str = "floor"  # or round
   in_floats: bool = False  # resized without rounding to bytes (transformers' DINOv3)
-  rgb_last: bool = False  # alpha is dropped after resizing, as by torchvision pipelines
+  # Transparency: transformers 5 lays it on white, `convert("RGB")` drops it, some after resizing.
+  alpha: str = "white"  # or drop, drop_last
 
   def __call__(self, pictures: Sequence[Any]) -> Float[np.ndarray, "n s s 3"]:
     """Pixels of uint8 pictures [h, w], [h, w, 1], [h, w, 3], [h, w, 4], or PIL images; float32.
-
-    Alpha is dropped, as the references' `convert("RGB")` does: lay cut-outs on a background first.
 
     Raises:
       UserError: a picture is something else; it is named by its place, from 0.
@@ -46,7 +47,8 @@ class Preprocessing:
     return np.stack([self._one(to_pil(image, i)) for i, image in enumerate(pictures)])
 
   def _one(self, image: Image.Image) -> Float[np.ndarray, "s s 3"]:
-    image = image if self.rgb_last else image.convert("RGB")
+    if self.alpha != "drop_last":
+      image = on_white(image) if self.alpha == "white" else image.convert("RGB")
     width, height = image.size
     if self.shortest_edge is None:
       width = height = self.size
@@ -79,7 +81,7 @@ class Preprocessing:
         f"(margin {margin})"
       )
     mean, std = (", ".join(f"{x:.4g}" for x in values) for values in (self.mean, self.std))
-    return f"{resized}, mean {mean}, std {std}"
+    return f"{_ALPHA[self.alpha]}; {resized}, mean {mean}, std {std}"
 
 
 def to_pil(picture: Any, index: int = 0) -> Image.Image:
@@ -97,11 +99,19 @@ def to_pil(picture: Any, index: int = 0) -> Image.Image:
   return Image.fromarray(array[..., 0] if shape[2:] == (1,) else array)
 
 
+def on_white(image: Image.Image) -> Image.Image:
+  """RGB, transparency laid on white: transformers 5's `convert_to_rgb`."""
+  if "A" in image.getbands() or image.info.get("transparency") is not None:
+    image = image.convert("RGBA")
+    image = Image.alpha_composite(Image.new("RGBA", image.size, (255,) * 4), image)
+  return image.convert("RGB")
+
+
 def _resize_floats(
   image: Image.Image, size: tuple[int, int], method: Image.Resampling
 ) -> Float[np.ndarray, "h w 3"]:
   """In [0, 255] without rounding; torch's antialiased interpolation has the same weights."""
-  channels = np.asarray(image.convert("RGB"), np.float32).transpose(2, 0, 1)
+  channels = np.asarray(image, np.float32).transpose(2, 0, 1)
   resized = [np.asarray(Image.fromarray(channel).resize(size, method)) for channel in channels]
   return np.stack(resized, axis=-1)
 

@@ -16,6 +16,8 @@ from cc_jax.metrics.batches import Batched
 from cc_jax.metrics.masked import BACKGROUNDS, cut_out
 from cc_jax.metrics.preprocessing import Preprocessing
 
+_SIZES = {(192, 12): "Ti", (384, 12): "S", (768, 12): "B", (1024, 24): "L", (1280, 32): "H",
+          (1664, 48): "bigG"}  # fmt: skip
 _METHODS = {
   "image_features": "clip, dino, dinov2, dinov3 or imagereward",
   "text_features": "clip",
@@ -27,9 +29,9 @@ _METHODS = {
 class Scorer:
   """A network that scores pictures; `load_scorer` makes one from a folder.
 
-  Pictures are uint8 arrays [h, w], [h, w, 3] or [h, w, 4] (alpha is dropped), or PIL images, of any
-  sizes. Everything is float32 on the device, in batches of one shape. What a kind of scorer has no
-  answer to is a UserError.
+  Pictures are uint8 arrays [h, w], [h, w, 3] or [h, w, 4], or PIL images, of any sizes; what
+  becomes of transparency is the reference's choice (`describe`). Everything is float32 on the
+  device, in batches of one shape. What a kind of scorer has no answer to is a UserError.
   """
 
   kind: ClassVar[str]
@@ -40,6 +42,7 @@ class Scorer:
     preprocessing: Preprocessing | None = None,
   ):
     self.folder = folder
+    self.name = folder.name  # in `describe`; load_scorer puts a hub id here
     self.sha256 = sha256  # of the weights file, 64 hex digits; see model_folder.checkpoint_hash
     self.preprocessing = preprocessing
     self.batched = Batched(module, batch_size, mesh)
@@ -103,6 +106,13 @@ class Scorer:
   def _has_no(self, method: str) -> UserError:
     instead = _METHODS.get(method, "another")
     return UserError(f"the scorer {self.kind!r} has no {method}; load one of the kind {instead}")
+
+
+def vit_name(config: Any) -> str:
+  """'ViT-B/32', as papers call them, of a config's width and patch; others by width and layers."""
+  size = _SIZES.get((config.hidden_size, config.num_hidden_layers))
+  size = size or f"{config.hidden_size}x{config.num_hidden_layers}"
+  return f"ViT-{size}/{config.patch_size}"
 
 
 def unit_rows(features: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n d"]:

@@ -25,13 +25,19 @@ from jax.sharding import Mesh
 
 from cc_jax.errors import UserError
 from cc_jax.metrics.clip_scorer import ClipScorer
+from cc_jax.metrics.dino_scorer import DinoV1Scorer, DinoV2Scorer, DinoV3Scorer
+from cc_jax.metrics.image_reward_scorer import ImageRewardScorer
+from cc_jax.metrics.lpips_scorer import LpipsScorer
 from cc_jax.metrics.model_folder import find_folder
 from cc_jax.metrics.scorer import Scorer, cosine
 
 __all__ = ["KINDS", "Scorer", "cosine", "load_scorer"]
 
 KINDS: dict[str, Callable[..., Scorer]] = {
-  "clip": ClipScorer.load,
+  scorer.kind: scorer.load
+  for scorer in (
+    ClipScorer, DinoV1Scorer, DinoV2Scorer, DinoV3Scorer, ImageRewardScorer, LpipsScorer
+  )
 }
 
 
@@ -57,4 +63,7 @@ def load_scorer(
   if text_prefix and kind != "clip":
     raise UserError(f"the scorer {kind!r} takes no text_prefix; it is for 'clip'")
   prefix = {"text_prefix": text_prefix} if kind == "clip" else {}
-  return KINDS[kind](find_folder(folder), batch_size=batch_size, mesh=mesh, **prefix)
+  path = find_folder(folder)
+  scorer = KINDS[kind](path, batch_size=batch_size, mesh=mesh, **prefix)
+  scorer.name = path.name if Path(folder).exists() else str(folder)
+  return scorer
