@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent.parent
 # Rooms of cc_jax; each imports only from rooms that come later, or from its own.
 ORDER = (
   "train", "evaluate", "generate", "pretrain", "lab", "plan", "cache", "sampling", "training",
-  "parallel", "customcontrast", "bases", "metrics", "objectives", "diffusion", "models", "cli",
+  "parallel", "customcontrast", "metrics", "bases", "objectives", "diffusion", "models", "cli",
   "errors",
 )  # fmt: skip
 # The loop asks the planner's tables what a chip can do; the planner compiles what the loop runs.

@@ -82,7 +82,7 @@ def train_tokenizer(
 
   vocab = {piece: index for index, piece in enumerate(pieces)}
   special = {"bos_token": BOS, "eos_token": EOS, "pad_token": EOS, "unk_token": EOS}
-  _write(Path(folder), vocab, merges, special, max_length)
+  write_tokenizer(folder, vocab, merges, special, max_length)
   return load_tokenizer(folder)
 
 
@@ -99,13 +99,20 @@ def save_tokenizer(tokenizer: Any, folder: str | Path) -> None:
   merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model["merges"]]
   roles = ("bos_token", "eos_token", "pad_token", "unk_token")
   special = {role: str(getattr(tokenizer, role)) for role in roles}
-  _write(Path(folder), model["vocab"], merges, special, tokenizer.model_max_length)
+  write_tokenizer(folder, model["vocab"], merges, special, tokenizer.model_max_length)
 
 
-def _write(
-  folder: Path, vocab: dict[str, int], merges: list[tuple[str, str]], special: dict[str, str],
+def write_tokenizer(
+  folder: str | Path, vocab: dict[str, int], merges: list[tuple[str, str]], special: dict[str, str],
   max_length: int,
 ) -> None:
+  """The classic four files of a CLIP tokenizer.
+
+  Args:
+    merges: the best first.
+    special: role of transformers, as "pad_token" -> its piece.
+  """
+  folder = Path(folder)
   folder.mkdir(parents=True, exist_ok=True)
   config = {
     "tokenizer_class": "CLIPTokenizer",
