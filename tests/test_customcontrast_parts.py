@@ -16,6 +16,7 @@ from cc_jax.customcontrast.qformer import TextualQformer, fourier, perceiver_att
 from cc_jax.customcontrast.tv_fusion import TVFusion
 from cc_jax.errors import UserError
 from cc_jax.models.attention import Attention
+from cc_jax.models.rngs import StatelessRngs
 from configs import sd15, sd21, sdxl, subjects3d
 
 RNG = np.random.default_rng(0)
@@ -441,3 +442,12 @@ def test_apply_adapter_names_what_differs():
   with pytest.raises(UserError, match=message):
     wrong = {"mfi_encoder.gain": draw(3), "mfi_encoder.kernel": draw(9, 3)}
     adapter_file.apply_adapter(model, wrong, source="a.st")
+
+
+def test_keys_of_new_modules_are_folded_in_one_by_one():
+  """Older adapters began from these numbers; a block of keys at once must not change them."""
+  rngs, key = StatelessRngs(7), jax.random.key(7)
+  keys = [rngs.params() for _ in range(515)]
+  for number in (1, 2, 512, 513, 515):
+    expected = jax.random.fold_in(key, number)
+    np.testing.assert_array_equal(*map(jax.random.key_data, (keys[number - 1], expected)))
