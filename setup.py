@@ -43,6 +43,7 @@ setup(
         "tqdm>=4.66",  # rate and time left
         "tensorboardX>=2.6",  # the log for TensorBoard
         "pillow>=10",  # pictures
+        "pyarrow>=17",  # manifests of data sets, Parquet
         "scipy>=1.13",  # rank correlations
         "matplotlib>=3.9",  # the laboratory's figures
         "numpy>=2",  # everything on the host
