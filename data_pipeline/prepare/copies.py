@@ -1,0 +1,58 @@
+"""Copies of pictures: re-encoded, resized, or the next frame of a film that stands still."""
+
+import numpy as np
+from jaxtyping import Bool, Int, UInt8
+from PIL import Image
+
+HASH_BYTES, THUMB_BYTES = 32, 192
+_BANDS = 8  # hashes that differ in 7 bits or less agree in one of so many pieces
+_WINDOW = 64  # how many that agree in a piece are compared with one of them
+_COLOR_LEVELS = 6  # mean difference of the small pictures; a recoloured twin differs by more
+
+
+def picture_hash(picture: UInt8[np.ndarray, "h w 3"]) -> tuple[bytes, bytes]:
+  """Its difference hash, 16 x 16 bits, and it at 8 x 8 pixels, which has the colours.
+
+  The hash: https://www.hackerfactor.com/blog/index.php?/archives/529-Kind-of-Like-That.html
+  """
+  image = Image.fromarray(picture)
+  grey = np.asarray(image.convert("L").resize((17, 16), Image.Resampling.BILINEAR))
+  small = np.asarray(image.resize((8, 8), Image.Resampling.BILINEAR))
+  return np.packbits(grey[:, 1:] > grey[:, :-1]).tobytes(), small.tobytes()
+
+
+def find_copies(
+  hashes: UInt8[np.ndarray, "n 32"], thumbs: UInt8[np.ndarray, "n 192"], bits: int
+) -> Int[np.ndarray, " n"]:
+  """For every picture the earlier one that it is a copy of, -1 where there is none.
+
+  `bits`: how many of 256 may differ, at most 7. A picture that is left out as a copy has no copies
+  of its own. Among pictures that agree in 32 bits (flat ones do) only the nearest 64 are compared.
+  """
+  pairs = {pair for band in range(_BANDS) for pair in _pairs(hashes, thumbs, band, bits)}
+  copy_of = np.full(len(hashes), -1)
+  for later, earlier in sorted(pairs):
+    if copy_of[later] < 0 and copy_of[earlier] < 0:
+      copy_of[later] = earlier
+  return copy_of
+
+
+def _pairs(hashes, thumbs, band: int, bits: int) -> list[tuple[int, int]]:
+  """(later, earlier) of the pictures that agree in a piece of their hashes, and are copies."""
+  piece = np.ascontiguousarray(hashes[:, 4 * band : 4 * band + 4]).view(np.uint32)[:, 0]
+  order = np.argsort(piece, kind="stable")
+  found = []
+  for step in range(1, min(_WINDOW, len(order) - 1) + 1):
+    same = np.flatnonzero(piece[order[step:]] == piece[order[:-step]])
+    if not len(same):
+      break
+    later, earlier = order[same + step], order[same]
+    is_copy = _alike(hashes[later], hashes[earlier], thumbs[later], thumbs[earlier], bits)
+    found += zip(later[is_copy].tolist(), earlier[is_copy].tolist())
+  return found
+
+
+def _alike(hash_a, hash_b, thumb_a, thumb_b, bits: int) -> Bool[np.ndarray, " n"]:
+  differing = np.bitwise_count(hash_a ^ hash_b).sum(1)
+  levels = np.abs(thumb_a.astype(np.int16) - thumb_b).mean(1)
+  return (differing <= bits) & (levels <= _COLOR_LEVELS)
