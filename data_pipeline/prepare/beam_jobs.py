@@ -40,13 +40,14 @@ def run(
   count = 1 if elsewhere else min(workers or available_cores(), len(items))
   flags = [*options, f"--direct_num_workers={count}"]
   try:
-    with _quiet(), beam.Pipeline(None if elsewhere else _local_runner(count),
+    with _without_chatter(), beam.Pipeline(None if elsewhere else _local_runner(count),
                                  pipeline_options(flags)) as pipeline:
       (pipeline | "items" >> beam.Create(items) | "to workers" >> beam.Reshuffle()
        | "prepare" >> beam.Map(task))  # fmt: skip
   except Exception as error:
-    # A runner turns what a worker raised into a text of its own class.
-    said = re.findall(r"DataError: (.+?)(?: \[while running|\\n|\n|$)", str(error))
+    # Of what another process raised there is a text only; Beam adds where it happened.
+    text = f"DataError: {error}" if isinstance(error, DataError) else str(error)
+    said = re.findall(r"DataError: (.+?)(?: \[while running|\\n|\n|$)", text)
     if said:
       raise DataError(said[-1]) from error
     raise
@@ -76,31 +77,47 @@ def check_options(options: Sequence[str]) -> None:
 
 def _import_beam():
   try:
-    logging.getLogger().addFilter(_is_no_chatter)
+    logging.getLogger().addFilter(_FILTER)
     import apache_beam as beam
     from apache_beam.options.pipeline_options import PipelineOptions
   except ImportError:
     raise DataError("apache_beam, which spreads the preparation over workers, is not installed; "
                     "pip install apache-beam") from None
   finally:
-    logging.getLogger().removeFilter(_is_no_chatter)
+    logging.getLogger().removeFilter(_FILTER)
   return beam, PipelineOptions
 
 
-def _is_no_chatter(record: logging.LogRecord) -> bool:
-  return not any(text in record.getMessage() for text in _CHATTER)
+class _Chatter(logging.Filter):
+  """Stops what Beam writes where nothing is wrong, and tracebacks of what a user can mend."""
+
+  def filter(self, record: logging.LogRecord) -> bool:
+    if record.exc_info and isinstance(record.exc_info[1], DataError):
+      return False
+    return not any(text in record.getMessage() for text in _CHATTER)
+
+
+_FILTER = _Chatter()
+_FILTERED = ("apache_beam.runners.portability.fn_api_runner.fn_runner",
+             "apache_beam.runners.common")
 
 
 @contextlib.contextmanager
-def _quiet():
+def _without_chatter():
   """Without Beam's lines about its own doings, which it writes at INFO."""
   logger = logging.getLogger("apache_beam")
-  runner = logging.getLogger("apache_beam.runners.portability.fn_api_runner.fn_runner")
   level = logger.level
   logger.setLevel(logging.WARNING)
-  runner.addFilter(_is_no_chatter)
+  stop_chatter()
   try:
     yield
   finally:
     logger.setLevel(level)
-    runner.removeFilter(_is_no_chatter)
+    for name in _FILTERED:
+      logging.getLogger(name).removeFilter(_FILTER)
+
+
+def stop_chatter() -> None:
+  """In this process, see `_Chatter`."""
+  for name in _FILTERED:
+    logging.getLogger(name).addFilter(_FILTER)
