@@ -13,6 +13,7 @@ from data_pipeline.manifest import Manifest
 from data_pipeline.prepare.parts import Work, open_work, read_frames, temporary_name
 from data_pipeline.prepare.selection import Selection
 from data_pipeline.prepare.settings import Settings
+from data_pipeline.prepare.sheet import contact_sheet
 from data_pipeline.sources import tf_data
 
 VERSION = "1.0.0"
@@ -128,7 +129,7 @@ def _examples(work: Work, part: int) -> Iterator[dict]:
 
 
 def write_metadata(work: Work, lengths: list[int], notes: dict, selection: Selection) -> None:
-  """What stands beside the shards: TFDS' files, manifest.json and credits.csv.
+  """What stands beside the shards: TFDS' files, manifest.json, credits, a contact sheet.
 
   `lengths`: subjects of each shard.
   """
@@ -140,6 +141,7 @@ def write_metadata(work: Work, lengths: list[int], notes: dict, selection: Selec
   tfds.folder_dataset.write_metadata(
     data_dir=str(folder), features=features(settings.encoding), split_infos=[split],
     version=VERSION, check_data=False, description=f"Prepared by cc_jax from {notes['where']}.")
+  (folder / "contact_sheet.jpg").write_bytes(contact_sheet(work, selection.keep))
   (folder / "credits.csv").write_text(_credits(work.manifest, selection.keep))
   (folder / "manifest.json").write_text(json.dumps(notes, indent=1, ensure_ascii=False) + "\n")
 
