@@ -76,6 +76,12 @@ class Work:
     """The file of a part; `kind`: 'frames' or 'report'."""
     return epath.Path(self.folder) / "parts" / f"{number:06d}.{kind}.arrow"
 
+  def complete(self) -> set[int]:
+    """The numbers of the parts that are done, by one look into their folder."""
+    names = [path.name for path in (epath.Path(self.folder) / "parts").iterdir()]
+    return {int(name.split(".")[0]) for name in names
+            if name.endswith(".report.arrow") and not name.startswith(".")}
+
   def shards(self) -> epath.Path:
     """The folder that becomes the data set."""
     return epath.Path(self.folder) / "shards"

@@ -124,7 +124,7 @@ def _make_all(manifest, settings, work: parts.Work, plan: dict, workers, options
   count = len(work.groups)
   frames = np.add.reduceat(manifest.subjects["count"].to_numpy(),
                            [group.start for group in work.groups])
-  missing = [n for n in range(count) if not work.part(n, "report").exists()]
+  missing = sorted({*range(count)} - work.complete())
   with _progress(work, frames):
     beam_jobs.run(functools.partial(parts.make_part, work.folder, work.fingerprint), missing,
                   workers=workers, options=options)
@@ -183,9 +183,7 @@ def _progress(work: parts.Work, frames: np.ndarray) -> Iterator[None]:
   pause = 1 if listing.is_local(epath.Path(work.folder)) else 15
 
   def done() -> int:
-    names = [path.name for path in (epath.Path(work.folder) / "parts").iterdir()]
-    numbers = [int(name[:6]) for name in names if name.endswith(".report.arrow") and name[0] != "."]
-    return int(frames[numbers].sum())
+    return int(frames[sorted(work.complete())].sum())
 
   def watch() -> None:
     while not stop.wait(pause):
