@@ -474,9 +474,9 @@ def test_killed_three_times_and_on_four_workers_the_bytes_are_the_same(red, tmp_
   root = write_subjects(tmp_path / "in", subjects=24, frames=6)
   environment = os.environ | {"PYTHONPATH": str(ROOT)}
 
-  def start(out, workers):
+  def start(out, workers, **more):
     flags = dict(data=root, out=tmp_path / out, name="things", segmenter=red, min_subject=4,
-                 max_side=40, frames_per_shard=6, workers=workers)
+                 max_side=40, frames_per_shard=6, workers=workers) | more
     log = (tmp_path / f"{out}.log").open("ab")
     return subprocess.Popen(
       [sys.executable, "-m", "data_pipeline.prepare", *(f"--{k}={v}" for k, v in flags.items())],
@@ -503,3 +503,8 @@ def test_killed_three_times_and_on_four_workers_the_bytes_are_the_same(red, tmp_
   assert len(wanted) == 24 + 5
   for other in ("four", "killed"):
     assert contents(tmp_path / other / "things" / "1.0.0") == wanted
+  (tmp_path / "silent.py").write_text(
+    "from data_pipeline.errors import DataError\n"
+    "def describe(picture, noun): raise DataError('the server is silent; start it')\n")
+  assert start("failed", 2, captioner="silent:describe").wait() == 1
+  assert (tmp_path / "failed.log").read_text() == "error: the server is silent; start it\n"

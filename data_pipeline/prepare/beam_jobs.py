@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import logging
+import os
 import re
 import shlex
 import sys
@@ -31,7 +32,7 @@ def run(
       every core.
     options: Beam's own pipeline options.
 
-  Raises DataError: what a task raised as such, Beam is missing, or its options are wrong.
+  Raises DataError where Beam is missing.
   """
   if not items:
     return
@@ -39,18 +40,10 @@ def run(
   elsewhere = any(re.match("--runner(=|$)", option) for option in options)
   count = 1 if elsewhere else min(workers or available_cores(), len(items))
   flags = [*options, f"--direct_num_workers={count}"]
-  try:
-    with _without_chatter(), beam.Pipeline(None if elsewhere else _local_runner(count),
-                                 pipeline_options(flags)) as pipeline:
-      (pipeline | "items" >> beam.Create(items) | "to workers" >> beam.Reshuffle()
-       | "prepare" >> beam.Map(task))  # fmt: skip
-  except Exception as error:
-    # Of what another process raised there is a text only; Beam adds where it happened.
-    text = f"DataError: {error}" if isinstance(error, DataError) else str(error)
-    said = re.findall(r"DataError: (.+?)(?: \[while running|\\n|\n|$)", text)
-    if said:
-      raise DataError(said[-1]) from error
-    raise
+  runner = None if elsewhere else _local_runner(count)
+  with _without_chatter(), beam.Pipeline(runner, pipeline_options(flags)) as pipeline:
+    (pipeline | "items" >> beam.Create(items) | "to workers" >> beam.Reshuffle()
+     | "prepare" >> beam.Map(task))  # fmt: skip
 
 
 def _local_runner(count: int):
@@ -60,7 +53,9 @@ def _local_runner(count: int):
 
   if count == 1:
     return FnApiRunner()
-  command = f"{shlex.quote(sys.executable)} -m data_pipeline.prepare.worker"
+  # Beam hands it to a shell. A terminal's Ctrl-C is for this process, which ends the others.
+  command = "trap '' INT; exec " if os.name == "posix" else ""
+  command += f"{shlex.quote(sys.executable)} -m data_pipeline.prepare.worker"
   return FnApiRunner(default_environment=SubprocessSDKEnvironment(command_string=command))
 
 
@@ -89,35 +84,25 @@ def _import_beam():
 
 
 class _Chatter(logging.Filter):
-  """Stops what Beam writes where nothing is wrong, and tracebacks of what a user can mend."""
+  """Stops what Beam writes where nothing is wrong."""
 
   def filter(self, record: logging.LogRecord) -> bool:
-    if record.exc_info and isinstance(record.exc_info[1], DataError):
-      return False
     return not any(text in record.getMessage() for text in _CHATTER)
 
 
 _FILTER = _Chatter()
-_FILTERED = ("apache_beam.runners.portability.fn_api_runner.fn_runner",
-             "apache_beam.runners.common")
 
 
 @contextlib.contextmanager
 def _without_chatter():
   """Without Beam's lines about its own doings, which it writes at INFO."""
   logger = logging.getLogger("apache_beam")
+  runner = logging.getLogger("apache_beam.runners.portability.fn_api_runner.fn_runner")
   level = logger.level
   logger.setLevel(logging.WARNING)
-  stop_chatter()
+  runner.addFilter(_FILTER)
   try:
     yield
   finally:
     logger.setLevel(level)
-    for name in _FILTERED:
-      logging.getLogger(name).removeFilter(_FILTER)
-
-
-def stop_chatter() -> None:
-  """In this process, see `_Chatter`."""
-  for name in _FILTERED:
-    logging.getLogger(name).addFilter(_FILTER)
+    runner.removeFilter(_FILTER)

@@ -10,13 +10,15 @@ import functools
 import json
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from etils import epath
 
 from data_pipeline import sampling
+from data_pipeline.errors import DataError
 from data_pipeline.manifest import Manifest
 from data_pipeline.prepare.frames import FramePreparer, LeftOutError
 from data_pipeline.prepare.settings import Settings
@@ -76,6 +78,11 @@ class Work:
     """The file of a part; `kind`: 'frames' or 'report'."""
     return epath.Path(self.folder) / "parts" / f"{number:06d}.{kind}.arrow"
 
+  @property
+  def failure(self) -> epath.Path:
+    """The file in which a worker says why it cannot go on."""
+    return epath.Path(self.folder) / "failure.txt"
+
   def complete(self) -> set[int]:
     """The numbers of the parts that are done, by one look into their folder."""
     names = [path.name for path in (epath.Path(self.folder) / "parts").iterdir()]
@@ -91,6 +98,31 @@ class Work:
 def open_work(folder: str, fingerprint: str) -> Work:
   """The same object for all calls in a process: it holds a loaded segmenter."""
   return Work(folder, fingerprint)
+
+
+def guarded(task: Callable, folder: str, fingerprint: str, item: Any) -> None:
+  """task(folder, fingerprint, item), unless a worker has failed; see `raise_failure`.
+
+  Raised errors would come back through Beam as tracebacks of several processes.
+  """
+  failure = open_work(folder, fingerprint).failure
+  if failure.exists():
+    return
+  try:
+    task(folder, fingerprint, item)
+  except DataError as error:
+    write_whole(failure, str(error).encode())
+  except OSError as error:
+    write_whole(failure, f"a worker has stopped ({error}); mend it, what is done is kept and the "
+                         "same command goes on".encode())
+
+
+def raise_failure(work: Work) -> None:
+  """Raises DataError with what a worker has said, once."""
+  if work.failure.exists():
+    text = work.failure.read_text()
+    work.failure.unlink()
+    raise DataError(text)
 
 
 def make_part(folder: str, fingerprint: str, number: int) -> None:
@@ -159,6 +191,12 @@ def _written_whole(path: epath.Path):
     with contextlib.suppress(OSError):
       temporary.unlink(missing_ok=True)
     raise
+
+
+def write_whole(path: epath.Path, data: bytes) -> None:
+  """Writes a file that is there whole or not at all."""
+  with _written_whole(path) as file:
+    file.write(data)
 
 
 def temporary_name(path: epath.Path) -> epath.Path:

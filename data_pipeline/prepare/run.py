@@ -116,7 +116,7 @@ def _begin(manifest: Manifest, work: parts.Work, plan: dict) -> None:
   for inside in (folder / "parts", work.shards()):
     inside.mkdir(parents=True)
   manifest.write(folder / "manifest")
-  _write_whole(file, json.dumps(plan).encode())
+  parts.write_whole(file, json.dumps(plan).encode())
 
 
 def _make_all(manifest, settings, work: parts.Work, plan: dict, workers, options) -> None:
@@ -126,8 +126,7 @@ def _make_all(manifest, settings, work: parts.Work, plan: dict, workers, options
                            [group.start for group in work.groups])
   missing = sorted({*range(count)} - work.complete())
   with _progress(work, frames):
-    beam_jobs.run(functools.partial(parts.make_part, work.folder, work.fingerprint), missing,
-                  workers=workers, options=options)
+    _on_workers(parts.make_part, work, missing, workers, options)
   report = pa.concat_tables(parts.read_report(work, n) for n in range(count))
   chosen = selection.select(manifest, report, settings.copy_bits)
   try:
@@ -136,18 +135,25 @@ def _make_all(manifest, settings, work: parts.Work, plan: dict, workers, options
     _forget_bad(work, count)
     raise
   keep = epath.Path(work.folder) / "keep.npy"
-  _write_whole(keep, _npy(chosen.keep))
+  parts.write_whole(keep, _npy(chosen.keep))
   kept = [_subjects_kept(work, group, chosen.keep) for group in work.groups]
   full = [n for n in range(count) if kept[n]]
   tasks = [(part, number, len(full)) for number, part in enumerate(full)]
-  beam_jobs.run(functools.partial(shards.write_shard, work.folder, work.fingerprint), tasks,
-                workers=workers, options=options)
+  _on_workers(shards.write_shard, work, tasks, workers, options)
   notes = dict(
     name=settings.name, version=shards.VERSION, where=manifest.where, layout=manifest.layout,
     fingerprint=plan["fingerprint"], segmenter=plan["segmenter"],
     settings=vars(settings), counts=chosen.counts,
     left_out_by_the_reader=[vars(item) for item in manifest.left_out], left_out=chosen.left_out)
   shards.write_metadata(work, [kept[n] for n in full], notes, chosen)
+
+
+def _on_workers(task, work: parts.Work, items: Sequence, workers: int, options) -> None:
+  """task(work's folder, its fingerprint, item) for all items; DataError: what one of them said."""
+  work.failure.unlink(missing_ok=True)
+  beam_jobs.run(functools.partial(parts.guarded, task, work.folder, work.fingerprint), items,
+                workers=workers, options=options)
+  parts.raise_failure(work)
 
 
 def _subjects_kept(work: parts.Work, group: range, keep: np.ndarray) -> int:
@@ -168,12 +174,6 @@ def _npy(array: np.ndarray) -> bytes:
   header_and_values = io.BytesIO()
   np.save(header_and_values, array)
   return header_and_values.getvalue()
-
-
-def _write_whole(path: epath.Path, data: bytes) -> None:
-  temporary = parts.temporary_name(path)
-  temporary.write_bytes(data)
-  temporary.replace(path)
 
 
 @contextlib.contextmanager

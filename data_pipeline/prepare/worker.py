@@ -7,9 +7,6 @@ logging.getLogger().addHandler(logging.NullHandler())
 
 from apache_beam.runners.worker import sdk_worker_main  # noqa: E402
 
-from data_pipeline.prepare import beam_jobs  # noqa: E402
-
-beam_jobs.stop_chatter()
 logging.getLogger(sdk_worker_main.__name__).setLevel(logging.ERROR)  # of folders it does not need
 
 if __name__ == "__main__":
