@@ -137,6 +137,12 @@ def test_what_is_written_is_what_was_given(prepare, red, tmp_path):
   assert sum(notes["counts"]["buckets_height_x_width"].values()) == 9
   assert notes["segmenter"].startswith("isnet sha256:")
   assert sorted(path.name for path in folder.parent.iterdir()) == ["1.0.0"]
+  sheet = np.asarray(Image.open(folder / "contact_sheet.jpg"), float)
+  assert sheet.shape == (3 * 128, 150 + 6 * 128, 3)
+  shown, cut = (array.astype(float) for array in read[1].frame(2))
+  pale = shown + 0.75 * (255 - shown) * (1 - cut[..., None] / 255)
+  cell = sheet[128:256, 150 + 2 * 128 :][:, :128]  # in the middle of its cell: 40 x 37
+  assert np.abs(cell[45:82, 44:84] - pale).mean() < 6 and cell[:40].min() > 250
   assert [p.name for p in sorted(folder.glob("things*"))] == [
     f"things-train.tfrecord-{n:05d}-of-00002" for n in range(2)]
 
@@ -369,6 +375,7 @@ MISTAKES = {
   "config": (["--config=none.py", "--out=o"], "none.py is missing"),
   "source": (["--config=rendered.py", "--out=o"], "data.source='render' is no folder"),
   "no config": (["--config=empty.py", "--out=o"], "has no get_config"),
+  "bucket": (["--data=in", "--out=gs://b/o", "--file_format=array_record"], "no local folder"),
   "segmenter": (["--data=in", "--out=o", "--segmenter=x.onnx"], "x.onnx is missing|onnxruntime"),
 }
 

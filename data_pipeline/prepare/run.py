@@ -47,6 +47,9 @@ def prepare(
   """
   settings.check()
   beam_jobs.check_options(options)
+  if settings.file_format == "array_record" and not listing.is_local(listing.data_path(out, "")):
+    raise DataError(f"--file_format=array_record: {out} is no local folder, and such files are "
+                    "written and read on local disks only; use tfrecord")
   plan = _plan(manifest, settings)
   root = listing.data_path(out, "--out")  # absolute, for workers elsewhere
   home = (root.resolve() if listing.is_local(root) else root) / settings.name
