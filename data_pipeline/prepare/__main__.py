@@ -49,8 +49,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _main(argv: Sequence[str] | None) -> None:
   args, options = _parser().parse_known_args(argv)
-  data, bad_share = _of_config(args.config) if args.config else ("", 0.0)
-  data = args.data or data
+  data, layout, bad_share = _of_config(args.config) if args.config else ("", "auto", 0.0)
+  data, layout = args.data or data, args.layout or layout
   if not data:
     raise DataError("there is nothing to prepare; name it with --data=PATH or --config=FILE")
   values = {field.name: getattr(args, field.name) for field in dataclasses.fields(Settings)
@@ -59,8 +59,9 @@ def _main(argv: Sequence[str] | None) -> None:
   from data_pipeline.prepare import inputs, run
 
   settings = Settings(**values)
-  folder = run.prepare(inputs.read_manifest(data), settings, args.out, workers=args.workers,
-                       options=options)
+  settings.check()
+  manifest = inputs.read_manifest(data, layout, settings.max_bad_share)
+  folder = run.prepare(manifest, settings, args.out, workers=args.workers, options=options)
   counts = json.loads((folder / "manifest.json").read_text())["counts"]
   left_out = ", ".join(f"{n} {kind}" for kind, n in counts["left_out"].items()) or "nothing"
   print(f"{counts['subjects']} subjects, {counts['frames']} frames; left out: {left_out}; "
@@ -74,6 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     prog="python -m data_pipeline.prepare", description=__doc__, allow_abbrev=False,
     formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("--data", help="a manifest, or a folder of subjects")
+  parser.add_argument("--layout", help="of --data, as data.layout has it; by default found out")
   parser.add_argument("--config", help="a config file, whose config.data names the data")
   parser.add_argument("--out", required=True, help="the folder of TFDS data sets to write into")
   parser.add_argument("--workers", type=int, default=0, help="processes; 0 = one for every core")
@@ -85,8 +87,8 @@ def _parser() -> argparse.ArgumentParser:
   return parser
 
 
-def _of_config(file: str) -> tuple[str, float]:
-  """The data's path and max_bad_share of a config file."""
+def _of_config(file: str) -> tuple[str, str, float]:
+  """The data's path, layout and max_bad_share of a config file."""
   if not Path(file).is_file():
     raise DataError(f"--config={file} is missing; check the path")
   spec = importlib.util.spec_from_file_location("config_to_prepare", file)
@@ -98,7 +100,8 @@ def _of_config(file: str) -> tuple[str, float]:
   if data.source not in ("folder", "captures"):
     raise DataError(f"--config={file}: data.source={data.source!r} is no folder of pictures; set "
                     "'folder' or 'captures', or name the folder with --data")
-  return data.name, data.max_bad_share
+  layout = "folder" if data.source == "folder" else getattr(data, "layout", "auto")
+  return data.name, layout, data.max_bad_share
 
 
 def _name_of(path: str) -> str:

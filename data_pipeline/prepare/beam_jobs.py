@@ -18,7 +18,7 @@ from data_pipeline.sources import listing
 # What Beam 2.77 says where nothing is wrong: of Google's cloud, which is not used, and of workers
 # that are other processes because of `_local_runner` and not by an option.
 _CHATTER = ("apitools not found", "direct_running_mode should be")
-OWN_FLAGS = ("data", "config", "out", "workers",
+OWN_FLAGS = ("data", "layout", "config", "out", "workers",
              *(field.name for field in dataclasses.fields(Settings)))
 
 

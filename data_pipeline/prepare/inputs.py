@@ -1,5 +1,6 @@
-"""The manifest of what a user names: a manifest's folder, or a folder of subjects."""
+"""The manifest of what a user names: a manifest, a published layout, or a folder of subjects."""
 
+import importlib.util
 import re
 
 from etils import epath
@@ -11,12 +12,13 @@ from data_pipeline.sources import listing
 from data_pipeline.sources.captions_file import read_listing
 
 
-def read_manifest(name: str) -> Manifest:
-  """Of a folder that `Manifest.write` wrote, else of one with a folder of pictures per subject.
+def read_manifest(name: str, layout: str = "auto", max_bad_share: float = 0.0) -> Manifest:
+  """Of a folder that `Manifest.write` wrote, of a published layout, else of a folder of subjects.
 
-  The latter is the layout of `data_pipeline.sources.folder`, where captions.json and masks may be
-  missing: the class noun is then the folder's name ('blue_mug_02' is a blue mug). Raises DataError
-  for a folder that is neither.
+  The last is the layout of `data_pipeline.sources.folder`, where captions.json and masks may be
+  missing: the class noun is then the folder's name ('blue_mug_02' is a blue mug). `layout` and
+  `max_bad_share`: of `data_pipeline.readers.read`. Raises DataError for a folder that is neither,
+  and for layouts whose pictures are no files.
   """
   folder = listing.data_path(name, "--data")
   folder = folder.resolve() if listing.is_local(folder) else folder
@@ -24,6 +26,31 @@ def read_manifest(name: str) -> Manifest:
     raise DataError(f"{folder} is no folder; name the folder of your subjects")
   if (folder / "frames.parquet").exists():
     return Manifest.read(folder)
+  layout = _recognise(folder) if layout == "auto" else layout
+  if layout == "folder":
+    return _read_folder(folder)
+  from data_pipeline import readers
+
+  captures = readers.read(str(folder), layout, max_bad_share=max_bad_share)
+  if not hasattr(captures.subjects, "manifest"):
+    raise DataError(f"{folder}: in the layout {layout} pictures lie inside of tables, and only "
+                    "files can be prepared; train on it as it is (data.source='captures')")
+  return captures.subjects.manifest
+
+
+def _recognise(folder: epath.Path) -> str:
+  """The published layout that the folder has, else 'folder'."""
+  if importlib.util.find_spec("data_pipeline.readers") is None:
+    return "folder"
+  from data_pipeline import readers
+
+  try:
+    return readers.recognise(folder)
+  except DataError:  # of none: subjects without captions.json, say
+    return "folder"
+
+
+def _read_folder(folder: epath.Path) -> Manifest:
   subjects, left_out = [], []
   for place in (path for path in listing.entries(folder) if path.is_dir()):
     try:
