@@ -282,6 +282,18 @@ def test_small_subjects_and_copies_are_left_out(prepare, tmp_path):
   assert json.loads((again / "manifest.json").read_text())["left_out"] == []
 
 
+def test_a_picture_that_a_subject_has_twice_is_no_copy(prepare, tmp_path):
+  """Sets of one view, such as Open Images, list it so; in another subject it is a wrong label."""
+  for n in range(2):
+    save(np.dstack([picture(n), mask()]), tmp_path / f"{n}.png")
+  a, b = (FrameRow(f"{n}.png", ["cup"], mask_kind="alpha") for n in range(2))
+  rows = [SubjectRow("a", "cup", [a, a]), SubjectRow("b", "cup", [b, b, a])]
+  manifest = Manifest.from_subjects(rows, where="here", layout="test", root=str(tmp_path))
+  notes = json.loads((prepare(manifest, tmp_path / "out") / "manifest.json").read_text())
+  assert notes["left_out"] == [dict(name="0.png", kind="copy", reason="of 0.png")]
+  assert notes["counts"]["frames"] == 4
+
+
 def test_copies_are_those_that_a_look_at_all_pairs_finds():
   rng = np.random.default_rng(0)
   hashes = rng.integers(0, 256, (300, 32), dtype=np.uint8)
@@ -303,7 +315,9 @@ def test_copies_are_those_that_a_look_at_all_pairs_finds():
           copy_of[later] = earlier
           break
     assert (copy_of >= 0).sum() > 5
-    np.testing.assert_array_equal(copies.find_copies(hashes, thumbs, limit), copy_of)
+    apart = np.arange(300)[:, None]
+    np.testing.assert_array_equal(copies.find_copies(hashes, thumbs, apart, limit), copy_of)
+  assert (copies.find_copies(hashes, thumbs, 0 * apart, 7) == -1).all()
 
 
 # ---- boxes, buckets, words

@@ -23,14 +23,17 @@ def picture_hash(picture: UInt8[np.ndarray, "h w 3"]) -> tuple[bytes, bytes]:
 
 
 def find_copies(
-  hashes: UInt8[np.ndarray, "n 32"], thumbs: UInt8[np.ndarray, "n 192"], bits: int
+  hashes: UInt8[np.ndarray, "n 32"], thumbs: UInt8[np.ndarray, "n 192"],
+  sources: Int[np.ndarray, "n k"], bits: int,
 ) -> Int[np.ndarray, " n"]:
   """For every picture the earlier one that it is a copy of, -1 where there is none.
 
-  `bits`: how many of 256 may differ, at most 7. A picture that is left out as a copy has no copies
-  of its own. Among pictures that agree in 32 bits (flat ones do) only the nearest 64 are compared.
+  `bits`: how many of 256 may differ, at most 7. Pictures with the same `sources` are listed twice
+  on purpose, and are no copies. A picture that is left out as a copy has no copies of its own.
+  Among pictures that agree in 32 bits (flat ones do) only the nearest 64 are compared.
   """
-  pairs = {pair for band in range(_BANDS) for pair in _pairs(hashes, thumbs, band, bits)}
+  arrays = hashes, thumbs, sources
+  pairs = {pair for band in range(_BANDS) for pair in _pairs(arrays, band, bits)}
   copy_of = np.full(len(hashes), -1)
   for later, earlier in sorted(pairs):
     if copy_of[later] < 0 and copy_of[earlier] < 0:
@@ -38,9 +41,9 @@ def find_copies(
   return copy_of
 
 
-def _pairs(hashes, thumbs, band: int, bits: int) -> list[tuple[int, int]]:
+def _pairs(arrays: tuple[np.ndarray, ...], band: int, bits: int) -> list[tuple[int, int]]:
   """(later, earlier) of the pictures that agree in a piece of their hashes, and are copies."""
-  piece = np.ascontiguousarray(hashes[:, 4 * band : 4 * band + 4]).view(np.uint32)[:, 0]
+  piece = np.ascontiguousarray(arrays[0][:, 4 * band : 4 * band + 4]).view(np.uint32)[:, 0]
   order = np.argsort(piece, kind="stable")
   found = []
   for step in range(1, min(_WINDOW, len(order) - 1) + 1):
@@ -48,12 +51,14 @@ def _pairs(hashes, thumbs, band: int, bits: int) -> list[tuple[int, int]]:
     if not len(same):
       break
     later, earlier = order[same + step], order[same]
-    is_copy = _alike(hashes[later], hashes[earlier], thumbs[later], thumbs[earlier], bits)
+    is_copy = _alike([array[later] for array in arrays], [array[earlier] for array in arrays], bits)
     found += zip(later[is_copy].tolist(), earlier[is_copy].tolist())
   return found
 
 
-def _alike(hash_a, hash_b, thumb_a, thumb_b, bits: int) -> Bool[np.ndarray, " n"]:
+def _alike(one: list[np.ndarray], other: list[np.ndarray], bits: int) -> Bool[np.ndarray, " n"]:
+  (hash_a, thumb_a, source_a), (hash_b, thumb_b, source_b) = one, other
   differing = np.bitwise_count(hash_a ^ hash_b).sum(1)
   levels = np.abs(thumb_a.astype(np.int16) - thumb_b).mean(1)
-  return (differing <= bits) & (levels <= _COLOR_LEVELS)
+  listed_twice = (source_a == source_b).all(1)
+  return (differing <= bits) & (levels <= _COLOR_LEVELS) & ~listed_twice

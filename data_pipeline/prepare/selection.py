@@ -42,7 +42,7 @@ def select(manifest: Manifest, report: pa.Table, copy_bits: int) -> Selection:
   for row in np.flatnonzero((count[subject] < 2) & (kinds == "")):
     kinds[row], reasons[row] = ONE_FRAME, "a triple needs two or more frames"
   if copy_bits >= 0:
-    for row, original in _find_copies(report, kinds == "", copy_bits):
+    for row, original in _find_copies(manifest, report, subject, kinds == "", copy_bits):
       kinds[row], reasons[row] = COPY, f"of {pictures[original]}"
   kept = np.bincount(subject[kinds == ""], minlength=len(count))
   for row in np.flatnonzero((kept[subject] < 2) & (kinds == "")):
@@ -53,14 +53,20 @@ def select(manifest: Manifest, report: pa.Table, copy_bits: int) -> Selection:
   return Selection(keep, left_out, _counts(manifest, report, subject, keep, left_out))
 
 
-def _find_copies(report: pa.Table, good: np.ndarray, bits: int) -> list[tuple[int, int]]:
-  """(row, row of the original) of copies among the good frames."""
+def _find_copies(manifest, report, subject, good, bits: int) -> list[tuple[int, int]]:
+  """(row, row of the original) of copies among the good frames.
+
+  A subject that has a picture twice, as a set of one view does, has it so that triples can be made.
+  """
   rows = np.flatnonzero(good)
+  names = manifest.frames["picture"].combine_chunks().dictionary_encode().indices.to_numpy()
+  places = [manifest.frames[key].to_numpy() for key in ("picture_offset", "x0", "y0", "x1", "y1")]
+  sources = np.column_stack([subject, names, *places]).astype(np.int64)[rows]
   arrays = []
   for key, width in (("hash", copies.HASH_BYTES), ("thumb", copies.THUMB_BYTES)):
     data = b"".join(report[key].to_pylist())
     arrays.append(np.frombuffer(data, np.uint8).reshape(-1, width)[rows])
-  copy_of = copies.find_copies(*arrays, bits)
+  copy_of = copies.find_copies(*arrays, sources, bits)
   return [(int(rows[n]), int(rows[copy_of[n]])) for n in np.flatnonzero(copy_of >= 0)]
 
 
