@@ -459,12 +459,12 @@ def test_a_restart_goes_on_and_ends_with_the_same_bytes(prepare, red, tmp_path, 
   calls, budget = [], [0]
   original = frames.FramePreparer._load
 
-  def load(self, root, frame):
+  def load(self, read, frame):
     if not budget[0]:
       raise RuntimeError("stopped")
     budget[0] -= 1
     calls.append(frame.picture)
-    return original(self, root, frame)
+    return original(self, read, frame)
 
   monkeypatch.setattr(frames.FramePreparer, "_load", load)
   for budget[0] in (5, 6):

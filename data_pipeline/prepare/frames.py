@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import re
+from collections.abc import Callable
 
 import numpy as np
 from PIL import Image
@@ -11,7 +12,6 @@ from data_pipeline import triples
 from data_pipeline.errors import DataError
 from data_pipeline.images import OPAQUE
 from data_pipeline.manifest import FrameRow
-from data_pipeline.manifest_frames import load_frame
 from data_pipeline.prepare.copies import picture_hash
 from data_pipeline.prepare.settings import Settings
 from data_pipeline.segment import Segmenter
@@ -47,7 +47,10 @@ class PreparedFrame:
 
 
 class FramePreparer:
-  """preparer(root, frame, noun) -> PreparedFrame; raises LeftOutError for what is not written."""
+  """preparer(load, frame, noun) -> PreparedFrame; raises LeftOutError for what is not written.
+
+  load() gives the frame's picture uint8 [h, w, 3] and mask uint8 [h, w], or raises DataError.
+  """
 
   def __init__(self, settings: Settings):
     self._settings = settings
@@ -55,8 +58,8 @@ class FramePreparer:
     self._segmenter = Segmenter(settings.segmenter, threads=1) if settings.segmenter else None
     self._captioner = settings.load_captioner()
 
-  def __call__(self, root: str, frame: FrameRow, noun: str) -> PreparedFrame:
-    picture, mask, mask_from = self._load(root, frame)
+  def __call__(self, load: Callable, frame: FrameRow, noun: str) -> PreparedFrame:
+    picture, mask, mask_from = self._load(load, frame)
     height, width = mask.shape
     digest, thumb = picture_hash(picture)
     box = triples.bounding_box(mask)
@@ -80,18 +83,18 @@ class FramePreparer:
       nearest_bucket(size[1], size[0], self._settings.max_side), digest, thumb, mask_from,
       caption_from)
 
-  def _load(self, root: str, frame: FrameRow):
+  def _load(self, load: Callable, frame: FrameRow):
     """Picture uint8 [h, w, 3], mask uint8 [h, w], and where the mask is from."""
     try:
-      picture, mask = load_frame(root, frame)
+      picture, mask = load()
     except DataError as error:
       raise LeftOutError(UNUSABLE, str(error)) from error
     opaque = frame.mask_kind == "alpha" and mask.min() == 255
     if frame.mask_kind != "none" and not opaque:
       return picture, mask, frame.mask_kind
-    if self._segmenter is None:  # only an alpha channel is found so late
-      raise LeftOutError(UNUSABLE, f"{frame.picture} has an alpha channel that is opaque "
-                                   "everywhere; name a --segmenter, or give it a mask")
+    if self._segmenter is None:  # what only reading the picture can tell
+      raise LeftOutError(UNUSABLE, "its alpha channel, or mask, is opaque everywhere; name a "
+                                   "--segmenter, or give it a mask")
     mask = self._segmenter(picture)
     if mask.max() < OPAQUE:
       raise LeftOutError(NO_SUBJECT, f"the largest value of the mask is {mask.max()} of 255")

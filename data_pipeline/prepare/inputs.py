@@ -1,15 +1,21 @@
 """The manifest of what a user names: a manifest, a published layout, or a folder of subjects."""
 
+import functools
+import importlib
 import importlib.util
 import re
+from collections.abc import Callable
 
 from etils import epath
 
 from data_pipeline import images, sampling
 from data_pipeline.errors import DataError
 from data_pipeline.manifest import FrameRow, LeftOut, Manifest, SubjectRow
+from data_pipeline.manifest_frames import load_frame
 from data_pipeline.sources import listing
 from data_pipeline.sources.captions_file import read_listing
+
+_IN_TABLE = "table:"  # begins the name of a picture that is no file
 
 
 def read_manifest(name: str, layout: str = "auto", max_bad_share: float = 0.0) -> Manifest:
@@ -17,8 +23,7 @@ def read_manifest(name: str, layout: str = "auto", max_bad_share: float = 0.0) -
 
   The last is the layout of `data_pipeline.sources.folder`, where captions.json and masks may be
   missing: the class noun is then the folder's name ('blue_mug_02' is a blue mug). `layout` and
-  `max_bad_share`: of `data_pipeline.readers.read`. Raises DataError for a folder that is neither,
-  and for layouts whose pictures are no files.
+  `max_bad_share`: of `data_pipeline.readers.read`. Raises DataError for a folder that is neither.
   """
   folder = listing.data_path(name, "--data")
   folder = folder.resolve() if listing.is_local(folder) else folder
@@ -32,10 +37,42 @@ def read_manifest(name: str, layout: str = "auto", max_bad_share: float = 0.0) -
   from data_pipeline import readers
 
   captures = readers.read(str(folder), layout, max_bad_share=max_bad_share)
-  if not hasattr(captures.subjects, "manifest"):
-    raise DataError(f"{folder}: in the layout {layout} pictures lie inside of tables, and only "
-                    "files can be prepared; train on it as it is (data.source='captures')")
-  return captures.subjects.manifest
+  if hasattr(captures.subjects, "manifest"):
+    return captures.subjects.manifest
+  return _of_subjects(captures, str(folder))
+
+
+def _of_subjects(captures, root: str) -> Manifest:
+  """Of subjects whose pictures lie inside of tables: the reader gives them, see `loader`."""
+  subjects = captures.subjects
+  reader = importlib.import_module(f"data_pipeline.readers.{captures.layout}")
+  tables = f"{_IN_TABLE}{subjects.fingerprint()[:12]}"  # other files are other data
+  # Whether there is a mask the picture tells: 'alpha' asks it.
+  rows = [
+    SubjectRow(name, subject.noun, [
+      FrameRow(f"{tables}/{name}/{f}", list(subject.captions(f)), mask_kind="alpha",
+               is_reference=bool(is_reference))
+      for f, is_reference in enumerate(subject.is_reference())],
+      licence=getattr(reader, "LICENCE", ""))
+    for name, subject in ((name, subjects[n]) for n, name in enumerate(subjects.names))]
+  return Manifest.from_subjects(
+    rows, where=subjects.where, layout=captures.layout, root=root, left_out=captures.left_out)
+
+
+def loader(manifest: Manifest, frame: FrameRow, subject: int, f: int) -> Callable:
+  """A function that reads a frame, the f-th of its subject: picture uint8 [h, w, 3] and mask."""
+  if frame.picture.startswith(_IN_TABLE):
+    return functools.partial(_open_subjects(manifest.root, manifest.layout)[subject].frame, f)
+  return functools.partial(load_frame, manifest.root, frame)
+
+
+@functools.lru_cache(1)
+def _open_subjects(root: str, layout: str):
+  """The subjects of tables, in the order in which `_of_subjects` saw them."""
+  from data_pipeline import readers
+
+  # That not too much is missing was found before.
+  return readers.read(root, layout, max_bad_share=0.999).subjects
 
 
 def _recognise(folder: epath.Path) -> str:

@@ -19,7 +19,8 @@ from etils import epath
 
 from data_pipeline import sampling
 from data_pipeline.errors import DataError
-from data_pipeline.manifest import Manifest
+from data_pipeline.manifest import FrameRow, Manifest
+from data_pipeline.prepare import inputs
 from data_pipeline.prepare.frames import FramePreparer, LeftOutError
 from data_pipeline.prepare.settings import Settings
 
@@ -138,25 +139,27 @@ def make_part(folder: str, fingerprint: str, number: int) -> None:
         first, count = (subjects[key][subject].as_py() for key in ("first", "count"))
         noun = subjects["noun"][subject].as_py()
         for row in range(first, first + count):
-          _make_frame(work, row, noun, writer, report)
+          frame = work.manifest.frame(row)
+          load = inputs.loader(work.manifest, frame, subject, row - first)
+          _make_frame(work, row, load, frame, noun, writer, report)
   table = pa.table(report, schema=_REPORT)
   with _written_whole(work.part(number, "report")) as file:
     with pa.ipc.new_file(file, _REPORT) as writer:
       writer.write_table(table)
 
 
-def _make_frame(work: Work, row: int, noun: str, writer, report: dict[str, list]) -> None:
+def _make_frame(work: Work, row: int, load, frame: FrameRow, noun: str, writer, report) -> None:
   line = dict.fromkeys(_REPORT.names, "") | dict(row=row, hash=bytes(32), thumb=bytes(192))
   try:
-    frame = work.preparer(work.manifest.root, work.manifest.frame(row), noun)
+    made = work.preparer(load, frame, noun)
   except LeftOutError as error:
     line["kind"], line["reason"] = error.args
   else:
-    values = dataclasses.asdict(frame) | dict(row=row)
+    values = dataclasses.asdict(made) | dict(row=row)
     writer.write_batch(pa.RecordBatch.from_pylist(
       [{key: values[key] for key in _FRAMES.names}], schema=_FRAMES))
     line |= {key: values[key] for key in ("mask_from", "caption_from", "hash", "thumb")}
-    line["bucket"] = "x".join(map(str, frame.bucket))
+    line["bucket"] = "x".join(map(str, made.bucket))
   for key, value in line.items():
     report[key].append(value)
 
