@@ -82,7 +82,9 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
   files("reference", "Pictures of one subject: a.png,b.png. A name with a comma in it has a "
         "--reference of its own. None draws with the base alone.")
   files("mask", "A picture per reference, white on the subject: a.png,b.png; nothing where there "
-        "is none: ,b.png.")
+        "is none: ,b.png. The word auto, alone or in a mask's place, leaves it to --segmenter.")
+  text("segmenter", None, "For --mask=auto: FILE.onnx, a network that finds subjects, such as "
+       "u2netp.onnx or an ISNet; FILE.onnx:KIND says of which kind it is. Needs onnxruntime.")
   text("class_noun", None, "What the subject is: a word of the prompt. Several subjects, in its "
        "order: vase,toy, with --reference=vase.png,toy.png, and a.png+b.png for two of one.")
   text("checkpoint", None, "An adapter, or a training's workdir; the shipped adapter by default.")
@@ -122,6 +124,7 @@ def main(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> None:
   from cc_jax.models.params import DTYPES
   from cc_jax.sampling import arguments as given
   from cc_jax.sampling import pipeline
+  from cc_jax.sampling.auto_masks import AUTO, fill_masks
   from cc_jax.sampling.images import save
   from cc_jax.sampling.sampler import check_guidance
 
@@ -141,14 +144,18 @@ def main(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> None:
     arguments["class_noun"] = [noun.strip() for noun in values.class_noun.split(",")]
     references = [_split_subject(files) for files in reference]
     masks = [[file or None for file in _split_subject(files)] if files else None for files in mask]
+  if mask == [AUTO]:  # one word for all
+    masks = [[AUTO] * len(r) if isinstance(r, list) else AUTO for r in references]
   # What needs no base is found before it is loaded.
   given.as_prompts(values.prompt)
   given.as_seeds(values.seed, values.num_images)
   nouns = given.as_nouns(arguments["class_noun"])
   shown = given.pictures_by_subject(references, masks or None, nouns)
   for file in [file for subjects in shown for files in subjects for file in files]:
-    if file is not None and not _is_file(file):
+    if file not in (None, AUTO) and not _is_file(file):
       raise UserError(f"{file} is missing; check the path")
+  cut = fill_masks(*shown, values.segmenter)
+  masks = cut if len(nouns) > 1 else cut[0]
   lora = split_files(values.lora, lambda text: _is_file(_parse_lora(text)[0]))
   with warnings.catch_warnings():
     warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
@@ -165,6 +172,8 @@ def main(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> None:
       seed=seed, num_images=1, reference=reference, mask=mask, dtype=values.dtype,
       lora=lora, checkpoint=pipe.source, base=pipe.base.name, base_hash=pipe.base.hash,
     )  # fmt: skip
+    if values.segmenter:
+      settings["segmenter"] = values.segmenter
     save(image, path, settings)
     print(path)
 

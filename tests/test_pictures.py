@@ -51,12 +51,13 @@ def on_white(rgb, alpha):
   return (rgb * alpha + 255 * (255 - alpha) + 127) // 255
 
 
+def chunk(name, data):
+  body = name + data
+  return struct.pack(">I", len(data)) + body + struct.pack(">I", zlib.crc32(body))
+
+
 def png(bits, kind, rows, *chunks):
   """A PNG by hand: Pillow writes no colours of 16 bits and no transparent grey of 16 bits."""
-  def chunk(name, data):
-    body = name + data
-    return struct.pack(">I", len(data)) + body + struct.pack(">I", zlib.crc32(body))
-
   header = struct.pack(">IIBBBBB", rows.shape[1], rows.shape[0], bits, kind, 0, 0, 0)
   data = zlib.compress(b"".join(b"\0" + row.astype(">u2").tobytes() for row in rows))
   parts = [(b"IHDR", header), *chunks, (b"IDAT", data), (b"IEND", b"")]
@@ -131,6 +132,8 @@ PICTURES = {
   "16-bit colours": (png(16, 2, RGB.astype(np.uint16) * 257), RGB),
   "16-bit grey and alpha": (
     png(16, 4, np.dstack([GREY, MASK]).astype(np.uint16) * 257), grey(GREY)),
+  "16-bit colours and alpha": (
+    png(16, 6, np.dstack([RGB, MASK]).astype(np.uint16) * 257), RGB),
   "16-bit grey, one of them transparent": (
     png(16, 0, DEEP, (b"tRNS", struct.pack(">H", int(DEEP[0, 0])))), grey(np.rint(DEEP / 257))),
   "32-bit integers": (encoded(GREY.astype(np.int32), "TIFF"), grey(GREY)),
@@ -158,7 +161,8 @@ def test_pictures(kind, door, tmp_path):
 def test_pictures_to_start_from(kind, tmp_path):
   file, rgb = PICTURES[kind]
   alpha = {"palette, one entry transparent": CLEAR, "grey and alpha": MASK,
-           "16-bit grey and alpha": MASK}.get(kind, np.full_like(MASK, 255))  # fmt: skip
+           "16-bit grey and alpha": MASK, "16-bit colours and alpha": MASK,
+           }.get(kind, np.full_like(MASK, 255))  # fmt: skip
   if "one of them" in kind:
     alpha = np.where(DEEP == DEEP[0, 0], np.uint8(0), np.uint8(255))
   (tmp_path / "a.png").write_bytes(file)
@@ -166,6 +170,14 @@ def test_pictures_to_start_from(kind, tmp_path):
     for source in (tmp_path / "a.png", opened):
       got = pictures.read_start(source, width=SIZE, height=SIZE)
       np.testing.assert_array_equal(got, on_white(rgb, alpha))
+
+
+def test_a_jpeg_of_printing_colours():
+  """CMYK, which Adobe's programs, and Pillow, write inverted with a marker that says so."""
+  inks = np.dstack([255 - grey(GREY), 0 * GREY])
+  file = encoded(Image.fromarray(inks, "CMYK"), "JPEG", quality=100, subsampling=0)
+  assert b"Adobe" in file[:40]
+  assert np.abs(images.read_image(file).astype(int) - grey(GREY)).max() <= 3
 
 
 @pytest.mark.parametrize("mode", ["YCbCr", "HSV", "LAB", "RGBX", "RGBa", "La"])
@@ -278,6 +290,14 @@ def with_text(key, value):
   return encoded(TURNED, pnginfo=text)
 
 
+def after_the_image_data(kind, data):
+  """A PNG whose chunk comes last, where a reader of headers does not see it."""
+  file = encoded(TURNED)
+  end = len(file) - 12  # IEND
+  assert file[end + 4 : end + 8] == b"IEND"
+  return file[:end] + chunk(kind, data) + file[end:]
+
+
 EXIF_BYTES = EXIF.tobytes() if EXIF.tobytes()[:4] == b"Exif" else b"Exif\0\0" + EXIF.tobytes()
 PLACES = {
   "JPEG, EXIF": encoded(TURNED, "JPEG", exif=EXIF, quality=100, subsampling=0),
@@ -287,6 +307,9 @@ PLACES = {
   "WebP, XMP": encoded(TURNED, "WEBP", xmp=XMP.format(XMP_FORMS[0]).encode(), lossless=True),
   "TIFF": encoded(TURNED, "TIFF", tiffinfo={274: 6}),
   "PNG, eXIf": encoded(TURNED, exif=EXIF),
+  "PNG, eXIf at the end": after_the_image_data(b"eXIf", EXIF_BYTES[6:]),
+  "PNG, XMP at the end": after_the_image_data(
+    b"iTXt", b"XML:com.adobe.xmp" + bytes(5) + XMP.format(XMP_FORMS[0]).encode()),
   "PNG, raw EXIF": with_text("Raw profile type exif", EXIF_BYTES),
   "PNG, raw APP1": with_text("Raw profile type APP1", EXIF_BYTES),
   "PNG, raw XMP": with_text("Raw profile type xmp", XMP.format(XMP_FORMS[0]).encode()),
