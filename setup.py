@@ -53,10 +53,18 @@ setup(
         "cuda13": ["jax[cuda13]>=0.10.2"],
         "tpu": ["jax[tpu]>=0.10.2"],
         "heif": ["pillow-heif"],  # telephones' .heic pictures in folders of one's own
+        # 3D models: `python -m data_pipeline.objects` reads them and renders them.
+        "objects": ["trimesh>=4", "moderngl>=5.10"],
+        # Masks of photographs by a network that the user names: `generate --mask=auto`.
+        "segment": ["onnxruntime>=1.18"],
+        # `python -m data_pipeline.prepare`. Beam 2.77 wants pillow<13, protobuf<7, pyarrow<26.
+        "prepare": ["apache-beam>=2.77", "onnxruntime>=1.18"],
         # What the command `tfds` imports and does not install.
         "tfds": ["apache-beam", "mlcroissant"],
         "notebooks": ["jupyterlab>=4", "ipywidgets>=8"],
         # torch: the version that the parity tests were run with, and whose CPU wheel CI has.
-        "test": ["pytest>=8", "pytest-xdist>=3.6", "torch==2.13.0", "ruff"],
+        # Tests of `prepare` ask for that extra, and are skipped without it.
+        "test": ["pytest>=8", "pytest-xdist>=3.6", "torch==2.13.0", "ruff", "trimesh>=4",
+                 "moderngl>=5.10", "onnxruntime>=1.18"],
     },
 )
