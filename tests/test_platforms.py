@@ -130,7 +130,8 @@ def test_every_imported_package_is_declared():
   imported -= set(sys.stdlib_module_names) | {"cc_jax", "data_pipeline", "configs"}
   owners = importlib.metadata.packages_distributions()
   runtime, extras = requirements()
-  declared = {normal(name) for name in [*runtime, *extras["notebooks"], *extras["heif"]]}
+  optional = ("notebooks", "heif", "objects", "segment", "prepare")
+  declared = {normal(name) for group in (runtime, *map(extras.get, optional)) for name in group}
   for name in imported:
     assert {normal(owner) for owner in owners.get(name, [name])} & declared, name
 
