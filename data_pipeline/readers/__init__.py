@@ -118,29 +118,25 @@ def open_captures(data_config, split: str = "train") -> "SubjectSet":
   A run asks several times, and listing a large set takes minutes: the last one is kept.
   """
   share = sampling.check_bad_share(data_config.max_bad_share)
-  captures = _read_once(data_config.name, data_config.layout, split, share)
-  for note in captures.notes:
-    logging.log_first_n(logging.WARNING, "%s: %s", 1, captures.subjects.where, note)
-  if captures.left_out:
-    logging.log_first_n(
-      logging.WARNING, "%s: %d left out, such as %s; `python -m data_pipeline.inspect` names all", 1,
-      captures.subjects.where, len(captures.left_out), _in_words(captures.left_out[0]))
-  return captures.subjects
+  return _read_once(data_config.name, data_config.layout, split, share).subjects
 
 
 @functools.lru_cache(maxsize=1)
 def _read_once(name: str, layout: str, split: str, max_bad_share: float) -> Captures:
-  return read(name, layout, split=split, max_bad_share=max_bad_share)
+  captures = read(name, layout, split=split, max_bad_share=max_bad_share)
+  for note in captures.notes:
+    logging.warning("%s: %s", captures.subjects.where, note)
+  if captures.left_out:
+    first = captures.left_out[0]
+    logging.warning("%s: %d left out, such as %s (%s); `python -m data_pipeline.inspect` says more",
+                    captures.subjects.where, len(captures.left_out), first.name, first.reason)
+  return captures
 
 
 def check_split(split: str, splits: tuple[str, ...], where: str) -> None:
   """Raises DataError for a split that the data set does not have."""
   if split not in splits:
     raise DataError(f"{where} has no split {split!r}; it has {', '.join(map(repr, splits))}")
-
-
-def _in_words(item: LeftOut) -> str:
-  return f"{item.name} ({item.reason})"
 
 
 def _reader(layout: str):
