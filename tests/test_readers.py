@@ -98,7 +98,7 @@ def test_triples_come_out_of_the_loader(written, tokenizer, layout):
     start, end = batch["noun_span"][row]
     noun = tokenizer.decode(batch["input_ids"][row, start:end]).strip()
     assert noun.replace(" ", "") == nouns[name].replace(" ", "")
-    assert abs(int(batch["reference"][row, 16, 16, 0]) - layouts.red(n)) <= 4
+    assert abs(int(batch["reference"][row, 16, 16, 0]) - layouts.red(n)) <= 8
     is_subject = batch["target_mask"][row] > 128
     reds = batch["target"][row][is_subject][:, 0].astype(int)
     assert abs(np.median(reds) - (0 if layout == "uno" else layouts.red(n))) <= 4
@@ -121,8 +121,8 @@ def test_two_steps_of_training(written, tiny_folder, quick_compile, tmp_path, la
     **{f"train__{key}": value for key, value in changes.items()})
   loop.train(run, tmp_path / "run")
   lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
-  losses = [line["loss/total"] for line in lines if "loss/total" in line]
-  assert losses and np.all(np.isfinite(losses))
+  losses = [line["loss"] for line in lines if "loss" in line]
+  assert len(losses) == 2 and np.all(np.isfinite(losses))
   assert (tmp_path / "run" / "adapter.safetensors").exists()
 
 
@@ -307,7 +307,7 @@ def test_captions_get_their_noun_and_lose_their_end(tokenizer):
   encode = texts.shortened(
     lambda caption, noun: tokens.encode_prompt(tokenizer, caption, noun, 2))
   ids, slot, _ = encode("a teapot on " + "x" * 100 + " " + "y" * 100, "teapot")
-  assert tokenizer.decode(ids[: slot + 3]).endswith("teapot on")
+  assert tokenizer.decode(ids[: slot + 3]).endswith("teapot on x") and slot == 4
   assert "x" in tokenizer.decode(ids) and "y" not in tokenizer.decode(ids)
   with pytest.raises(DataError, match="does not contain"):
     encode("a cup", "teapot")

@@ -10,7 +10,7 @@ from etils import epath
 
 from data_pipeline.errors import DataError
 
-_PLACEHOLDERS = ("this item", "the item", "this object", "the object")
+_PLACEHOLDER = re.compile(r"\b(this|the) (item|object)\b", re.IGNORECASE)
 
 
 def article(noun: str) -> str:
@@ -28,10 +28,8 @@ def with_noun(caption: str, noun: str) -> str:
   caption = " ".join(caption.split())
   if re.search(rf"(?<!\w){re.escape(noun)}(?!\w)", caption, re.IGNORECASE):
     return caption
-  for words in _PLACEHOLDERS:
-    if re.search(rf"\b{words}\b", caption, re.IGNORECASE):
-      return re.sub(rf"\b{words}\b", words.replace(words.split()[1], noun), caption, count=1,
-                    flags=re.IGNORECASE)  # fmt: skip
+  if _PLACEHOLDER.search(caption):
+    return _PLACEHOLDER.sub(lambda match: f"{match[1]} {noun}", caption, count=1)
   return f"{article(noun)}: {caption}" if caption else plain_caption(noun)
 
 
