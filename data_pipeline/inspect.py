@@ -2,8 +2,9 @@
 
     python -m data_pipeline.inspect PATH [--layout=auto] [--split=train] [--sheet=sheet.png]
 
-The pictures of the sheet are read as training reads them. --check=200 decodes so many pictures,
-evenly spaced, and counts the bad ones among them.
+--manifest=FOLDER writes the list of all frames, which data_pipeline.prepare and
+data.source='captures' read in place of the data set. The pictures of the sheet are read as training
+reads them. --check=200 decodes so many pictures, evenly spaced, and counts the bad ones among them.
 """
 
 import argparse
@@ -33,6 +34,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   parser.add_argument("--split", default="train", help="Open Images has several")
   parser.add_argument("--sheet", default="sheet.png", help="where the contact sheet is written; '' "
                       "= nowhere")
+  parser.add_argument("--manifest", default="", help="a folder to write the manifest into")
   parser.add_argument("--check", type=int, default=50, help="how many pictures to decode")
   parser.add_argument("--names", type=int, default=3, help="how many names for each reason")
   args = parser.parse_args(argv)
@@ -43,13 +45,25 @@ def main(argv: Sequence[str] | None = None) -> None:
       print(line)
     for line in check_pictures(captures, args.check, args.names):
       print(line)
+    if args.manifest:
+      write_manifest(captures, args.manifest)
+      print(f"{args.manifest}: the manifest")
     if args.sheet:
       contact_sheet(captures).save(args.sheet)
       print(f"{args.sheet}: a triple of each of some subjects; look at it")
   except DataError as error:
     sys.exit(f"error: {error}")
   except OSError as error:
-    sys.exit(f"error: {args.sheet} cannot be written ({error.strerror or error})")
+    sys.exit(f"error: {error.filename or args.sheet} cannot be written "
+             f"({error.strerror or error})")
+
+
+def write_manifest(captures: readers.Captures, folder: str) -> None:
+  """Raises DataError for pictures inside of Parquet files, of which there is none."""
+  if not hasattr(captures.subjects, "manifest"):
+    raise DataError(f"data sets of the layout {captures.layout!r} have no manifest; leave out "
+                    "--manifest")
+  captures.subjects.manifest.write(folder)
 
 
 def report(captures: readers.Captures, names: int = 3) -> Iterator[str]:

@@ -2,6 +2,6 @@
 
 # In the order in which a folder is compared with them.
 LAYOUTS = ("mvimgnet", "co3d", "wildrgbd", "omniobject3d", "openimages", "subjects200k", "syncd",
-           "uno", "webdataset")  # fmt: skip
+           "uno", "webdataset", "pictures")  # fmt: skip
 # 'manifest': what `Manifest.write` wrote; 'folder': data_pipeline/sources/folder.py.
 CHOICES = ("auto", *LAYOUTS, "manifest", "folder")

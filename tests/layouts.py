@@ -110,16 +110,16 @@ def co3d(root):
 def wildrgbd(root):
   """A scene of several objects."""
   for n in range(3):
-    scene = root / "remote_control" / "scenes" / f"scenes_{n:03}"
+    scene = root / "toy_car" / "scenes" / f"scenes_{n:03}"
     for f in range(3):
       save(scene / "rgb" / f"{f:05}.png", picture(n, f))
       save(scene / "masks" / f"{f:05}.png", mask(f))
       save(scene / "depth" / f"{f:05}.png", mask(f))
     (scene / "metadata").write_text(json.dumps({"w": SIZE[1], "h": SIZE[0], "K": [1] * 9}))
   kinds = {"single": ["scenes_000", "scenes/scenes_001"], "multi": ["scenes_002"], "hand": []}
-  (root / "remote_control" / "types.json").write_text(json.dumps(kinds))
-  names = [f"remote_control/scenes/scenes_{n:03}" for n in range(2)]
-  return dict.fromkeys(names, "remote control"), 1
+  (root / "toy_car" / "types.json").write_text(json.dumps(kinds))
+  names = [f"toy_car/scenes/scenes_{n:03}" for n in range(2)]
+  return dict.fromkeys(names, "toy car"), 1
 
 
 def omniobject3d(root):
@@ -165,6 +165,19 @@ def openimages(root):
     with (root / "annotations" / f"{name}.csv").open("w", newline="") as file:
       csv.writer(file).writerows(rows)
   return good, 2
+
+
+def openimages_boxes(root):
+  """Boxes alone: the frame is the box, one of them in a picture that has to be turned."""
+  openimages(root)
+  (root / "annotations" / "train-annotations-object-segmentation.csv").unlink()
+  file = root / "annotations" / "train-annotations-bbox.csv"
+  rows = list(csv.reader(file.open()))
+  x0, x1, y0, y1 = (float(rows[2][n]) for n in range(4, 8))
+  rows[2][4:8] = 1 - y1, 1 - y0, x0, x1  # in the stored picture
+  with file.open("w", newline="") as table:
+    csv.writer(table).writerows(rows)
+  return {"0f3a0 box 0": "mug", "1f3a1 box 1": "cabinetry"}, 2
 
 
 def subjects200k(root):
@@ -242,6 +255,16 @@ def webdataset(root):
   return {f"v1.0/mug {n}": "mug" for n in range(2)}, 0
 
 
+def pictures(root):
+  """Any folder: nouns are the folders' names, captions lie in text files, masks beside."""
+  for n, name in enumerate(("blue_mug_01", "blue_mug_02", "007")):
+    for f in range(3):
+      save(root / name / f"view{f}.jpg", picture(n, f))
+      save(root / name / f"view{f}_mask.png", mask(f))
+    (root / name / "view1.txt").write_text("a blue mug in the snow\n")
+  return dict.fromkeys(("blue_mug_01", "blue_mug_02"), "blue mug"), 1
+
+
 def add(archive: tarfile.TarFile, name: str, content: bytes) -> None:
   member = tarfile.TarInfo(name)
   member.size = len(content)
@@ -249,5 +272,5 @@ def add(archive: tarfile.TarFile, name: str, content: bytes) -> None:
 
 
 ALL = {make.__name__: make for make in (
-  mvimgnet, mvimgnet2, co3d, wildrgbd, omniobject3d, openimages, subjects200k, syncd, uno,
-  webdataset)}  # fmt: skip
+  mvimgnet, mvimgnet2, co3d, wildrgbd, omniobject3d, openimages, openimages_boxes, subjects200k,
+  syncd, uno, webdataset, pictures)}  # fmt: skip

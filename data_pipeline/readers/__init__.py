@@ -78,6 +78,7 @@ def read(
   if not name:
     raise DataError("data.name is empty; set it to the folder of the data set")
   root = listing.data_path(name, "data.name")
+  root = root.resolve() if listing.is_local(root) else root
   found_layout = recognise(root)  # also of a folder that is missing
   layout = found_layout if layout == "auto" else layout
   if layout == "folder":

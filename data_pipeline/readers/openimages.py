@@ -8,6 +8,8 @@ and IsInside are 1, 0 or -1 (unknown); class-descriptions*.csv, with a header li
 without one before; *-images-with-rotation.csv has Rotation, License and Author. Which way Rotation
 turns could not be looked up here: counter-clockwise, as people who used it remember.
 
+Without a table of segments the boxes are the frames, all of which counts as the subject.
+
 The data have one picture of an object: positive, reference and target are that one, the positive at
 another size and place.
 """
@@ -17,6 +19,7 @@ import io
 from collections.abc import Iterator
 
 from etils import epath
+from PIL import Image
 
 from data_pipeline.errors import DataError
 from data_pipeline.manifest import FrameRow, SubjectRow
@@ -24,6 +27,7 @@ from data_pipeline.readers import texts
 from data_pipeline.readers.findings import Findings
 
 _SEGMENTS = "-annotations-object-segmentation.csv"
+_BOXES = ("{}-annotations-bbox.csv", "oidv6-{}-annotations-bbox.csv")
 _NEAR = 0.02  # by which a segment's and its box's coordinates may differ
 _LEAST = 0.01  # of the picture's area that a box covers
 _FLAGS = {"IsGroupOf": "a group of objects", "IsDepiction": "a drawing of the object",
@@ -33,29 +37,34 @@ NOTES = ("one picture of each object: positive and reference are the target's ow
 
 
 def recognise(root: epath.Path, inside: list[epath.Path]) -> bool:
-  """Whether it has a table of segments."""
+  """Whether it has a table of segments or boxes."""
   return bool(splits(root))
 
 
 def splits(root: epath.Path) -> tuple[str, ...]:
-  """Those that have a table of segments; 'train' first."""
-  names = {name.removesuffix(_SEGMENTS) for folder in (root, root / "annotations")
-           for name in texts.names_in(folder) if name.endswith(_SEGMENTS)}  # fmt: skip
+  """Those that have a table of segments or boxes; 'train' first."""
+  tables = (_SEGMENTS, "-annotations-bbox.csv")
+  files = texts.names_in(root) | texts.names_in(root / "annotations")
+  names = {file.removesuffix(table).removeprefix("oidv6-")
+           for file in files for table in tables if file.endswith(table)}
   return tuple(sorted(names, key=lambda name: (name != "train", name)))
 
 
 def subjects(root: epath.Path, found: Findings, split: str = "train") -> Iterator[SubjectRow]:
-  """One for each segment; its two frames are one picture."""
+  """One for each segment (or box, where there are none); its two frames are one picture."""
   split = split if split in splits(root) else splits(root)[0]
   nouns, flags = _nouns(root), _flags(root, split)
   about = {row["ImageID"]: row for row in _rows(_find(root, f"{split}-images-with-rotation.csv",
                                                       f"{split}-images-boxable-with-rotation.csv",
                                                       "image_ids_and_rotation.csv"))}
   pictures, masks = _files(root, split, ("images", ""), ".jpg"), _files(root, split, ("masks",), "")
-  for row in _rows(_find(root, split + _SEGMENTS)):
+  segments = _find(root, split + _SEGMENTS)
+  table = _rows(segments) if segments else _boxes(root, split)
+  for row in table:
     name, noun = row["MaskPath"].removesuffix(".png"), nouns.get(row["LabelName"])
     box = tuple(float(row[key]) for key in ("BoxXMin", "BoxXMax", "BoxYMin", "BoxYMax"))
-    picture, mask = pictures.get(f"{row['ImageID']}.jpg"), masks.get(row["MaskPath"])
+    picture = pictures.get(f"{row['ImageID']}.jpg")
+    mask = masks.get(row["MaskPath"]) if segments else ""
     kinds = _kinds(flags.get((row["ImageID"], row["LabelName"]), ()), box)
     if noun is None:
       found.unwanted(name, f"no class is named {row['LabelName']}")
@@ -69,8 +78,14 @@ def subjects(root: epath.Path, found: Findings, split: str = "train") -> Iterato
     else:
       extra = about.get(row["ImageID"], {})
       turn = -round(float(extra.get("Rotation") or 0)) % 360
-      frame = FrameRow(picture, (texts.plain_caption(noun),), mask=mask, mask_kind="file",
-                       rotation=turn)  # fmt: skip
+      place = dict(mask=mask, mask_kind="file") if segments else None
+      if place is None:
+        try:
+          place = dict(box=_pixels(root / picture, box, turn))
+        except DataError as error:
+          found.bad(name, str(error))
+          continue
+      frame = FrameRow(picture, (texts.plain_caption(noun),), rotation=turn, **place)
       yield SubjectRow(name, noun, [frame, frame], licence=extra.get("License") or "CC-BY",
                        creator=extra.get("Author") or "")  # fmt: skip
 
@@ -86,13 +101,36 @@ def _kinds(boxes, segment: tuple[float, ...]) -> list[str]:
 def _flags(root: epath.Path, split: str) -> dict[tuple[str, str], list]:
   """(image, label) -> its boxes (x0, x1, y0, y1) that have flags, and these in words."""
   flags: dict[tuple[str, str], list] = {}
-  for row in _rows(_find(root, f"{split}-annotations-bbox.csv",
-                         f"oidv6-{split}-annotations-bbox.csv")):
+  for row in _rows(_find(root, *(name.format(split) for name in _BOXES))):
     kinds = [text for key, text in _FLAGS.items() if row.get(key) == "1"]
     if kinds:
       box = tuple(float(row[key]) for key in ("XMin", "XMax", "YMin", "YMax"))
       flags.setdefault((row["ImageID"], row["LabelName"]), []).append((box, kinds))
   return flags
+
+
+def _boxes(root: epath.Path, split: str) -> Iterator[dict[str, str]]:
+  """Rows of boxes with the names that segments have."""
+  table = _rows(_find(root, *(name.format(split) for name in _BOXES)))
+  for number, row in enumerate(table):
+    sides = {f"Box{key}": row[key] for key in ("XMin", "XMax", "YMin", "YMax")}
+    yield row | sides | {"MaskPath": f"{row['ImageID']} box {number}"}
+
+
+def _pixels(file: epath.Path, box: tuple[float, ...], turn: int) -> tuple[int, int, int, int]:
+  """(x0, y0, x1, y1) in the picture that was turned clockwise by `turn`, of shares of the stored.
+
+  Raises DataError for a file that is no picture.
+  """
+  try:
+    with file.open("rb") as opened, Image.open(opened) as image:
+      width, height = image.size
+  except OSError as error:  # Pillow's errors are of this kind
+    raise DataError(f"{file} cannot be read ({error})") from None
+  x0, x1, y0, y1 = (round(share * side) for share, side in zip(box, (width, width, height, height)))
+  for _ in range(turn // 90):
+    x0, y0, x1, y1, width, height = height - y1, x0, height - y0, x1, height, width
+  return x0, y0, x1, y1
 
 
 def _nouns(root: epath.Path) -> dict[str, str]:

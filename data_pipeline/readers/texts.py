@@ -44,21 +44,32 @@ def clean_noun(text: str) -> str:
 def shortened(encode: Callable[[str, str], Any]) -> Callable[[str, str], Any]:
   """encode(caption, noun), where captions that are too long lose their last words.
 
-  Captions of published sets are written for encoders of longer texts. The noun is never cut.
+  Captions of published sets are written for encoders of longer texts. The noun is never cut: where
+  no caption with it fits, 'a teapot' has to do.
   """
 
   @functools.lru_cache(maxsize=1 << 15)
   def encode_shortened(caption: str, noun: str):
+    try:
+      return encode(caption, noun)
+    except DataError as error:
+      if not _is_too_long(error):
+        raise
+      too_long = error
     words = caption.split()
-    for count in range(len(words), 0, -1):
+    shorter = [" ".join(words[:count]).rstrip(" ,;:") for count in range(len(words) - 1, 0, -1)]
+    for text in (*shorter, article(noun)):
       try:
-        return encode(" ".join(words[:count]).rstrip(" ,;:"), noun)
-      except DataError as error:
-        if "tokens; the limit" not in str(error):
-          break
-    return encode(caption, noun)  # raises the whole caption's error
+        return encode(text, noun)
+      except DataError:  # still too long, or without the noun
+        continue
+    raise too_long
 
   return encode_shortened
+
+
+def _is_too_long(error: DataError) -> bool:
+  return "tokens; the limit" in str(error)
 
 
 def read_json(file: epath.Path, content: bytes | None = None) -> Any:
