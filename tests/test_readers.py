@@ -299,6 +299,25 @@ def test_held_out_subjects_and_features_beside_the_data(written):
   assert subjects.fingerprint() == readers.read(str(root)).subjects.fingerprint()
 
 
+@pytest.mark.parametrize("layout", ["co3d", "subjects200k"])
+def test_features_can_be_stored(written, layout):
+  """What cc_jax.cache encodes of a frame is what training shows of it."""
+  from data_pipeline import triples
+  from data_pipeline.feature_cache import Networks
+  from data_pipeline.sources.stored import StoredFrames, open_subjects
+
+  root, _, _ = written(layout)
+  data = config(source="captures", name=str(root), layout=layout, placements=2)
+  subjects, heldout = open_subjects(data)
+  frames = StoredFrames(data, Networks({}, {}, ""), subjects, heldout)
+  assert str(frames.folder).startswith(f"{root}_features/")
+  shown, is_good = frames.pictures((1, 1), frames.layout(3))
+  target, mask = triples.square(*subjects[1].frame(1), 32)
+  np.testing.assert_array_equal(shown["target"][0], target)
+  np.testing.assert_array_equal(shown["target_mask"][0], mask)
+  assert is_good and len(shown["positive"]) == 2
+
+
 def test_captions_get_their_noun_and_lose_their_end(tokenizer):
   assert texts.with_noun("This item is on a shelf.", "mug") == "This mug is on a shelf."
   assert texts.with_noun("A MUG here", "mug") == "A MUG here"
