@@ -22,8 +22,9 @@ def get_config() -> ml_collections.ConfigDict:
   c.base = "subjects3d-base"
 
   c.data = ml_collections.ConfigDict()
-  c.data.source = "tfds"  # 'tfds' | 'render' (no tensorflow) | 'folder'
-  c.data.name = "subjects3d/small"  # TFDS data set; with 'folder', the folder's path
+  c.data.source = "tfds"  # 'tfds' | 'render' (no tensorflow) | 'folder' | 'captures' (docs/data.md)
+  c.data.name = "subjects3d/small"  # TFDS data set; with 'folder' and 'captures', the folder's path
+  c.data.layout = "auto"  # of captures: 'mvimgnet', 'co3d' ...; 'auto' = what the folder looks like
   c.data.data_dir = ""  # where TFDS data sets are written; '' = TFDS' default
   c.data.image_size = 64
   c.data.reference_ratio = 0.8  # longer side of the reference's subject / side of the canvas

@@ -2,8 +2,8 @@
 
 Training reads its data through `check_folder`, `check_cached`, `make_loader` and `heldout_subjects`
 only.
-Tensorflow is imported only when a loader of source 'tfds' or 'folder' is made, or for a TFDS data
-set.
+Tensorflow is imported only when a loader of source 'tfds', 'folder' or 'captures' is made, or for a
+TFDS data set.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +20,7 @@ __all__ = [
   "is_subjects3d", "load_subjects", "make_loader", "subjects_per_split",
 ]
 
-SOURCES = ("tfds", "render", "folder")
+SOURCES = ("tfds", "render", "folder", "captures")
 
 
 def make_loader(
@@ -52,7 +52,8 @@ def make_loader(
     process_index, process_count: this host's index, and the number of hosts.
     rows: indices into the global batch of this host's b rows; by default consecutive ones.
     s_words: number of S+ words for which captions leave room.
-    split: of the TFDS data set or the rendered world; a folder has 'train' only.
+    split: of the TFDS data set or the rendered world; a folder has 'train' only,
+      of captures Open Images has others.
     networks: with data.cached, what the stored features must be of.
 
   Returns:
@@ -107,6 +108,10 @@ def make_loader(
   subjects, heldout = stored.open_subjects(data_config, split)
   if source == "folder":
     subjects.check_captions(maker.encode)
+  if source == "captures":
+    from data_pipeline.readers.texts import shortened
+
+    maker.encode = shortened(maker.encode)
   if data_config.cached:
     frames = stored.StoredFrames(data_config, networks, subjects, heldout)
     maker.read_features(frames.open(networks.command))
@@ -114,18 +119,17 @@ def make_loader(
 
 
 def check_folder(data_config) -> None:
-  """Raises DataError for a folder of subjects that cannot be trained on; other sources pass.
+  """Raises DataError for a folder or captures that cannot be trained on; other sources pass.
 
   It reads names, captions.json files and headers of pictures. A training does so before it loads
   (or downloads) its base.
   """
-  if data_config.source != "folder":
+  if data_config.source not in ("folder", "captures"):
     return
   from data_pipeline import sampling
-  from data_pipeline.sources import folder
+  from data_pipeline.sources import stored
 
-  lenient = sampling.check_bad_share(data_config.max_bad_share) > 0
-  subjects = folder.FolderSubjects(data_config.name, lenient=lenient)
+  subjects, _ = stored.open_subjects(data_config)
   holdout = sampling.check_holdout(data_config.holdout_subjects)
   sampling.choose_heldout(subjects.names, subjects.table.family_id, holdout, subjects.where)
 
@@ -165,6 +169,10 @@ def heldout_subjects(data_config, count: int, seed: int = 0) -> list:
     from data_pipeline.sources import folder
 
     subjects, has_split = folder.FolderSubjects(data_config.name, lenient=bad_share > 0), False
+  elif data_config.source == "captures":
+    from data_pipeline import readers
+
+    subjects, has_split = readers.open_captures(data_config), False
   elif data_config.source == "tfds":
     from data_pipeline.sources import tfds_source
 

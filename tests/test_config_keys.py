@@ -154,6 +154,9 @@ def unread_by_training(config, workdir, monkeypatch):
   tokenizer = load_tokenizer(Path(config.base) / "tokenizer")
   with pytest.raises(DataError, match="no features yet"):
     real_loader(config.data, tokenizer, batch_size=4, seed=0, networks=Networks({}, {}, ""))
+  config.data.update(source="captures", name=str(workdir / "nowhere"), cached=False)
+  with pytest.raises(DataError, match="is not a folder"):
+    real_loader(config.data, tokenizer, batch_size=4, seed=0)
   return sorted(keys - reads.paths)
 
 

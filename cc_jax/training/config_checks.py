@@ -43,7 +43,7 @@ from cc_jax.training.config_rules import (
 )
 from cc_jax.training.optimizer import SCHEDULES
 from cc_jax.training.step_context import CSCL_FRAMES
-from data_pipeline import sampling, triples
+from data_pipeline import layouts, sampling, triples
 
 _POSITIVE = real(above=0)
 _NOT_NEGATIVE = real(0)
@@ -55,6 +55,7 @@ RULES = {
   "base": filled,
   "data.source": one_of(*data_pipeline.SOURCES),
   "data.name": text,
+  "data.layout": one_of(*layouts.CHOICES),
   "data.data_dir": text,
   "data.image_size": whole(8),
   "data.reference_ratio": real(above=0, high=1),

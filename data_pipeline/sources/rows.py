@@ -14,6 +14,8 @@ from data_pipeline.errors import DataError
 from data_pipeline.example import Maker
 from data_pipeline.sources import tf_data
 
+_NAMED = 10  # bad pictures that an error names
+
 
 class Subject(Protocol):
   """One subject's frames. `where` names it, or the file with its captions, in errors."""
@@ -125,7 +127,7 @@ class BadPictures:
 
   def __init__(self, max_share: float, pictures: int):
     self._limit, self._share, self._pictures = max_share * pictures, max_share, pictures
-    self._known: set[tuple[int, int]] = set()
+    self._known: dict[tuple[int, int], str] = {}  # and what is wrong
     self._lock = threading.Lock()
 
   def load(self, subject: Subject, number: int, f: int) -> tuple[np.ndarray, np.ndarray] | None:
@@ -138,12 +140,12 @@ class BadPictures:
       if not self._limit:
         raise
       with self._lock:
-        self._known.add((number, f))
-        count = len(self._known)
+        self._known[number, f] = str(error)
+        count, first = len(self._known), list(self._known.values())[:_NAMED]
       if count > self._limit:
         raise DataError(
             f"{error}; with it {count} of {self._pictures} pictures are bad, more than "
-            f"data.max_bad_share={self._share}"
+            f"data.max_bad_share={self._share}; the first: {'; '.join(first)}"
         ) from None
       _tell(str(error))
       return None

@@ -19,7 +19,7 @@ from data_pipeline.sources.rows import BadPictures, SubjectSet, training_subject
 def open_subjects(data_config: Any, split: str = "train") -> tuple[SubjectSet, int]:
   """(the subjects of `config.data`, how many of them training leaves out).
 
-  Source 'folder' or 'tfds'. Raises DataError for data that cannot be used.
+  Source 'folder', 'captures' or 'tfds'. Raises DataError for data that cannot be used.
   """
   holdout = sampling.check_holdout(data_config.holdout_subjects)
   lenient = sampling.check_bad_share(data_config.max_bad_share) > 0
@@ -27,6 +27,10 @@ def open_subjects(data_config: Any, split: str = "train") -> tuple[SubjectSet, i
     from data_pipeline.sources.folder import FolderSubjects
 
     return FolderSubjects(data_config.name, lenient=lenient), holdout
+  if data_config.source == "captures":
+    from data_pipeline.readers import open_captures
+
+    return open_captures(data_config, split), holdout
   from data_pipeline.sources.tfds_source import SubjectRecords, check_holdout
 
   builder = open_builder(data_config)

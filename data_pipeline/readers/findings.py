@@ -1,0 +1,51 @@
+"""What a reader finds on its way: what it leaves out and why, and what the user should know."""
+
+from collections.abc import Iterable, Iterator
+
+from data_pipeline.errors import DataError
+from data_pipeline.manifest import LeftOut, SubjectRow
+
+_NAMED = 10  # bad ones that an error names
+
+
+class Findings:
+  """Collects; `bad` counts against data.max_bad_share, `unwanted` does not."""
+
+  def __init__(self, where: str, max_bad_share: float = 0.0):
+    self.where, self._max_bad_share = where, max_bad_share
+    self.left_out: list[LeftOut] = []
+    self.notes: list[str] = []
+    self._bad: list[LeftOut] = []
+    self._pictures = 0
+
+  def unwanted(self, name: str, reason: str) -> None:
+    """Something sound that is not meant for us: a poor pair, a scene of several objects."""
+    self.left_out.append(LeftOut(name, reason))
+
+  def bad(self, name: str, reason: str, pictures: int = 1) -> None:
+    """Something broken: a picture without its mask, a subject with one picture, a tar cut off."""
+    item = LeftOut(name, reason)
+    self.left_out.append(item)
+    self._bad.append(item)
+    self._pictures += pictures
+
+  def usable(self, rows: Iterable[SubjectRow]) -> Iterator[SubjectRow]:
+    """The subjects of which a triple can be made."""
+    for row in rows:
+      if len(row.frames) >= 2:
+        yield row
+      else:
+        self.bad(row.name, f"{len(row.frames)} usable picture(s); a triple needs 2 or more")
+
+  def check(self, pictures: int, subjects: int) -> None:
+    """Raises DataError when too much is bad, or nothing is left."""
+    total = pictures + self._pictures
+    if self._pictures > self._max_bad_share * total:
+      named = "; ".join(f"{item.name}: {item.reason}" for item in self._bad[:_NAMED])
+      more = f" (and {len(self._bad) - _NAMED} more)" if len(self._bad) > _NAMED else ""
+      raise DataError(
+        f"{self.where}: {self._pictures} of {total} pictures are bad, more than "
+        f"data.max_bad_share={self._max_bad_share}; mend them or raise it: {named}{more}")
+    if not subjects:
+      why = f"; {self.left_out[0].name}: {self.left_out[0].reason}" if self.left_out else ""
+      raise DataError(f"{self.where} has no subjects of two usable pictures{why}")
