@@ -1,0 +1,32 @@
+"""A contact sheet: subjects in rows, their views in columns, at the end a mask."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from data_pipeline.objects import mesh, scene, worker
+from data_pipeline.objects.catalogue import Model
+
+
+def contact_sheet(
+  models: Sequence[Model], *, views: int = 8, size: int = 128, seed: int = 0
+) -> Image.Image:
+  """`views` evenly chosen of 24 views of each model, and the last one's mask."""
+  renderer = worker._renderer(size)
+  rows = []
+  for model in models:
+    drawn = scene.draw_views(seed, model.key, model.noun, 24)[:: max(24 // views, 1)][:views]
+    pictures = list(renderer.render(mesh.load(model, size), drawn))
+    mask = np.repeat(pictures[-1].mask[..., None], 3, 2)
+    rows.append(np.concatenate([*(picture.image for picture in pictures), mask], 1))
+  return Image.fromarray(np.concatenate(rows))
+
+
+def save(image: Image.Image, file: str | Path, quality: int | None = None) -> None:
+  """Writes a PNG; with `quality` in so many colours, which makes it small."""
+  Path(file).parent.mkdir(parents=True, exist_ok=True)
+  if quality:
+    image = image.quantize(quality, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+  image.save(file, optimize=True)
