@@ -106,16 +106,17 @@ def licence_name(text: str) -> str:
   folded = re.sub(r"[\s_-]+", "-", plain.lower())
   if re.search(r"\bcc-?0\b|public-domain|publicdomain|zero", folded):
     return "CC0"
-  kind = re.search(r"(?<![a-z])by(-nc)?(-nd|-sa)?(?![a-z])", folded)
-  if "cc" in folded and kind or "creative-commons" in folded and (kind or "attribution" in folded):
-    terms = kind.group(0) if kind else "by"
-    for word, term in (("noncommercial", "-nc"), ("noderiv", "-nd"), ("sharealike", "-sa")):
-      if word in folded.replace("non-commercial", "noncommercial").replace("share-alike",
-                                                                           "sharealike"):
-        terms += term if term not in terms else ""
-    version = re.search(r"\b([1-4]\.[05])\b", folded)
-    return f"CC-{terms.upper()}" + (f"-{version.group(1)}" if version else "")
-  return plain
+  if not re.search(r"(?<![a-z])cc(?![a-z])|creative-?commons", folded):
+    return plain
+  kind = re.search(r"(?<![a-z])by((-(nc|nd|sa))*)(?![a-z])", folded)
+  if not kind and "attribution" not in folded:
+    return plain
+  terms = kind.group(1).upper() if kind else ""
+  for word, term in (("non-?commercial", "-NC"), ("no-?deriv", "-ND"), ("share-?alike", "-SA")):
+    if re.search(word, folded) and term not in terms:
+      terms += term
+  version = re.search(r"(?<!\d)[1-4]\.[05](?!\d)", folded)
+  return f"CC-BY{terms}" + (f"-{version.group(0)}" if version else "")
 
 
 def _allows(licences: str, licence: str) -> bool:

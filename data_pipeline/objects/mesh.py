@@ -15,6 +15,7 @@ from data_pipeline.objects.catalogue import Model
 MAX_FACES = 2_000_000
 _MANY_FACES = 4000  # above, rendering takes longer than merging
 _CREASE = 0.7  # cosine: edges sharper than 45 degrees stay edges
+_MOST_AROUND = 256
 
 
 class Part(NamedTuple):
@@ -141,6 +142,7 @@ def _material(material, texture_size: int):
     image = getattr(material, "image", None)
   color = getattr(material, "baseColorFactor", None)
   color = _floats(material.main_color if color is None else color)
+  color = (*color[:3], color[3] * _opacity(getattr(material, "kwargs", None) or {}))
   if image is None:
     return color, None
   if getattr(material, "alphaMode", None) == "OPAQUE":
@@ -152,6 +154,18 @@ def _material(material, texture_size: int):
   return color, np.ascontiguousarray(np.asarray(image)[::-1])
 
 
+def _opacity(mtl: dict) -> float:
+  """Of a material of MTL, which says opacity (d) or transparency (Tr); trimesh 5.2 uses neither."""
+  try:
+    if "d" in mtl:
+      return float(np.clip(float(np.ravel(mtl["d"])[-1]), 0, 1))
+    if "tr" in mtl:
+      return float(np.clip(1 - float(np.ravel(mtl["tr"])[-1]), 0, 1))
+  except ValueError:
+    pass
+  return 1.0
+
+
 def _floats(color) -> tuple[float, float, float, float]:
   values = np.asarray(color).ravel()
   values = values / 255.0 if values.dtype.kind in "iu" else values.astype(float)
@@ -160,26 +174,34 @@ def _floats(color) -> tuple[float, float, float, float]:
 
 
 def _smoothed(places, faces, uv):
-  """(vertices, faces) with normals: the mean of the faces around, but for edges above 45 degrees.
+  """(vertices, faces) with normals: a corner's is the mean of those faces at its place that are
+  less than 45 degrees off its own.
 
-  Vertices count as one where their places are equal, whatever their texture coordinates.
+  Vertices are at one place where their coordinates are equal, whatever their texture coordinates.
   """
-  corners = places[faces]
+  corners = places[faces].astype(np.float64)
   of_face = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])  # area-weighted
-  first, place = np.unique(_hashes(places), return_index=True, return_inverse=True)[1:]
-  at = place[faces]
-  mean = _unit(np.stack([
-    np.bincount(at.ravel(), np.repeat(of_face[:, axis], 3), len(first)) for axis in range(3)
-  ], 1))  # fmt: skip
   flat = _unit(of_face)
-  edges = np.einsum("fci,fi->fc", mean[at], flat) < _CREASE
-  # Corners at edges get vertices of their own, behind the others, which stay shared.
-  own = np.concatenate([places, mean[place], uv], 1)[faces[edges]]
-  own[:, 3:6] = np.broadcast_to(flat[:, None], corners.shape)[edges]
-  indices = faces.copy()
-  indices[edges] = len(places) + np.arange(len(own))
-  vertices = np.concatenate([np.concatenate([places, mean[place], uv], 1), own])
-  return vertices.astype(np.float32), indices.astype(np.int32)
+  place = np.unique(_hashes(places), return_inverse=True)[1][faces].ravel()
+  order = np.argsort(place, kind="stable")
+  _, start, count = np.unique(place[order], return_index=True, return_counts=True)
+  # All pairs (a, b) of corners at one place; fans of very many triangles count the first ones.
+  around = np.minimum(count, _MOST_AROUND)
+  pairs = np.repeat(around, count)
+  a = np.repeat(order, pairs)
+  ends = np.cumsum(pairs)
+  within = np.arange(ends[-1]) - np.repeat(ends - pairs, pairs)
+  b = order[np.repeat(np.repeat(start, count), pairs) + within]
+  near = np.einsum("pi,pi->p", flat[a // 3], flat[b // 3]) > _CREASE
+  a, b = a[near], b[near]
+  normals = _unit(np.stack([
+    np.bincount(a, of_face[b // 3, axis], len(place)) for axis in range(3)
+  ], 1))  # fmt: skip
+  index = faces.ravel()
+  like = np.concatenate([index[:, None], np.rint(normals * 256)], 1)
+  first, vertex = np.unique(_hashes(like), return_index=True, return_inverse=True)[1:]
+  vertices = np.concatenate([places[index[first]], normals[first], uv[index[first]]], 1)
+  return vertices.astype(np.float32), vertex.reshape(-1, 3).astype(np.int32)
 
 
 def _merged(part: Part, size: int) -> Part:

@@ -37,8 +37,13 @@ def class_noun(name: str) -> str:
   """
   text = re.sub(r"\\u[0-9a-fA-F]{4}|[^\w\s',:;()\[\]/–-]", " ", name)
   head = next((part for part in _CUT.split(text.lower()) if part and part.strip()), "")
-  words = [word for word in re.findall(r"[^\W\d_][\w'-]*", head) if not re.search(r"\d", word)]
-  words = [word.strip("'-") for word in words]
+  words: list[str] = []
+  for word in head.split():
+    if re.search(r"\d", word):
+      if words:
+        break  # 'Sofa 2 seats'
+      continue
+    words += [word.strip("'-")] if word.strip("'-") else []
   while len(words) > 1 and words[0] in _ADJECTIVES:
     words = words[1:]
   if not words or (len(words) == 1 and len(words[0]) < 2):

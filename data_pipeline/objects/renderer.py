@@ -36,12 +36,10 @@ class Renderer:
   def __init__(self, size: int):
     self.size = size
     self._gl = gl = _context()
-    self._resolved = gl.texture((size, size), 4)
-    self._many = gl.framebuffer(
-      gl.renderbuffer((size, size), 4, samples=SAMPLES),
-      gl.depth_renderbuffer((size, size), samples=SAMPLES),
+    self._subject = gl.texture((size, size), 4, samples=SAMPLES)
+    self._samples = gl.framebuffer(
+      self._subject, gl.depth_renderbuffer((size, size), samples=SAMPLES)
     )
-    self._one = gl.framebuffer(self._resolved)
     self._shadow = gl.texture((_SHADOW, _SHADOW), 1)
     self._shadow.repeat_x = self._shadow.repeat_y = False
     self._shadow_buffer = gl.framebuffer(self._shadow)
@@ -85,8 +83,8 @@ class Renderer:
       shadow.render(triangles)
       self._shadow.build_mipmaps()
 
-    self._many.use()
-    self._many.clear()
+    self._samples.use()
+    self._samples.clear()
     gl.enable_only(gl.DEPTH_TEST)
     program = self._model
     program["clip"].write(_clip(camera, self.size).T.astype("f4").tobytes())
@@ -97,11 +95,10 @@ class Renderer:
     program["ambient"] = view.ambient
     for part in uploaded:
       part.render(program, triangles)
-    gl.copy_framebuffer(self._one, self._many)
 
     gl.disable(gl.DEPTH_TEST)
     self._out.use()
-    self._resolved.use(0)
+    self._subject.use(0)
     self._shadow.use(1)
     program = self._screen
     rays = camera.world_to_camera[:, :3].T @ np.linalg.inv(camera.intrinsics)
@@ -183,8 +180,8 @@ def _context():
     import moderngl
   except ImportError:
     raise DataError("moderngl is not installed; pip install moderngl trimesh") from None
-  # llvmpipe's threads gain nothing at these sizes; processes do (dataset.py).
-  os.environ.setdefault("LP_NUM_THREADS", "1")
+  # llvmpipe in this thread: more of them gain nothing at these sizes, processes do (worker.py).
+  os.environ.setdefault("LP_NUM_THREADS", "0")
   try:
     return moderngl.create_standalone_context(backend="egl", require=410)
   except Exception as error:  # glcontext raises what the loader says

@@ -31,7 +31,8 @@ void main() { world = place; n = normal; t = uv; gl_Position = clip * vec4(place
 MODEL_FRAGMENT = """
 #version 410
 uniform vec4 color; uniform bool textured; uniform sampler2D texture0;
-uniform vec3 eye; uniform vec3 light; uniform vec3 sun; uniform float ambient; uniform vec3 floor_color;
+uniform vec3 eye; uniform vec3 light; uniform vec3 sun; uniform float ambient;
+uniform vec3 floor_color;
 in vec3 world; in vec3 n; in vec2 t;
 out vec4 result;
 void main() {
@@ -53,12 +54,13 @@ void main() {
   float up = normal.y * 0.5 + 0.5;
   vec3 around = ambient * mix(0.55 * floor_color + 0.15, vec3(1.0), up);
   float straight = max(dot(normal, light), 0.0);
-  vec3 lit = albedo * (around + 0.12 * ambient * max(dot(normal, to_eye), 0.0) + sun * straight * 0.75);
+  vec3 fill = vec3(0.12 * ambient * max(dot(normal, to_eye), 0.0));
+  vec3 lit = albedo * (around + fill + 0.75 * sun * straight);
   float shine = pow(max(dot(normal, normalize(light + to_eye)), 0.0), 40.0);
   lit += 0.08 * sun * shine * step(0.001, straight);
-  result = vec4(pow(clip_(lit), vec3(1.0 / 2.2)), 1.0);
+  result = vec4(pow(clamp(lit, 0.0, 1.0), vec3(1.0 / 2.2)), 1.0);
 }
-""".replace("clip_(lit)", "clamp(lit, 0.0, 1.0)")
+"""
 
 SHADOW_VERTEX = """
 #version 410
@@ -84,10 +86,10 @@ void main() { gl_Position = vec4(corner, 0.0, 1.0); }
 # Ground and back: indices into scene.GROUNDS and scene.BACKS.
 BACKGROUND_FRAGMENT = """
 #version 410
-uniform sampler2D model; uniform sampler2D shadow;
+uniform sampler2DMS model; uniform sampler2D shadow;
 uniform mat3 rays; uniform vec3 eye; uniform float size; uniform float focal; uniform float reach;
 uniform int ground; uniform int back; uniform uint seed; uniform float turn; uniform float azimuth;
-uniform vec3 ground_color; uniform vec3 back_color; uniform vec3 light; uniform bool flat_white;
+uniform vec3 ground_color; uniform vec3 back_color; uniform bool flat_white;
 out vec4 result;
 """ + _NOISE + """
 // How much of a pattern of this frequency is left when a pixel is `width` wide there.
@@ -118,7 +120,8 @@ vec3 ground_at(vec2 p, float w) {
     c *= 1.0 + 1.0 * m + 0.8 * blades * seen(14.0, w);
     if (ground == 8) {
       ivec2 cell = ivec2(floor(p * 5.0));
-      vec2 d = p * 5.0 - vec2(cell) - 0.25 - 0.5 * vec2(random(cell, seed + 1u), random(cell, seed + 2u));
+      vec2 at = vec2(random(cell, seed + 1u), random(cell, seed + 2u));
+      vec2 d = p * 5.0 - vec2(cell) - 0.25 - 0.5 * at;
       float pick = random(cell, seed + 3u);
       vec3 petal = pick < 0.3 ? vec3(0.95, 0.9, 0.95) : pick < 0.55 ? vec3(0.95, 0.8, 0.15)
                  : pick < 0.8 ? vec3(0.85, 0.2, 0.25) : vec3(0.55, 0.35, 0.8);
@@ -144,7 +147,8 @@ vec3 wall_at(vec2 p, float w) {
     float along = p.x * 1.9 + 0.5 * mod(floor(row), 2.0);
     float tone = random(ivec2(int(floor(along)), int(floor(row))), seed + 11u) - 0.5;
     c *= 1.0 + 0.4 * tone * seen(3.0, w) + 0.3 * mottled(p, w);
-    return mix(c, vec3(0.76, 0.73, 0.69), max(line(row, 0.05, 4.0 * w), line(along, 0.025, 1.9 * w)));
+    float mortar = max(line(row, 0.05, 4.0 * w), line(along, 0.025, 1.9 * w));
+    return mix(c, vec3(0.76, 0.73, 0.69), mortar);
   }
   c *= 1.0 + 0.1 * mottled(p, w);
   return p.y < 0.22 ? mix(vec3(0.93), c, 0.15) * (1.0 - 0.25 * smoothstep(0.20, 0.22, p.y)) : c;
@@ -184,12 +188,12 @@ vec3 background(vec3 dir) {
             max(1.0 - smoothstep(0.0, 0.5, p.y - 5.5), 0.25 * noise(p * vec2(0.6, 3.0), seed)));
   if (back == 1 || back == 4)
     c = mix(c, mix(back_color, vec3(0.97), 0.55), 0.75 * smoothstep(8.0, 60.0, t_floor));
-  vec2 s = hit.xz / reach * 0.5 + 0.5;
   return c;
 }
 void main() {
   ivec2 pixel = ivec2(gl_FragCoord.xy);
-  vec4 subject = texelFetch(model, pixel, 0);
+  vec4 subject = vec4(0.0);
+  for (int k = 0; k < 4; k++) subject += 0.25 * texelFetch(model, pixel, k);
   vec3 c = vec3(1.0);
   if (!flat_white) {
     vec3 dir = normalize(rays * vec3(gl_FragCoord.x, size - gl_FragCoord.y, 1.0));

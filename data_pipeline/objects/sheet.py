@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from data_pipeline.objects import mesh, scene, worker
+from data_pipeline.objects import scene, worker
 from data_pipeline.objects.catalogue import Model
 
 
@@ -14,11 +14,10 @@ def contact_sheet(
   models: Sequence[Model], *, views: int = 8, size: int = 128, seed: int = 0
 ) -> Image.Image:
   """`views` evenly chosen of 24 views of each model, and the last one's mask."""
-  renderer = worker._renderer(size)
   rows = []
   for model in models:
     drawn = scene.draw_views(seed, model.key, model.noun, 24)[:: max(24 // views, 1)][:views]
-    pictures = list(renderer.render(mesh.load(model, size), drawn))
+    pictures = worker.render_views(model, drawn, size)
     mask = np.repeat(pictures[-1].mask[..., None], 3, 2)
     rows.append(np.concatenate([*(picture.image for picture in pictures), mask], 1))
   return Image.fromarray(np.concatenate(rows))

@@ -62,6 +62,13 @@ def render_model(model: Model, *, views: int, size: int, seed: int) -> Rendered:
   )  # fmt: skip
 
 
+def render_views(
+  model: Model, views: list[scene.View], size: int, *, white: bool = False
+) -> list[renderer.Picture]:
+  """Pictures of a model in views of one's own choice; `white`: the subject alone, on white."""
+  return list(_renderer(size).render(mesh.load(model, size), views, white=white))
+
+
 def render_models(
   models: Iterable[Model], workers: int, **options: int
 ) -> Iterator[Rendered]:
@@ -73,8 +80,10 @@ def render_models(
   pool = concurrent.futures.ProcessPoolExecutor(
     workers, multiprocessing.get_context("spawn"), initializer=_end_with_parent
   )
+  processes: list = []
   try:
     pool.submit(check_renderer, options["size"]).result()  # before models are read
+    processes = list(pool._processes.values())
     waiting: collections.deque = collections.deque()
     for model in models:
       waiting.append(pool.submit(work, model))
@@ -83,9 +92,10 @@ def render_models(
     while waiting:
       yield waiting.popleft().result()
   except concurrent.futures.process.BrokenProcessPool:
+    codes = sorted({p.exitcode for p in processes} - {0, None}) or "unknown"
     raise DataError(
-      "a rendering process died (too little memory?); run it again with --workers=1, it goes on "
-      "where it stopped"
+      f"a rendering process died (exit code {codes}; too little memory?); run it again, with fewer "
+      "--workers: it goes on where it stopped"
     ) from None
   finally:
     pool.shutdown(wait=True, cancel_futures=True)
