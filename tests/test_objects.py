@@ -162,12 +162,14 @@ def test_pictures_are_mask_times_subject_over_the_background(gl, tmp_path):
 
 
 def test_transparent_materials_cover_their_share_of_the_samples(gl, tmp_path):
-  textured_box(tmp_path)
-  obj = (tmp_path / "box.obj").read_text()
-  (tmp_path / "box.mtl").write_text("newmtl front\nKd 1 0 0\nd 0.5\nnewmtl rest\nKd 0 1 0\nd 0.0\n")
-  (tmp_path / "box.obj").write_text(obj.replace("/1", "").replace("/2", ""))
-  _, mask, _ = gl(model(tmp_path / "box.obj"), [view(elevation=0.0)], SIZE)[0]
-  assert mask[SIZE // 2, SIZE // 2] in (127, 128)
+  path = textured_box(tmp_path)
+  lines = path.read_text().splitlines()
+  plain = [line.replace("/1", "").replace("/2", "").replace("/3", "").replace("/4", "")
+           if line.startswith("f") else line for line in lines]
+  path.write_text("\n".join(line for line in plain if not line.startswith("vt")))
+  (tmp_path / "box.mtl").write_text("newmtl front\nKd 1 0 0\nd 0.5\nnewmtl rest\nKd 0 1 0\nTr 1\n")
+  _, mask, _ = gl(model(path), [view(elevation=0.0)], SIZE)[0]
+  assert set(np.unique(mask[20:-20, 20:-20])) <= {127, 128}  # the front; all else is invisible
 
 
 def test_edges_stay_sharp_and_round_things_round():
@@ -183,7 +185,7 @@ def test_edges_stay_sharp_and_round_things_round():
     np.asarray(ball.vertices, np.float32), ball.faces, np.zeros((len(ball.vertices), 2))
   )
   used = vertices[np.unique(faces)]
-  np.testing.assert_allclose(used[:, 3:6], used[:, :3], atol=0.01)
+  np.testing.assert_allclose(used[:, 3:6], used[:, :3], atol=0.02)
   assert len(used) == len(ball.vertices)
 
 
@@ -203,7 +205,8 @@ def test_views_depend_on_seed_model_and_view_alone():
   [("Wooden desk", "desk"), ("Armchair", "armchair"), ("redArm_chair-02", "chair"),
    ("Plate, glasses and cutlery", "plate"), ("Bowl with fruits", "bowl"), ("Sofa 2 seats", "sofa"),
    ("Clothes washing machine", "washing machine"), ("MP3 base", "base"), ("Bill 10€", "bill"),
-   ("Woman shoes", "shoes"), ("3f2a", "object"), ("Rubik's cube", "rubik's cube"), ("Black table", "table"),
+   ("Woman shoes", "shoes"), ("3f2a", "object"), ("Rubik's cube", "rubik's cube"),
+   ("Black table", "table"),
    ("Chair with cushion", "chair")],
 )  # fmt: skip
 def test_nouns(name, noun):
@@ -335,36 +338,60 @@ def contents(folder: Path) -> dict[str, bytes]:
   return {str(f.relative_to(folder)): f.read_bytes() for f in folder.rglob("*") if f.is_file()}
 
 
-def test_a_killed_run_goes_on_and_one_worker_writes_what_two_write(built, models, tmp_path):
-  script = (
-    "from data_pipeline.objects import dataset; dataset.SHARD = 1\n"
-    f"dataset.build({str(models)!r}, {str(tmp_path)!r}, workers=1, **{OPTIONS})"
-  )
-  process = subprocess.Popen(
-    [sys.executable, "-c", script], env=os.environ | {"PYTHONPATH": str(ROOT)}
-  )
-  work, deadline = tmp_path / "objects/incomplete.1.0.0", time.monotonic() + 120
-  while len(list(work.glob("t*.json"))) < 2:
-    assert process.poll() is None and time.monotonic() < deadline
-    time.sleep(0.01)
-  process.send_signal(signal.SIGKILL)
-  process.wait()
+class Stopped(Exception):
+  """As if the power went."""
+
+
+def test_a_stopped_run_goes_on_and_one_worker_writes_what_two_write(
+  built, models, tmp_path, monkeypatch
+):
+  monkeypatch.setattr(dataset, "SHARD", 1)
+  write_shard, written = dataset._write_shard, []
+
+  def write_four(work, name, *args):
+    if len(written) == 4:
+      (work / f"{name}.tmp").write_bytes(b"half a record")
+      raise Stopped
+    written.append(name)
+    write_shard(work, name, *args)
+
+  with monkeypatch.context() as patch, pytest.raises(Stopped):
+    patch.setattr(dataset, "_write_shard", write_four)
+    dataset.build(models, tmp_path, workers=1, **OPTIONS)
   assert not (tmp_path / "objects/1.0.0").exists()
-  before = {f.name: f.stat().st_mtime_ns for f in work.glob("*.tfrecord")}
-  stopped = dataset._render_missing
-  kept = {}
 
-  def watch(folder, *args):
-    stopped(folder, *args)
-    kept.update({name: (folder / name).stat().st_mtime_ns for name in before})
+  again = []
 
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(dataset, "SHARD", 1)
-    patch.setattr(dataset, "_render_missing", watch)
-    resumed = dataset.build(models, tmp_path, workers=1, **OPTIONS)
-  assert len(before) >= 2 and kept == before  # finished shards were not rendered again
+  def write_rest(work, name, *args):
+    again.append(name)
+    write_shard(work, name, *args)
+
+  monkeypatch.setattr(dataset, "_write_shard", write_rest)
+  resumed = dataset.build(models, tmp_path, workers=1, **OPTIONS)
+  assert len(again) == 8 and not {*again} & {*written}  # 12 models, each a shard of its own
   assert contents(resumed) == contents(built)
   assert [f.name for f in (tmp_path / "objects").iterdir()] == ["1.0.0"]
+
+
+@pytest.mark.slow
+def test_a_killed_process_leaves_nothing_that_disturbs_the_next(built, models, tmp_path):
+  script = (
+    "from data_pipeline.objects import dataset; dataset.SHARD = 1\n"
+    f"dataset.build({str(models)!r}, {str(tmp_path)!r}, workers=2, **{OPTIONS})"
+  )
+  command = [sys.executable, "-c", script]
+  environment = os.environ | {"PYTHONPATH": str(ROOT)}
+  work = tmp_path / "objects/incomplete.1.0.0"
+  for count in (1, 5, 9):
+    process, deadline = subprocess.Popen(command, env=environment), time.monotonic() + 120
+    while len(list(work.glob("t*.json"))) < count:
+      assert process.poll() is None and time.monotonic() < deadline
+      time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "objects/1.0.0").exists()
+  subprocess.run(command, env=environment, check=True)
+  assert contents(tmp_path / "objects/1.0.0") == contents(built)
 
 
 def test_broken_models_are_listed_and_credits_written(built):
@@ -419,12 +446,12 @@ def test_what_is_stored_are_the_pictures_of_the_renderer(built, models, gl):
   np.testing.assert_allclose(poses, [p.camera.world_to_camera for p in pictures], rtol=1e-6)
 
 
-def test_too_many_broken_models_are_an_error_that_names_them(gl, tmp_path):
-  trimesh.creation.box().export(tmp_path / "box.obj")
-  (tmp_path / "bad.obj").write_text("v 0 0 0\n")
-  with pytest.raises(DataError, match=r"1 of 2 models .*bad.obj has no triangles"):
-    dataset.build(tmp_path, tmp_path / "out", workers=1, **OPTIONS)
-  assert not (tmp_path / "out/objects/1.0.0").exists()
+def test_too_many_broken_models_are_an_error_that_names_them(models, tmp_path, monkeypatch):
+  bad = lambda found, workers, **_: (worker.Rendered(m, reason="is bad") for m in found)  # noqa: E731
+  monkeypatch.setattr(worker, "render_models", bad)
+  with pytest.raises(DataError, match=r"^3 of 12 models .*\w+ is bad; \w+") as caught:
+    dataset.build(models, tmp_path, workers=1, **OPTIONS)
+  assert "\n" not in str(caught.value) and not (tmp_path / "objects/1.0.0").exists()
 
 
 def test_mistakes_are_told_in_one_line(built, models, tmp_path):
