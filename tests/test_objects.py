@@ -57,8 +57,8 @@ def view(**changes):
 
 def textured_box(folder: Path) -> Path:
   """A cube of edge 2; its front (+z) has red, green, blue and yellow quarters, all else is grey."""
-  colors = np.array([[[200, 40, 40], [40, 180, 60]], [[50, 60, 210], [210, 200, 40]]], np.uint8)
-  picture = Image.fromarray(colors).resize((64, 64), Image.Resampling.NEAREST)
+  colors = [[(220, 130, 130), (130, 200, 130)], [(130, 130, 210), (220, 210, 130)]]
+  picture = Image.fromarray(np.array(colors, np.uint8)).resize((64, 64), Image.Resampling.NEAREST)
   picture.save(folder / "quarters.png")
   (folder / "box.mtl").write_text(
     "newmtl front\nKd 0 0 0\nmap_Kd quarters.png\nnewmtl rest\nKd 0.5 0.5 0.5\n"
@@ -82,12 +82,13 @@ def test_colours_lie_where_the_texture_has_them(gl, tmp_path):
     point = np.array([x * half / 2, half + y * half / 2, half, 1])
     u, v, w = camera.intrinsics @ (camera.world_to_camera @ point)
     linear[name] = (image[int(v / w), int(u / w)] / 255.0) ** 2.2
-  albedo = dict(red=(200, 40, 40), green=(40, 180, 60), blue=(50, 60, 210), yellow=(210, 200, 40))
-  # Without sun all quarters are lit alike, but for the fill from the eye; in linear light.
+  albedo = dict(red=(220, 130, 130), green=(130, 200, 130), blue=(130, 130, 210),
+                yellow=(220, 210, 130))  # fmt: skip
+  # Without sun all quarters are lit alike, but for what the surface mirrors; in linear light.
   light = {name: linear[name] / (np.array(color) / 255) ** 2.2 for name, color in albedo.items()}
   lit = np.array(list(light.values()))
   # The floor's colour is in the light: channels differ, quarters do not.
-  np.testing.assert_allclose(lit, np.broadcast_to(lit.mean(0), lit.shape), rtol=0.08)
+  np.testing.assert_allclose(lit, np.broadcast_to(lit.mean(0), lit.shape), rtol=0.06)
   assert (lit > 0.2).all()
 
 
@@ -96,7 +97,7 @@ def test_the_front_is_seen_from_azimuth_0_and_grows_to_plus_x(gl, tmp_path):
   views = [view(azimuth=a, elevation=0.1) for a in (0.0, np.pi / 4, np.pi, -np.pi / 4)]
   seen = []
   for image, mask, _ in gl(box, views, SIZE, white=True):
-    colored = (np.ptp(image.astype(int), axis=-1) > 60) & (mask == 255)
+    colored = (np.ptp(image.astype(int), axis=-1) > 35) & (mask == 255)
     seen.append((colored.mean(), np.nonzero(colored)[1].mean() if colored.any() else 0))
   assert seen[0][0] > 0.2 and seen[2][0] == 0
   # Seen from the right (+x), the front is on the left.

@@ -28,6 +28,7 @@ def main() -> None:
   parser.add_argument("--sheet", default="", metavar="PNG",
                       help="writes a contact sheet of --count models instead of a data set")
   parser.add_argument("--count", type=int, default=12)
+  parser.add_argument("--subjects", default="", help="keys of the sheet's models, with commas")
   args = parser.parse_args()
   try:
     if args.sheet:
@@ -53,12 +54,19 @@ def _sheet(args) -> None:
 
   models, _ = catalogue.find_models(args.models, args.licences)
   worker.check_renderer(args.size)
-  rng = np.random.default_rng(args.seed)
-  chosen = sorted(rng.permutation(len(models))[: args.count])
-  image = sheet.contact_sheet([models[n] for n in chosen], size=args.size, seed=args.seed)
-  sheet.save(image, args.sheet)
-  for n in chosen:
-    print(f"{models[n].key}: {models[n].noun}, {models[n].licence}, {models[n].creator}")
+  if args.subjects:
+    by_key = {model.key: model for model in models}
+    unknown = [key for key in args.subjects.split(",") if key not in by_key]
+    if unknown:
+      raise DataError(f"--subjects: no model {unknown[0]!r} in {args.models}")
+    chosen = [by_key[key] for key in args.subjects.split(",")]
+  else:
+    order = np.random.default_rng(args.seed).permutation(len(models))
+    chosen = [models[n] for n in sorted(order[: args.count])]
+  image = sheet.contact_sheet(chosen, size=args.size, seed=args.seed)
+  sheet.save(image, args.sheet, colors=256)
+  for model in chosen:
+    print(f"{model.key}: {model.noun}, {model.licence or 'licence not stated'}, {model.creator}")
 
 
 if __name__ == "__main__":

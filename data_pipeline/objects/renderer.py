@@ -50,6 +50,11 @@ class Renderer:
     corners = gl.buffer(np.array([-1, -1, 3, -1, -1, 3], "f4").tobytes())
     self._triangle = gl.vertex_array(self._screen, [(corners, "2f", "corner")])
 
+  @property
+  def device(self) -> str:
+    """What renders, in the driver's words: 'llvmpipe (LLVM 15.0.6, 256 bits)', a GPU's name."""
+    return self._gl.info["GL_RENDERER"]
+
   def render(self, parts: list[Part], views: list[scene.View], *, white: bool = False):
     """Yields a Picture for each view of a model; `white`: nothing but the subject, on white."""
     from moderngl import TRIANGLES

@@ -57,7 +57,9 @@ void main() {
   vec3 fill = vec3(0.12 * ambient * max(dot(normal, to_eye), 0.0));
   vec3 lit = albedo * (around + fill + 0.75 * sun * straight);
   float shine = pow(max(dot(normal, normalize(light + to_eye)), 0.0), 40.0);
-  lit += 0.08 * sun * shine * step(0.001, straight);
+  // Also black things mirror a little of what is around them, most at their edges.
+  float rim = pow(1.0 - max(dot(normal, to_eye), 0.0), 3.0);
+  lit += 0.08 * sun * shine * step(0.001, straight) + (0.012 + 0.05 * rim) * around;
   result = vec4(pow(clamp(lit, 0.0, 1.0), vec3(1.0 / 2.2)), 1.0);
 }
 """

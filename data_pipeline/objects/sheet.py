@@ -23,9 +23,9 @@ def contact_sheet(
   return Image.fromarray(np.concatenate(rows))
 
 
-def save(image: Image.Image, file: str | Path, quality: int | None = None) -> None:
-  """Writes a PNG; with `quality` in so many colours, which makes it small."""
+def save(image: Image.Image, file: str | Path, colors: int | None = None) -> None:
+  """Writes a PNG; with `colors` in so many of them, which makes it small."""
   Path(file).parent.mkdir(parents=True, exist_ok=True)
-  if quality:
-    image = image.quantize(quality, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+  if colors:
+    image = image.quantize(colors, kmeans=3)  # small subjects keep a colour of their own
   image.save(file, optimize=True)
