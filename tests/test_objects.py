@@ -245,11 +245,11 @@ model#3=/shop/woman/woman.obj
 
 
 def write_catalogue(file: Path) -> None:
-  """A .sh3f with a box of 1 x 2 x 3 that its rotation sets upright: 20 wide, 60 high, 40 deep."""
-  box = trimesh.creation.box(extents=(1, 2, 3))
+  """A .sh3f with a cone along z, which its rotation sets upright: 20 wide, 60 high, 40 deep."""
+  cone = trimesh.creation.cone(radius=1, height=2)
   with zipfile.ZipFile(file, "w") as archive:
     archive.writestr("PluginFurnitureCatalog.properties", CATALOGUE.encode("latin-1"))
-    archive.writestr("shop/chair/chair.obj", box.export(file_type="obj"))
+    archive.writestr("shop/chair/chair.obj", cone.export(file_type="obj"))
 
 
 def test_a_catalogue_of_sweet_home_3d(tmp_path):
@@ -263,8 +263,10 @@ def test_a_catalogue_of_sweet_home_3d(tmp_path):
   places = np.concatenate([part.vertices[:, :3] for part in parts])
   extent = np.ptp(places, axis=0)
   np.testing.assert_allclose(extent / extent[0], (1, 3, 2), rtol=1e-5)
-  np.testing.assert_allclose(np.linalg.norm(extent), 2, rtol=1e-5)
+  assert np.linalg.norm(places - (0, extent[1] / 2, 0), axis=1).max() == pytest.approx(1)
   np.testing.assert_allclose(places.min(0), (-extent[0] / 2, 0, -extent[2] / 2), atol=1e-6)
+  top = places[places[:, 1] > extent[1] * 0.99]  # the tip alone: the cone stands on its base
+  np.testing.assert_allclose(top, np.broadcast_to((0, extent[1], 0), top.shape), atol=1e-6)
 
 
 def write_glb(file: Path, **extras) -> None:

@@ -16,7 +16,7 @@ _NEED_COMPANY = frozenset((
   "machine maker box can holder player control board stand rack brush bag game unit set station "
   "heater dispenser bat ball net horse light fan reel hanger device tree plant house car dog stick "
   "conditioner shaker ladder cup glass cube train press measure detector hydrant guitar "
-  "pool living room projector scale cake tower lift pin paper towel"
+  "bear pool living room projector scale cake tower lift pin paper towel"
 ).split())  # fmt: skip
 _CUT = re.compile(r"\b(with|without|for|of|in|on|at|by|under|from|and)\b|[,:;(\[/]|\s[-–]\s")
 _SINGULAR_IN_S = ("bus", "cactus", "ficus", "christmas", "iris", "chess", "tennis", "lens",
