@@ -1,1 +1,1 @@
-"""Published test protocols: subjects and prompts from a folder, pictures drawn, scored, reported."""
+"""Published test protocols: a folder of subjects and prompts, pictures drawn, scored, reported."""

@@ -1,11 +1,12 @@
 """Scores of drawn pictures against the real ones: per picture, their means, and the ceiling."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
+from tqdm import tqdm
 
 from cc_jax.benchmark.drawing import Task
 from cc_jax.benchmark.subjects import EDITING, PLAIN, Subject
@@ -27,31 +28,53 @@ def read_real(file: Path) -> np.ndarray:
 
 
 def score_tasks(
-  tasks: Sequence[Task], drawn: Sequence[np.ndarray], scorers: Mapping[str, Scorer]
+  tasks: Sequence[Task], read: Callable[[Task], np.ndarray], scorers: Mapping[str, Scorer], *,
+  progress: bool = False,
 ) -> list[dict[str, float]]:
-  """Of every picture its scores by name; 'CLIP-I' is the mean over the real pictures, 'CLIP-I min'
-  the smallest, 'CLIP-I reference' that of the reference shown (the first's copying is not hidden).
+  """Of every picture its scores by name, a subject at a time.
+
+  'CLIP-I' is the mean over all real pictures of the subject, the reference among them, 'CLIP-I min'
+  the smallest, 'CLIP-I reference' that of the reference shown.
+
+  Args:
+    read: a task's picture, uint8 [h, w, 3].
   """
   rows: list[dict[str, float]] = [{} for _ in tasks]
-  by_subject: dict[Subject, list[int]] = {}
+  with tqdm(total=len(tasks), desc="scoring", unit="picture", disable=not progress) as bar:
+    for indices in tasks_by_subject(tasks).values():
+      part = [tasks[index] for index in indices]
+      found = _score_subject(part, [read(task) for task in part], scorers)
+      for index, row in zip(indices, found, strict=True):
+        rows[index] = row
+      bar.update(len(part))
+  return rows
+
+
+def tasks_by_subject(tasks: Sequence[Task]) -> dict[Subject, list[int]]:
+  """Subject -> the places of its tasks."""
+  found: dict[Subject, list[int]] = {}
   for index, task in enumerate(tasks):
-    by_subject.setdefault(task.subject, []).append(index)
+    found.setdefault(task.subject, []).append(index)
+  return found
+
+
+def _score_subject(tasks, drawn, scorers) -> list[dict[str, float]]:
+  rows: list[dict[str, float]] = [{} for _ in tasks]
+  real = [read_real(file) for file in tasks[0].subject.pictures]
+  prompts = [task.prompt for task in tasks]
   for kind, scorer in scorers.items():
     if kind in IMAGE:
-      features = scorer.image_features(drawn)
-      for subject, indices in by_subject.items():
-        real = scorer.image_features([read_real(file) for file in subject.pictures])
-        for index, values in zip(indices, cosine(features[indices], real), strict=True):
-          name, shown = IMAGE[kind], tasks[index].reference
-          rows[index] |= {name: float(values.mean()), f"{name} min": float(values.min()),
-                          f"{name} reference": float(values[shown])}
+      name, features = IMAGE[kind], scorer.image_features(drawn)
+      for row, task, values in zip(rows, tasks, cosine(features, scorer.image_features(real))):
+        row |= {name: float(values.mean()), f"{name} min": float(values.min()),
+                f"{name} reference": float(values[task.reference])}
     if kind == "clip":
-      texts = list(dict.fromkeys(task.prompt for task in tasks))
+      texts = list(dict.fromkeys(prompts))
       table = cosine(features, scorer.text_features(texts))
-      for index, task in enumerate(tasks):
-        rows[index]["CLIP-T"] = float(table[index, texts.index(task.prompt)])
+      for index, (row, prompt) in enumerate(zip(rows, prompts)):
+        row["CLIP-T"] = float(table[index, texts.index(prompt)])
     if kind == "imagereward":
-      for row, value in zip(rows, scorer.reward([task.prompt for task in tasks], drawn)):
+      for row, value in zip(rows, scorer.reward(prompts, drawn)):
         row["ImageReward"] = float(value)
   return rows
 
@@ -76,7 +99,7 @@ def ceiling(subjects: Sequence[Subject], scorers: Mapping[str, Scorer]) -> dict[
       if kind == "imagereward":
         reward = scorer.reward([plain] * len(real), real)
         values.setdefault("ImageReward", []).append(float(np.mean(reward)))
-  return {name: _over_subjects(column) for name, column in values.items()}
+  return {name: over_subjects(column) for name, column in values.items()}
 
 
 def summary(tasks: Sequence[Task], rows: Sequence[Mapping[str, float]]) -> dict[str, Any]:
@@ -93,10 +116,11 @@ def summary(tasks: Sequence[Task], rows: Sequence[Mapping[str, float]]) -> dict[
         if task.kind == kind and task.reference == 0 and name in row:
           means.setdefault(task.subject.name, []).append(row[name])
       if means:
-        found[f"{kind} {name}"] = _over_subjects([float(np.mean(v)) for v in means.values()])
+        found[f"{kind} {name}"] = over_subjects([float(np.mean(v)) for v in means.values()])
   return found
 
 
-def _over_subjects(values: Sequence[float]) -> dict[str, Any]:
+def over_subjects(values: Sequence[float]) -> dict[str, Any]:
+  """The mean over subjects and its 95 % bootstrap interval."""
   interval: Interval = hierarchical_bootstrap(np.asarray([values], np.float64))
   return dict(mean=interval.mean, low=interval.low, high=interval.high, subjects=len(values))

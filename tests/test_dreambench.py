@@ -1,0 +1,272 @@
+"""Benchmarks: folders as published, pictures drawn once, scores against numpy, the whole command."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cc_jax.benchmark import drawing, run
+from cc_jax.benchmark.drawing import Task, make_tasks
+from cc_jax.benchmark.scoring import summary
+from cc_jax.benchmark.subjects import EDITING, PLAIN, read_benchmark
+from cc_jax.errors import UserError
+from cc_jax.metrics import copying
+from data_pipeline.errors import DataError
+
+NAMES = {"red_cup": "cup", "cat2": "cat", "old_car": "car", "sofa": "sofa"}
+SCENES = ("on the beach", "in the snow", "in a forest", "at night")
+SETTINGS = run.Settings("0123", "4567", 2, 5.0, None, 1.0)
+
+
+def list_text(names, scenes=SCENES):
+  """prompts_and_classes.txt in the published form."""
+  template = "'a {{0}} {{1}} {}'.format(unique_token, class_token),\n"
+  lists = ["".join(template.format(words) for words in part)
+           for part in (scenes, [*scenes[:-1], "wearing a hat"])]
+  classes = "".join(f"{name},{noun}\n" for name, noun in names.items())
+  return (f"Classes\n\nsubject_name,class\n{classes}\nPrompts\n\nObject Prompts\n\n"
+          f"prompt_list = [\n{lists[0]}]\n\nLive Subject Prompts\n\nprompt_list = [\n{lists[1]}]\n")
+
+
+def picture(seed, size=(24, 20)):
+  """Blocks of random colours: whatever looks at it has something to see."""
+  small = np.random.default_rng(seed).integers(0, 256, (3, 4, 3), dtype=np.uint8)
+  return Image.fromarray(small).resize(size, Image.Resampling.NEAREST)
+
+
+def dreambench(folder, names=NAMES, pictures=2):
+  for number, name in enumerate(names):
+    (folder / "dataset" / name).mkdir(parents=True)
+    for index in range(pictures):
+      file = folder / "dataset" / name / f"{index:02}.jpg"
+      picture(10 * number + index, (80, 64)).save(file)
+      mask = np.zeros((64, 80), np.uint8)
+      mask[16:48, 20:60] = 255
+      Image.fromarray(mask).save(file.with_name(f"{index:02}_mask.png"))
+  (folder / "dataset" / "prompts_and_classes.txt").write_text(list_text(names))
+  return folder
+
+
+class MeanColor:
+  """A scorer of numpy: an image is its mean colour, a text the lengths of its words."""
+
+  def image_features(self, pictures, *, masks=None, background="white"):
+    return np.array([np.asarray(p, np.float64).mean((0, 1)) for p in pictures])
+
+  def text_features(self, prompts):
+    return np.array([[len(p), p.count("a"), p.count(" ")] for p in prompts], np.float64)
+
+  def pair_scores(self, a, b):
+    return np.array([np.abs(np.int32(x) - np.int32(y)).mean() for x, y in zip(a, b)])
+
+  def check_prompts(self, prompts):
+    pass
+
+  def describe(self):
+    return "mean colour; sha256 00"
+
+
+def draw_noise(tasks):
+  return [np.random.default_rng([task.seed, task.reference]).integers(0, 256, (8, 8, 3), np.uint8)
+          for task in tasks]
+
+
+def run_fake(folder, workdir, *, subjects=(), draw=draw_noise, settings=SETTINGS):
+  benchmark = read_benchmark("dreambench", folder, subjects)
+  tasks = make_tasks(benchmark.subjects, count=2, references=2)
+  scorers = {"clip": MeanColor(), "lpips": MeanColor()}
+  run.run(benchmark, tasks, draw, scorers, settings, workdir, model="noise", batch_size=3,
+          with_copying=True, progress=False)
+  return (workdir / "scores.json").read_text()
+
+
+# ---- folders
+
+
+def test_dreambench_as_it_is_published(tmp_path):
+  """Classes, and the list that belongs to each; the unique token is out of every prompt."""
+  read = read_benchmark("dreambench", dreambench(tmp_path))
+  assert {subject.name: subject.noun for subject in read.subjects} == NAMES
+  prompts = {subject.name: subject.prompts for subject in read.subjects}
+  assert prompts["sofa"] == (
+    (PLAIN, "a photo of a sofa"), *((EDITING, f"a sofa {scene}") for scene in SCENES))
+  assert prompts["cat2"][-1] == (EDITING, "a cat wearing a hat")
+  cup = read.subjects[-2]
+  assert [file.name for file in cup.pictures] == ["00.jpg", "01.jpg"]
+  assert [file.name for file in cup.masks] == ["00_mask.png", "01_mask.png"]
+  assert read.notes == ()
+
+
+def test_dreambench_plus_and_a_folder_of_ones_own(tmp_path):
+  plus, own = tmp_path / "plus", tmp_path / "own"
+  for part in ("images", "captions"):
+    (plus / part / "live_subject" / "animal").mkdir(parents=True)
+  picture(0).save(plus / "images/live_subject/animal/00.jpg")
+  captions = plus / "captions/live_subject/animal/00.txt"
+  captions.write_text("Grey kitten\na grey kitten on a sofa\nan empty sofa\n")
+  read = read_benchmark("dreambench_plus", plus)
+  assert [s.name for s in read.subjects] == ["live_subject_animal_00_grey_kitten"]
+  assert read.subjects[0].prompts[1:] == ((EDITING, "a grey kitten on a sofa"),)
+  assert "1 prompts do not name their subject" in read.notes[0]
+  (own / "mug").mkdir(parents=True)
+  picture(1).convert("L").save(own / "mug" / "a.png")
+  (own / "mug" / "class.txt").write_text("mug\n")
+  (own / "prompts.txt").write_text("a {} on a desk\n\n")
+  read = read_benchmark("folder", own)
+  assert read.subjects[0].prompts[1:] == ((EDITING, "a mug on a desk"),)
+  assert "grey pictures are taken as RGB" in read.notes[0] and "mug/a.png" in read.notes[0]
+
+
+def _no_pictures(folder):
+  for file in (folder / "dataset/sofa").iterdir():
+    file.unlink()
+
+
+MISTAKES = {
+  "the subject sofa has no pictures": _no_pictures,
+  "prompts_and_classes.txt is missing": lambda f: (
+    f / "dataset/prompts_and_classes.txt").rename(f / "list"),
+  "has no object prompts and no live subject prompts": lambda f: (
+    f / "dataset/prompts_and_classes.txt").write_text("subject_name,class\nsofa,sofa\n"),
+  "00.jpg is no picture": lambda f: (f / "dataset/sofa/00.jpg").write_text("x"),
+}
+
+
+@pytest.mark.parametrize("message", MISTAKES)
+def test_mistakes_are_named_before_anything_is_drawn(message, tmp_path):
+  MISTAKES[message](dreambench(tmp_path))
+  with pytest.raises(UserError, match=message):
+    read_benchmark("dreambench", tmp_path)
+
+
+def test_a_prompt_over_the_limit_is_named(tiny_folder, tmp_path):
+  from cc_jax.bases.tokenizer import load_tokenizer
+
+  tokenizer = load_tokenizer(tiny_folder / "tokenizer")
+  subject = read_benchmark("dreambench", dreambench(tmp_path)).subjects[0]
+  fits = Task(subject, PLAIN, "a cat", 0)
+  drawing.check_prompts([fits], [tokenizer], 1)
+  too_long = dataclasses.replace(fits, prompt="a cat" + " on the beach" * 20)
+  with pytest.raises(DataError, match="has .* tokens; the limit is 15"):
+    drawing.check_prompts([fits, too_long], [tokenizer], 1)
+
+
+@pytest.mark.parametrize(("given", "message"), [
+  ([], "needs --scorers"), (["clip"], "no KIND:FOLDER"), (["clip:a", "clip:b"], "twice"),
+  (["lpips:a"], "needs --scorers")])  # fmt: skip
+def test_scorers_that_cannot_be(given, message):
+  with pytest.raises(UserError, match=message):
+    run._scorer_folders(given)
+
+
+# ---- pictures and scores
+
+
+def test_scores_are_the_formulas(tmp_path):
+  """Against numpy in float64, with the pictures read by PIL."""
+  result = json.loads(run_fake(dreambench(tmp_path / "data"), tmp_path / "out"))
+
+  def colour(file):
+    with Image.open(file) as image:
+      return unit(np.asarray(image.convert("RGB"), np.float64).mean((0, 1)))
+
+  def unit(x):
+    return x / np.linalg.norm(x)
+
+  means = {}
+  for row in result["pictures"]:
+    drawn = colour(tmp_path / "out/pictures" / row["file"])
+    real = [colour(tmp_path / "data/dataset" / row["subject"] / f"0{k}.jpg") for k in range(2)]
+    cosines = [drawn @ r for r in real]
+    scores, shown = row["scores"], int(row["file"][-5])
+    assert scores["CLIP-I"] == pytest.approx(np.mean(cosines), abs=1e-6)
+    assert scores["CLIP-I min"] == pytest.approx(min(cosines), abs=1e-6)
+    assert scores["CLIP-I reference"] == pytest.approx(cosines[shown], abs=1e-6)
+    text = row["prompt"]
+    text = unit(np.array([len(text), text.count("a"), text.count(" ")], float))
+    assert scores["CLIP-T"] == pytest.approx(drawn @ text, abs=1e-6)
+    if row["kind"] == "E":
+      means.setdefault(row["subject"], []).append(np.mean(cosines))
+  found = result["summary"]["E CLIP-I"]
+  assert found["mean"] == pytest.approx(np.mean([np.mean(v) for v in means.values()]), abs=1e-6)
+  assert found["low"] < found["mean"] < found["high"] and found["subjects"] == 4
+  pairs = [colour(tmp_path / f"data/dataset/{n}/00.jpg") @
+           colour(tmp_path / f"data/dataset/{n}/01.jpg") for n in NAMES]
+  assert result["ceiling"]["CLIP-I"]["mean"] == pytest.approx(np.mean(pairs), abs=1e-6)
+  assert {"copy score (CLIP-I)", "pose (CLIP-I)", "background (CLIP-I)", "LPIPS between references",
+          "LPIPS between seeds"} == result["copying"].keys()
+  table = (tmp_path / "out/table.md").read_text()
+  ours = f"| **noise** | {result['summary']['E CLIP-T']['mean']:.3f} ["
+  assert ours in table and "| CustomContrast (Stable Diffusion 1.5, published) | 0.325 |" in table
+  assert "mean colour; sha256 00" in table
+  assert Image.open(tmp_path / "out/sheet.png").width > 800
+
+
+def test_killed_twice_and_half_of_it(tmp_path):
+  """The same JSON; each picture is drawn once; the scores of half are those of the whole."""
+  folder, drawn = dreambench(tmp_path / "data"), []
+
+  def fails_after(calls):
+    def draw(tasks):
+      if len(drawn) >= calls:
+        raise KeyboardInterrupt
+      drawn.append([(task.file) for task in tasks])
+      return draw_noise(tasks)
+
+    return draw
+
+  for calls in (3, 7):
+    with pytest.raises(KeyboardInterrupt):
+      run_fake(folder, tmp_path / "killed", draw=fails_after(calls))
+  killed = run_fake(folder, tmp_path / "killed", draw=fails_after(1000))
+  assert killed == run_fake(folder, tmp_path / "once")
+  files = [file for batch in drawn for file in batch]
+  assert len(files) == len(set(files)) == 4 * (5 * 2 + 2)
+  half = json.loads(run_fake(folder, tmp_path / "half", subjects=("cat2", "sofa")))["pictures"]
+  whole = {row["file"]: row for row in json.loads(killed)["pictures"]}
+  assert len(half) == 24 and all(row == whole[row["file"]] for row in half)
+
+
+def test_pictures_drawn_otherwise_are_refused(tmp_path):
+  folder = dreambench(tmp_path / "data")
+  before = run_fake(folder, tmp_path / "out")
+  with pytest.raises(UserError, match="was drawn with another steps"):
+    run_fake(folder, tmp_path / "out", settings=dataclasses.replace(SETTINGS, steps=9))
+  picture(99).save(folder / "dataset/cat2/00.jpg")
+  with pytest.raises(UserError, match="was drawn with another reference"):
+    run_fake(folder, tmp_path / "out")
+  assert (tmp_path / "out/scores.json").read_text() == before
+
+
+def test_seeds_are_of_the_picture_alone():
+  """sha256 of the JSON of subject, prompt and index, by hand; the reference does not count."""
+  import hashlib
+
+  subject = drawing.Subject("cat2", "cat", (), (), ())
+  task = Task(subject, PLAIN, "a cat", 3)
+  digest = hashlib.sha256(b'["cat2", "a cat", 3]').hexdigest()
+  assert task.seed == int(digest[:8], 16) // 2 == dataclasses.replace(task, reference=1).seed
+  tasks = [task, dataclasses.replace(task, reference=1)]
+  found = summary(tasks, [{"x": 1.0}, {"x": 5.0}])  # further references do not count
+  assert found["R x"]["mean"] == 1.0
+
+
+# ---- copying
+
+
+def test_copying_by_hand():
+  east, north, west = (2.0, 0), (0, 1), (-1, 0)
+  views, drawn = np.array([east, north, west]), np.array([east, north, (1, 1)], float)
+  # Drawn is the reference: (90 - 0) / 90 and (180 - 0) / 180.
+  np.testing.assert_allclose(copying.copy_score(drawn, views, 0), [
+    1, ((0 - 90) / 90 + (90 - 90) / 180) / 2, ((45 - 45) / 90 + (135 - 45) / 180) / 2], atol=1e-9)
+  root = np.sqrt(0.5)
+  np.testing.assert_allclose(copying.pose_copy(drawn, views, 0), [1, -1, 0], atol=1e-9)
+  found = copying.background_copy(drawn, np.array(east), np.array([north, west], float))
+  np.testing.assert_allclose(found, [1 + 0.5, -0.5, root - 0], atol=1e-9)
+  assert np.isnan(copying.copy_score(drawn, views[:1], 0)).all()
+  assert np.isnan(copying.pose_copy(drawn, views[:1], 0)).all()
+  assert list(copying.pairs_within("abab")) == [(0, 2), (1, 3)]
