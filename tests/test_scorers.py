@@ -299,7 +299,7 @@ def save_lpips(folder, net):
   return theirs
 
 
-@pytest.mark.parametrize("net", ["alex", "vgg"])
+@pytest.mark.parametrize("net", ["alex", pytest.param("vgg", marks=pytest.mark.slow)])
 def test_lpips_is_its_repository(net, tmp_path):
   """Pairs of two sizes; equal pictures have no distance at all. (VGG takes long: one pair.)"""
   torch.manual_seed(0)
@@ -514,6 +514,7 @@ np.save(sys.argv[2], scorer.image_features(list(pictures)))
 """
 
 
+@pytest.mark.slow
 def test_eight_devices_give_the_same_scores(published, tmp_path):
   folder, file = published("dino")[0], tmp_path / "pictures.npy"
   images = np.random.default_rng(0).integers(0, 256, (11, 30, 30, 3), dtype=np.uint8)
@@ -537,6 +538,7 @@ def test_folders_of_other_models_are_named(published, image_reward, tmp_path):
     ("imagereward", clip, "holds CLIPModel; the scorer 'imagereward' reads.*med_config.json"),
     ("lpips", image_reward[0], "config.json is missing"),
     ("dino", tmp_path / "nowhere", "is no folder"),
+    ("dino", "owner/dino-vits16", "owner/dino-vits16.*nor in the hub's cache"),
     ("fid", clip, "scorer 'fid' is unknown; we have clip, dino,"),
   ]:
     with pytest.raises(UserError, match=named) as error:
@@ -576,6 +578,8 @@ def test_prompts_and_counts_that_do_not_fit(published, image_reward):
     reward.reward(["red", "tea"], pictures(1))
   with pytest.raises(UserError, match="the scorer 'clip' has no reward; .* imagereward"):
     clip.reward(["red"], pictures(1))
+  with pytest.raises(UserError, match="picture 40 is float32"):  # not the 8th of the second batch
+    clip.image_features([*pictures(1) * 40, np.zeros((4, 4), np.float32)])
   with pytest.raises(UserError, match="no pictures"):
     clip.image_features([])
   with pytest.raises(UserError, match="takes no text_prefix"):

@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from cc_jax.bases.weights import load_weights
 from cc_jax.errors import UserError
 from cc_jax.metrics.model_folder import folder_hash, named_in_errors, read_json, weight_shapes
-from cc_jax.metrics.preprocessing import CLIP_STATISTICS, Preprocessing
+from cc_jax.metrics.preprocessing import CLIP_STATISTICS, Preprocessing, check_picture
 from cc_jax.metrics.scorer import Scorer, vit_name
 from cc_jax.models.blip import BlipTextConfig, BlipVisionConfig
 from cc_jax.models.image_reward import MEAN, STD, TOKENS, ImageReward, ImageRewardConfig
@@ -57,6 +57,8 @@ class ImageRewardScorer(Scorer):
   def reward(self, prompts: Sequence[str], pictures: Sequence[Any]) -> Float[np.ndarray, " n"]:
     if len(prompts) != len(pictures) or not len(prompts):
       raise UserError(f"{len(prompts)} prompts and {len(pictures)} pictures; give one for each")
+    for index, picture in enumerate(pictures):
+      check_picture(picture, index)
     ids, mask = self.token_ids(prompts)
     chunks = self.batched.chunks(pictures, ids, mask)
     return self.batched(_reward, ((self.prepare(part), *text) for part, *text in chunks))

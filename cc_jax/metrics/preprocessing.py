@@ -86,8 +86,17 @@ class Preprocessing:
 
 def to_pil(picture: Any, index: int = 0) -> Image.Image:
   """A PIL image of a uint8 array [h, w], [h, w, 1], [h, w, 3], [h, w, 4], or itself."""
+  check_picture(picture, index)
   if isinstance(picture, Image.Image):
     return picture
+  array = np.asarray(picture)
+  return Image.fromarray(array[..., 0] if array.shape[2:] == (1,) else array)
+
+
+def check_picture(picture: Any, index: int) -> None:
+  """Raises UserError for what is no picture; `index` is its place, from 0."""
+  if isinstance(picture, Image.Image):
+    return
   array = np.asarray(picture)
   shape = array.shape
   if array.dtype != np.uint8 or not (array.ndim == 2 or shape[2:] in ((1,), (3,), (4,))):
@@ -96,7 +105,6 @@ def to_pil(picture: Any, index: int = 0) -> Image.Image:
     )
   if 0 in shape:
     raise UserError(f"picture {index} has no pixels (shape {shape}); leave it out")
-  return Image.fromarray(array[..., 0] if shape[2:] == (1,) else array)
 
 
 def on_white(image: Image.Image) -> Image.Image:

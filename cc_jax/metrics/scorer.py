@@ -14,7 +14,7 @@ from jaxtyping import Float
 from cc_jax.errors import UserError
 from cc_jax.metrics.batches import Batched
 from cc_jax.metrics.masked import BACKGROUNDS, cut_out
-from cc_jax.metrics.preprocessing import Preprocessing
+from cc_jax.metrics.preprocessing import Preprocessing, check_picture
 
 _SIZES = {(192, 12): "Ti", (384, 12): "S", (768, 12): "B", (1024, 24): "L", (1280, 32): "H",
           (1664, 48): "bigG"}  # fmt: skip
@@ -69,6 +69,8 @@ class Scorer:
       raise self._has_no("image_features")
     if not len(pictures):
       raise UserError("there are no pictures to score; give one or more")
+    for index, picture in enumerate(pictures):
+      check_picture(picture, index)
     pictures = pictures if masks is None else cut_out(pictures, masks, background)
     batches = ((self.prepare(part),) for (part,) in self.batched.chunks(pictures))
     features = self.batched(network, batches)
