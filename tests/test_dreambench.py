@@ -1,7 +1,11 @@
-"""Benchmarks: folders as published, pictures drawn once, scores against numpy, the whole command."""
+"""Benchmarks: folders as published, pictures drawn once, scores against numpy, the command."""
 
 import dataclasses
 import json
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +19,10 @@ from cc_jax.benchmark.subjects import EDITING, PLAIN, read_benchmark
 from cc_jax.errors import UserError
 from cc_jax.metrics import copying
 from data_pipeline.errors import DataError
+from data_pipeline.subjects3d import factors as world
+from data_pipeline.subjects3d.renderer import render
 
+ROOT = Path(__file__).parent.parent
 NAMES = {"red_cup": "cup", "cat2": "cat", "old_car": "car", "sofa": "sofa"}
 SCENES = ("on the beach", "in the snow", "in a forest", "at night")
 SETTINGS = run.Settings("0123", "4567", 2, 5.0, None, 1.0)
@@ -270,3 +277,137 @@ def test_copying_by_hand():
   assert np.isnan(copying.copy_score(drawn, views[:1], 0)).all()
   assert np.isnan(copying.pose_copy(drawn, views[:1], 0)).all()
   assert list(copying.pairs_within("abab")) == [(0, 2), (1, 3)]
+
+
+# ---- the whole command, with the mini base and its adapter
+
+
+COMMAND = """
+import sys
+import jax
+from cc_jax import cli, evaluate
+
+jax.config.update("jax_num_cpu_devices", int(sys.argv.pop(1)))
+jax.config.update("jax_compilation_cache_dir", sys.argv.pop(1))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+evaluate.set_cpu_devices = lambda *_: None
+cli.run(evaluate.main, evaluate.define_flags)
+"""
+
+
+def real_folder(folder):
+  """Two rendered views of each subject, with masks, in DreamBench's form."""
+  subjects = world.subjects("test")
+  chosen = subjects.take(np.arange(4) * 97)
+  names = {f"{world.CLASSES[c]}_{k}": world.CLASSES[c] for k, c in enumerate(chosen.class_id)}
+  for index in range(2):
+    rendered = render(world.sample_factors(np.random.default_rng(index), chosen, style=0, hat=0))
+    for name, image, mask in zip(names, rendered.image, rendered.mask, strict=True):
+      file = folder / "dataset" / name / f"{index:02}.png"
+      file.parent.mkdir(parents=True, exist_ok=True)
+      Image.fromarray(image).save(file)
+      Image.fromarray(mask).save(file.with_name(f"{index:02}_mask.png"))
+  (folder / "dataset" / "prompts_and_classes.txt").write_text(list_text(names))
+  return list(names)
+
+
+def make_clip(folder):
+  """A small random CLIP whose tokenizer reads the prompts in a few tokens."""
+  import transformers
+
+  from cc_jax.bases.tokenizer import train_tokenizer
+
+  texts = [f"a photo of a {noun} {scene}" for noun in world.CLASSES for scene in SCENES]
+  tokenizer = train_tokenizer(texts, folder, 700, max_length=24)
+  small = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24)
+  text = dict(**small, vocab_size=len(tokenizer), bos_token_id=len(tokenizer) - 2,
+              eos_token_id=len(tokenizer) - 1, max_position_embeddings=24)  # fmt: skip
+  vision = dict(**small, image_size=32, patch_size=16)
+  config = transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=10)
+  return transformers.CLIPModel(config)
+
+
+@pytest.fixture(scope="module")
+def command(tmp_path_factory):
+  """(folder of the benchmark, names, a function that starts the command)."""
+  import test_scorers
+  from torch_parity import randomise
+
+  root = tmp_path_factory.mktemp("benchmark")
+  names = real_folder(root)
+  makers = {"clip": make_clip, "dino": test_scorers.make_dino}
+  for kind, make in makers.items():
+    (root / kind).mkdir()
+    randomise(make(root / kind)).save_pretrained(root / kind)
+  (root / "lpips").mkdir()
+  test_scorers.save_lpips(root / "lpips", "alex")
+  scorers = [f"{kind}:{root / kind}" for kind in (*makers, "lpips")]
+
+  def start(workdir, *flags, devices=2):
+    arguments = [sys.executable, "-c", COMMAND, devices, root / "cache", "--benchmark=dreambench",
+                 f"--data={root}", f"--scorers={','.join(scorers)}", "--images=2", "--steps=4",
+                 "--copying", f"--workdir={workdir}", *flags]
+    return subprocess.Popen([str(part) for part in arguments], cwd=ROOT, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+  return root, names, start
+
+
+def finished(process):
+  out, errors = process.communicate(timeout=900)
+  assert process.returncode == 0, errors[-3000:]
+  return out
+
+
+@pytest.fixture(scope="module")
+def whole(command, tmp_path_factory):
+  """The workdir of a run that nobody disturbed."""
+  workdir = tmp_path_factory.mktemp("whole")
+  finished(command[2](workdir))
+  return workdir
+
+
+@pytest.mark.slow
+def test_the_command_killed_twice_gives_the_same_json(command, whole, tmp_path):
+  for least in (1, 17):
+    process = command[2](tmp_path)
+    while process.poll() is None and len(list(tmp_path.rglob("*.png"))) < least:
+      time.sleep(0.05)
+    assert process.poll() is None  # it was still at work
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert not (tmp_path / "scores.json").exists()
+  finished(command[2](tmp_path))
+  assert (tmp_path / "scores.json").read_text() == (whole / "scores.json").read_text()
+  result = json.loads((whole / "scores.json").read_text())
+  assert len(result["pictures"]) == 4 * (5 + 1) * 2
+  assert (whole / "sheet.png").is_file() and "sha256" in (whole / "table.md").read_text()
+
+
+def scores_of(workdir):
+  return {row["file"]: row["scores"] for row in
+          json.loads((workdir / "scores.json").read_text())["pictures"]}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["half", "eight devices"])
+def test_the_same_scores(how, command, whole, tmp_path):
+  _, names, start = command
+  if how == "half":
+    finished(start(tmp_path, f"--subjects={','.join(names[:2])}"))
+  else:
+    finished(start(tmp_path, devices=8))
+  found, expected = scores_of(tmp_path), scores_of(whole)
+  assert len(found) == (24 if how == "half" else 48)
+  for file, scores in found.items():
+    for name, value in scores.items():
+      assert value == pytest.approx(expected[file][name], abs=1e-5), (file, name)
+
+
+@pytest.mark.slow
+def test_a_scorers_folder_of_another_model_is_named(command, tmp_path):
+  root, _, start = command
+  process = start(tmp_path, f"--scorers=dino:{root / 'clip'}")
+  _, errors = process.communicate(timeout=300)
+  assert process.returncode == 1 and "error: " in errors and "Traceback" not in errors
+  assert not list(tmp_path.rglob("*.png"))
