@@ -70,12 +70,13 @@ def contact_sheet(
 ) -> Image.Image | None:
   """Best, median and worst pictures by the first image score, each beside its reference.
 
-  None without an image score.
+  Of the first references alone, as the means. None without an image score.
   """
   name = next((name for name in ("DINO-I", *IMAGE.values()) if rows and name in rows[0]), None)
   if name is None:
     return None
-  order = sorted(range(len(tasks)), key=lambda index: -rows[index][name])
+  order = [index for index, task in enumerate(tasks) if task.reference == 0]
+  order.sort(key=lambda index: -rows[index][name])
   shown = min(_SHOWN, len(order))
   middle = (len(order) - shown) // 2
   cells, captions = [], []
