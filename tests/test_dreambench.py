@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.stats
 from PIL import Image
 
 from cc_jax.benchmark import drawing, run
@@ -18,6 +19,7 @@ from cc_jax.benchmark.drawing import Task, make_tasks
 from cc_jax.benchmark.scoring import summary
 from cc_jax.benchmark.subjects import EDITING, PLAIN, read_benchmark
 from cc_jax.errors import UserError
+from cc_jax.lab import copying_check
 from cc_jax.metrics import copying
 from data_pipeline.errors import DataError
 from data_pipeline.subjects3d import factors as world
@@ -278,6 +280,22 @@ def test_copying_by_hand():
   assert np.isnan(copying.copy_score(drawn, views[:1], 0)).all()
   assert np.isnan(copying.pose_copy(drawn, views[:1], 0)).all()
   assert list(copying.pairs_within("abab")) == [(0, 2), (1, 3)]
+
+
+def test_leakage_is_exact_and_its_correlation_is_scipys():
+  subjects = world.subjects("test").take(np.arange(5))
+  own, reference = (world.sample_factors(np.random.default_rng(k), subjects) for k in range(2))
+  luck = np.array([0.0, 0.2, 0.3, 0.6, 0.9])
+  found = copying_check.leaking(own, reference, 0.3, luck)
+  np.testing.assert_allclose(found.size, 0.7 * own.size + 0.3 * reference.size, rtol=1e-6)
+  np.testing.assert_array_equal(found.scene[:2], reference.scene[:2])
+  np.testing.assert_array_equal(found.scene[2:], own.scene[2:])
+  np.testing.assert_array_equal(found.azimuth, copying_check.leaking(found, own, 0, luck).azimuth)
+  values = np.random.default_rng(0).normal(size=(7, 30)) + np.arange(7)[:, None] / 3
+  value, low, high = copying_check.correlation(values, draws=50)
+  assert value == pytest.approx(
+    scipy.stats.spearmanr(values.ravel(), np.repeat(np.arange(7), 30))[0], abs=1e-9)
+  assert low < value < high
 
 
 # ---- the whole command, with the mini base and its adapter

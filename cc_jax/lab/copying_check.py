@@ -32,7 +32,7 @@ _MOVED = ("azimuth", "elevation", "x", "y", "size", "light_azimuth", "light_elev
 
 def leaking(own: world.Factors, reference: world.Factors, leakage: float,
             luck: Float[np.ndarray, " n"]) -> world.Factors:
-  """The factors of pictures that copy `leakage` of the reference; the scene where `luck` is less."""
+  """Factors of pictures that copy `leakage` of the reference; its scene where `luck` is less."""
   moved = {name: (1 - leakage) * getattr(own, name) + leakage * getattr(reference, name)
            for name in _MOVED}
   copied = luck < leakage
