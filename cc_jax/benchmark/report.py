@@ -1,4 +1,4 @@
-"""The files of a benchmark's result: scores.json, table.md, sheet.png."""
+"""The files of a benchmark's result: the scores as JSON, a table in Markdown, a contact sheet."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
