@@ -3,6 +3,7 @@
   python -m cc_jax.evaluate                                    # the shipped adapter, 100 subjects
   python -m cc_jax.evaluate --checkpoint=runs/first --workdir=runs/first/eval
   python -m cc_jax.evaluate --what=base                        # the base, 200 prompts
+  python -m cc_jax.evaluate --benchmark=dreambench --data=FOLDER --scorers=clip:FOLDER,dino:FOLDER
 
 The judge, a network, reads each drawn picture (`cc_jax.lab.judge`). The base is scored beside the
 adapter: on the same prompts and noise, without reference. Prompts name class and scene, never
@@ -21,6 +22,7 @@ from etils import epath
 import data_pipeline
 from cc_jax import cli
 from cc_jax.bases.base import Base, load_base
+from cc_jax.benchmark import run as benchmark
 from cc_jax.customcontrast.model import CustomContrast
 from cc_jax.diffusion.schedule import NoiseSchedule
 from cc_jax.errors import UserError
@@ -131,6 +133,7 @@ def _draw_options(config, base, model, count: int) -> dict[str, Any]:
 
 def define_flags() -> None:
   """The command's flags."""
+  benchmark.define_flags()
   flags.DEFINE_enum("what", "adapter", ["adapter", "base"], "What is scored.")
   flags.DEFINE_string("checkpoint", None, "Adapter file or workdir; the shipped one by default.")
   flags.DEFINE_string("base", None, "Base folder; the adapter's, or the shipped one, by default.")
@@ -152,6 +155,9 @@ def main(argv: Sequence[str]) -> None:
   make_folder(f.workdir)  # before the drawing, which takes long
   mesh = ml_collections.ConfigDict(dict(data=-1, cpu_devices=-1))
   set_cpu_devices(mesh, BASE_BATCH)
+  if f.benchmark:
+    benchmark.run_flags(f)
+    return
   if f.what == "base":
     evaluate_base(load_base(f.base or BASE), f.count or 200, f.workdir, guidance=f.guidance,
                   steps=f.steps, mesh=make_mesh(mesh, BASE_BATCH), batch_size=BASE_BATCH)

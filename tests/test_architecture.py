@@ -9,9 +9,9 @@ from data_pipeline.subjects3d import factors
 ROOT = Path(__file__).parent.parent
 # Rooms of cc_jax; each imports only from rooms that come later, or from its own.
 ORDER = (
-  "train", "evaluate", "generate", "pretrain", "lab", "plan", "cache", "sampling", "training",
-  "parallel", "customcontrast", "metrics", "bases", "objectives", "diffusion", "models", "cli",
-  "errors",
+  "train", "evaluate", "generate", "pretrain", "lab", "plan", "cache", "benchmark", "sampling",
+  "training", "parallel", "customcontrast", "metrics", "bases", "objectives", "diffusion", "models",
+  "cli", "errors",
 )  # fmt: skip
 # The loop asks the planner's tables what a chip can do; the planner compiles what the loop runs.
 LEAVES = ("cc_jax.plan.chips", "cc_jax.plan.hlo", "cc_jax.plan.hlo_text",
