@@ -16,6 +16,8 @@ GROUPS = ("class", "family")
 # is cut out of the target's frame, as in the training of earlier encoders; positives, targets,
 # captions and random numbers are those of 'multi_view', so that runs can be compared in pairs.
 FRAMES = ("multi_view", "self")
+# What reads pictures in files (`data.decoder`); see `data_pipeline.graph.loader.choose`.
+DECODERS = ("auto", "tensorflow", "pillow")
 _SPARE = 2  # another domain: what only few rows draw
 _PLACEMENT = 3  # a frame's fixed placements (`data.placements`)
 

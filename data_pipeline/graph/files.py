@@ -14,8 +14,9 @@ import numpy as np
 
 from data_pipeline.sources.tf_data import import_tensorflow
 
-# libjpeg-turbo interpolates colours of its last column without the neighbour that a crop cuts off.
-_JPEG_MARGIN = 8
+# libjpeg-turbo interpolates colours of a part's last column without the neighbour that is cut off:
+# by so many pixels a part must be larger than what matters.
+JPEG_MARGIN = 8
 _HEAD = 1 << 17  # metadata of a JPEG lies in front; a segment has at most 65,535 bytes
 # In which orders of pixels a picture is stored (EXIF's 1 to 8), and what turning it further by
 # 0, 90, 180 or 270 degrees clockwise makes of that.
@@ -102,11 +103,12 @@ def _jpeg_header(blob):
 
 def _find(tf, data, text: bytes):
   """Index of the first occurrence of text in uint8 [n], or -1."""
-  count = tf.size(data) - len(text) + 1
-  found = tf.fill([tf.maximum(count, 0)], True)
-  for n, letter in enumerate(text):
-    found &= data[n : n + tf.maximum(count, 0)] == letter
-  return tf.cond(tf.reduce_any(found), lambda: tf.argmax(found, output_type=tf.int32), lambda: -1)
+  count = tf.maximum(tf.size(data) - len(text) + 1, 0)
+  places = tf.where(data[:count] == text[0])  # [places, 1]
+  letters = tf.gather(data, places + tf.range(len(text), dtype=tf.int64))
+  found = tf.reduce_all(letters == tf.constant(list(text), tf.uint8), 1)
+  first = lambda: tf.cast(places[tf.argmax(found), 0], tf.int32)  # noqa: E731
+  return tf.cond(tf.reduce_any(found), first, lambda: -1)
 
 
 def _exif(tf, tiff):
@@ -141,7 +143,7 @@ def _png_header(blob, alpha):
   chunks = r"(?s)\C*(?:tRNS|eXIf|acTL|Raw profile type|XML:com\.adobe\.xmp)\C*"
   refuse_unless(tf.logical_not(tf.strings.regex_full_match(blob, chunks)), "metadata")
   size = tf.reduce_sum(tf.reshape(head[16:24], [2, 4]) * [1 << 24, 1 << 16, 1 << 8, 1], 1)
-  return size[::-1], 1
+  return tf.reverse(size, [0]), 1  # stored as width, height
 
 
 def shown_as(picture: Picture, rotation):
@@ -188,14 +190,8 @@ def decode_part(picture: Picture, code, height, width, part):
   y0, y1 = tf.where(mirror_y, height - y1, y0), tf.where(mirror_y, height - y0, y1)
   x0, y0, x1, y1 = tf.unstack(tf.where(swap, [y0, x0, y1, x1], [x0, y0, x1, y1]))
 
-  def from_jpeg():
-    left, top = tf.maximum(x0 - _JPEG_MARGIN, 0), tf.maximum(y0 - _JPEG_MARGIN, 0)
-    right = tf.minimum(x1 + _JPEG_MARGIN, picture.width)
-    bottom = tf.minimum(y1 + _JPEG_MARGIN, picture.height)
-    pixels = tf.io.decode_and_crop_jpeg(
-      picture.blob, [top, left, bottom - top, right - left], 3, dct_method="INTEGER_ACCURATE")
-    return pixels[y0 - top : y1 - top, x0 - left : x1 - left]
-
+  from_jpeg = lambda: tf.io.decode_and_crop_jpeg(  # noqa: E731
+    picture.blob, [y0, x0, y1 - y0, x1 - x0], 3, dct_method="INTEGER_ACCURATE")
   from_png = lambda: tf.io.decode_png(picture.blob, 3)[y0:y1, x0:x1]  # noqa: E731
   pixels = tf.cond(picture.is_jpeg, from_jpeg, from_png)
   planes = tf.transpose(pixels, tf.where(swap, [2, 0, 1], [2, 1, 0]))

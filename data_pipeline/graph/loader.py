@@ -21,7 +21,6 @@ from data_pipeline.graph import pictures
 from data_pipeline.graph.plan import FRAME, LAYOUTS, ROW, Planner
 from data_pipeline.sources import tf_data
 
-DECODERS = ("auto", "tensorflow", "pillow")
 _JPEG = (".jpg", ".jpeg", ".jpe", ".jfif")
 
 
@@ -31,8 +30,9 @@ def choose(decoder: str, maker: Maker, subjects: Any) -> bool:
   'auto' does where pictures are JPEGs, of which only a part has to be decoded. Raises DataError for
   'tensorflow' where that cannot be.
   """
-  if decoder not in DECODERS:
-    raise DataError(f"data.decoder={decoder!r} is unknown; choose one of {', '.join(DECODERS)}")
+  if decoder not in sampling.DECODERS:
+    known = ", ".join(sampling.DECODERS)
+    raise DataError(f"data.decoder={decoder!r} is unknown; choose one of {known}")
   if decoder == "pillow":
     return False
   subject = subjects[0]
@@ -90,10 +90,14 @@ def dataset(maker: Maker, planner: Planner, make_row, errors: list, *, start_ste
     return {key: tf.ensure_shape(value, [count, *shapes[key]])
             for key, value in zip(kinds, values, strict=True)}  # fmt: skip
 
+  # Functions of their own are traced once, and not for each of the frames.
+  open_frame = tf.function(pictures.open_frame, autograph=False)
+  place = tf.function(pictures.place, autograph=False)
+
   def show(row):
     frames = [{key: row[key][n] for key in FRAME} for n in range(3)]
-    positive, reference, target = map(pictures.open_frame, frames)
-    places = [pictures.place(frame, size, row["ratio"][n], row["position"][n])
+    positive, reference, target = map(open_frame, frames)
+    places = [place(frame, size, row["ratio"][n], row["position"][n])
               for n, frame in enumerate((positive, reference))]  # fmt: skip
     return (*places, *pictures.square(target, size), True)
 

@@ -96,7 +96,10 @@ def place(frame: Frame, size: int, ratio, position):
   side = longer / ratio  # of the canvas, in pixels of the picture
   corner = (first + last) / 2 - centre * side
   margin = _margin(tf, side, size)
-  part = _part(tf, corner, side, margin, frame.visible)
+  more = files.JPEG_MARGIN
+  limits = tf.concat([tf.maximum(frame.visible[:2] - more, 0), tf.minimum(
+    frame.visible[2:] + more, tf.reverse(tf.shape(frame.mask), [0]))], 0)  # fmt: skip
+  part = _part(tf, corner, side, margin, limits)
   planes, alpha = _decode(tf, frame, part)
   planes = _times_alpha(tf, tf.bitwise.invert(planes), alpha)
   planes = tf.pad(planes, [[0, 0], [margin, margin], [margin, margin]])
@@ -108,7 +111,7 @@ def place(frame: Frame, size: int, ratio, position):
 def square(frame: Frame, size: int):
   """`triples.square`: the largest square around the subject; picture and mask."""
   tf = import_tensorflow()
-  shape = tf.shape(frame.mask)[::-1]  # width, height
+  shape = tf.reverse(tf.shape(frame.mask), [0])  # width, height
   side = tf.reduce_min(shape)
   middle = tf.cast(frame.box[:2] + frame.box[2:] - side, tf.float64) / 2
   corner = tf.clip_by_value(middle, tf.zeros([2], tf.float64), tf.cast(shape - side, tf.float64))
@@ -123,8 +126,9 @@ def square(frame: Frame, size: int):
 
 
 def _margin(tf, side, size: int):
-  """Pixels around the canvas that the kernel reaches."""
-  return tf.cast(tf.math.ceil(resizing.SUPPORT * tf.maximum(side / size, 1.0)), tf.int32) + 1
+  """Pixels around the canvas that the kernel reaches, and those in which a crop may be wrong."""
+  reach = tf.cast(tf.math.ceil(resizing.SUPPORT * tf.maximum(side / size, 1.0)), tf.int32)
+  return reach + files.JPEG_MARGIN
 
 
 def _part(tf, corner, side, margin, limits):

@@ -108,7 +108,7 @@ def batches(
 
 
 def with_original_errors(tf, iterator, errors) -> Iterator[dict[str, np.ndarray]]:
-  """The iterator's batches; in place of tensorflow's error the one that a Python function raised."""
+  """The iterator's batches; for tensorflow's error the one that a Python function raised."""
   while True:
     try:
       yield next(iterator)
