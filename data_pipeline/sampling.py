@@ -127,6 +127,8 @@ def choose_heldout(
   A function of the names and families alone: neither of a seed nor of the order of listing.
   Raises DataError, which names the data set `where`, when no subject is left to train on.
   """
+  if not count and len(names):
+    return np.zeros(len(names), bool)
   hashes = np.array([name_hash(name) for name in names], np.uint64)
   # A subject without family is a family of its own.
   unit = np.where(family_id >= 0, family_id, -1 - np.arange(len(hashes)))
