@@ -141,7 +141,15 @@ def _part(tf, corner, side, margin, limits):
 def _decode(tf, frame: Frame, part):
   """Picture uint8 [3, w, h] and mask uint8 [w, h] of a part of the frame."""
   shown = part + tf.concat([frame.origin, frame.origin], 0)
-  planes = files.decode_part(frame.picture, frame.code, frame.height, frame.width, shown)
+  # Where the frame ends inside of the picture, its last column needs the neighbour behind it.
+  size = tf.stack([frame.width, frame.height])
+  is_part = tf.reduce_any(tf.reverse(tf.shape(frame.mask), [0]) != size)
+  more = tf.where(is_part, files.JPEG_MARGIN, 0)
+  low, high = tf.maximum(shown[:2] - more, 0), tf.minimum(shown[2:] + more, size)
+  planes = files.decode_part(
+    frame.picture, frame.code, frame.height, frame.width, tf.concat([low, high], 0))
+  planes = tf.slice(planes, tf.concat([[0], shown[:2] - low], 0),
+                    tf.concat([[3], shown[2:] - shown[:2]], 0))  # fmt: skip
   return planes, tf.transpose(frame.mask[part[1] : part[3], part[0] : part[2]])
 
 
