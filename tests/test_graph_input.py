@@ -286,7 +286,7 @@ def test_batches_do_not_depend_on_hosts_and_starts(tmp_path, word_tokenizer):
 
 @pytest.mark.slow  # a million frames
 def test_a_million_frames_start_in_little_memory(tmp_path):
-  script = Path(__file__).parent.parent / "benchmarks" / "pipeline.py"
+  script = Path(__file__).parent.parent / "benchmarks" / "photographs.py"
   done = subprocess.run([sys.executable, script, "--simulated=1000000", f"--scratch={tmp_path}"],
                         capture_output=True, text=True, check=True)  # fmt: skip
   figures = json.loads(done.stdout.splitlines()[-1])
