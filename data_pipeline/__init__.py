@@ -13,10 +13,11 @@ from absl import logging
 
 from data_pipeline.errors import DataError
 from data_pipeline.feature_cache import Networks
+from data_pipeline.sampling import DECODERS
 from data_pipeline.sources.builders import is_subjects3d, open_builder
 
 __all__ = [
-  "DataError", "check_cached", "check_folder", "context_phrases", "heldout_subjects",
+  "DECODERS", "DataError", "check_cached", "check_folder", "context_phrases", "heldout_subjects",
   "is_subjects3d", "load_subjects", "make_loader", "subjects_per_split",
 ]
 

@@ -37,12 +37,17 @@ class Maker:
     self.holdout = sampling.check_holdout(data_config.holdout_subjects)
     self.max_bad_share = sampling.check_bad_share(data_config.max_bad_share)
     self.cache: FeatureCache | None = None
+    self.decoder = getattr(data_config, "decoder", "auto")  # configs of before lack it
     self._terse_prob = data_config.caption_drop_detail_prob
     if not 0 <= self._terse_prob <= 1:
       raise DataError(f"data.caption_drop_detail_prob={self._terse_prob} must lie between 0 and 1")
     self._group, self._group_ratio = data_config.group, data_config.group_ratio
     self._batch_size, self._seed = batch_size, seed
     keys = tokens.prompt_keys(len(tokenizers))
+    labels = dict.fromkeys(("subject_id", "family_id", "class_id"), ())
+    for names, tokenizer in zip(keys, tokenizers):
+      labels |= zip(names, ((tokenizer.model_max_length,), (), (2,)))
+    self.label_shapes: dict[str, tuple[int, ...]] = labels  # of a row's integers
 
     def encode(caption: str, noun: str) -> dict[str, np.ndarray]:
       """The row's `prompt_keys`. Raises DataError for a caption without the noun or too long."""
@@ -106,11 +111,18 @@ class Maker:
     else:
       chosen = [triples.choose_placement(rng.random(3), self.triple) for _ in range(2)]
       row = self.cache.row(ids, *chosen)
+    row |= self.labels(rng, table, subject, caption, noun)
+    return {key: np.asarray(row[key], dtype) for key, dtype in self.signature.items()}
+
+  def labels(
+    self, rng: np.random.Generator, table: sampling.SubjectTable, subject: int, caption: str,
+    noun: str,
+  ) -> dict[str, np.ndarray]:
+    """A row's token ids and the numbers of its subject, family and class."""
     if rng.random() < self._terse_prob:  # the row's last draw, so that no other depends on it
       caption = f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
-    row |= self.encode(caption, noun)
-    row |= {name: column[subject] for name, column in table._asdict().items()}
-    return {key: np.asarray(row[key], dtype) for key, dtype in self.signature.items()}
+    numbers = {name: column[subject] for name, column in table._asdict().items()}
+    return {**self.encode(caption, noun), **numbers}
 
 
 def stack(examples: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:

@@ -7,6 +7,7 @@ reads the frames.
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
@@ -174,8 +175,9 @@ class Manifest:
 
   def subject_table(self) -> sampling.SubjectTable:
     """Ids of subjects, families and classes; spellings of one noun or family have one number."""
-    nouns = [sampling.spelling_key(noun) for noun in self.subjects["noun"].to_pylist()]
-    families = [name and sampling.spelling_key(name)
+    key = functools.cache(sampling.spelling_key)
+    nouns = [key(noun) for noun in self.subjects["noun"].to_pylist()]
+    families = [name and key(name)
                 for name in self.subjects["family"].to_pylist()]
     number = {family: n for n, family in enumerate(sorted({*families} - {""}))}
     return sampling.SubjectTable(

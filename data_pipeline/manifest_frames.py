@@ -122,3 +122,7 @@ class ManifestSubject:
   def frame(self, f: int) -> tuple[np.ndarray, np.ndarray]:
     """Frame f's picture uint8 [h, w, 3] and mask uint8 [h, w]."""
     return load_frame(self._manifest.root, self._manifest.frame(self._first + f))
+
+  def files(self, f: int) -> tuple[str, FrameRow]:
+    """The folder that frame f's files are relative to, and the frame."""
+    return self._manifest.root, self._manifest.frame(self._first + f)

@@ -16,6 +16,8 @@ GROUPS = ("class", "family")
 # is cut out of the target's frame, as in the training of earlier encoders; positives, targets,
 # captions and random numbers are those of 'multi_view', so that runs can be compared in pairs.
 FRAMES = ("multi_view", "self")
+# What reads pictures in files (`data.decoder`); see `data_pipeline.graph.loader.choose`.
+DECODERS = ("auto", "tensorflow", "pillow")
 _SPARE = 2  # another domain: what only few rows draw
 _PLACEMENT = 3  # a frame's fixed placements (`data.placements`)
 
@@ -125,6 +127,8 @@ def choose_heldout(
   A function of the names and families alone: neither of a seed nor of the order of listing.
   Raises DataError, which names the data set `where`, when no subject is left to train on.
   """
+  if not count and len(names):
+    return np.zeros(len(names), bool)
   hashes = np.array([name_hash(name) for name in names], np.uint64)
   # A subject without family is a family of its own.
   unit = np.where(family_id >= 0, family_id, -1 - np.arange(len(hashes)))

@@ -77,16 +77,24 @@ def make_triple(
   Returns `positive`, `reference`, `target` `uint8 [s, s, 3]` and `target_mask` `uint8 [s, s]`,
   s = config.image_size. Raises DataError for an empty mask or shapes that do not fit.
   """
+  positive_u, reference_u = draw_places(rng, config, ids)
+  positive = show_positive(images[0], masks[0], config, positive_u)
+  reference = show_reference(images[1], masks[1], config, reference_u)
+  target, target_mask = square(images[2], masks[2], config.image_size)
+  return dict(positive=positive, reference=reference, target=target, target_mask=target_mask)
+
+
+def draw_places(
+    rng: np.random.Generator, config: TripleConfig, ids: tuple[tuple[int, int], ...] = ()
+) -> tuple[np.ndarray, np.ndarray]:
+  """The uniform numbers [3] that place the positive and the reference; `ids` of `make_triple`."""
   # Both are always drawn, so that options of one do not change the random numbers of the other.
   positive_u, reference_u = rng.random(3), rng.random(3)
   if config.placements:
     positive_k, reference_k = (choose_placement(u, config) for u in (positive_u, reference_u))
     positive_u, _ = placement(*ids[0], positive_k)
     _, reference_u = placement(*ids[1], reference_k)
-  positive = show_positive(images[0], masks[0], config, positive_u)
-  reference = show_reference(images[1], masks[1], config, reference_u)
-  target, target_mask = square(images[2], masks[2], config.image_size)
-  return dict(positive=positive, reference=reference, target=target, target_mask=target_mask)
+  return positive_u, reference_u
 
 
 def choose_placement(u: np.ndarray, config: TripleConfig) -> int:
@@ -107,8 +115,13 @@ def show_positive(
     u: np.ndarray,
 ) -> UInt8[np.ndarray, "s s 3"]:
   """A frame as a positive: on white, at the size and place that three uniform numbers say."""
+  return _place_at(image, mask, config.image_size, *positive_place(config, u))
+
+
+def positive_place(config: TripleConfig, u: np.ndarray) -> tuple[float, np.ndarray]:
+  """A positive's longer side / the canvas, and where it is in the room that is left, [2]."""
   low, high = config.positive_ratio
-  return _place_at(image, mask, config.image_size, low + (high - low) * u[0], u[1:])
+  return low + (high - low) * u[0], u[1:]
 
 
 def show_reference(
@@ -131,9 +144,16 @@ def show_reference(
     return square(image, mask, size)[0]
   if layout == "random":
     return show_positive(image, mask, config, u)
+  return _place_at(image, mask, size, *reference_place(config, u))
+
+
+def reference_place(config: TripleConfig, u: np.ndarray) -> tuple[float, np.ndarray]:
+  """`positive_place` of a reference of the layouts 'centred' and 'random'."""
+  if config.reference_layout == "random":
+    return positive_place(config, u)
   jitter = config.reference_jitter
   ratio = min(1.0, config.reference_ratio * (1 + jitter * (2 * u[0] - 1)))
-  return _place_at(image, mask, size, ratio, 0.5 + jitter * (u[1:] - 0.5))
+  return ratio, 0.5 + jitter * (u[1:] - 0.5)
 
 
 def segment_reference(

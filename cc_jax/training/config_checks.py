@@ -70,6 +70,7 @@ RULES = {
   "data.group": one_of(*sampling.GROUPS),
   "data.group_ratio": real(0, 1),
   "data.holdout_subjects": note(whole(0), "0 = none"),
+  "data.decoder": one_of(*data_pipeline.DECODERS),
   "data.max_bad_share": note(real(0, below=1), "0 = each is an error"),
   "encoder.image_encoder": text,
   "encoder.image_layers": several(whole(), least=1),
@@ -143,7 +144,7 @@ RULES = {
 }
 # Sections of adapter files and older configs lack keys that have come later with a default that
 # means what it was before; a mesh's axes are 1 unless it says otherwise.
-OPTIONAL = {"mesh.fsdp", "mesh.tensor", "mesh.processes"} | {
+OPTIONAL = {"data.decoder", "mesh.fsdp", "mesh.tensor", "mesh.processes"} | {
   f"{section}.{field.name}"
   for section, cls in (
     ("encoder", mfi_encoder.MFIEncoderConfig), ("injection", injection.InjectionConfig))

@@ -48,6 +48,7 @@ from etils import epath
 
 from data_pipeline import images, sampling, triples
 from data_pipeline.errors import DataError
+from data_pipeline.manifest import FrameRow
 from data_pipeline.sources import listing
 from data_pipeline.sources.captions_file import read_listing
 
@@ -102,6 +103,12 @@ class Subject:
   def frame(self, f: int) -> tuple[np.ndarray, np.ndarray]:
     """Frame f's picture uint8 [h, w, 3] and mask uint8 [h, w]."""
     return self.frames[f].load()
+
+  def files(self, f: int) -> tuple[str, FrameRow]:
+    """The folder of frame f's files, '' for whole paths, and the frame as a manifest has it."""
+    frame = self.frames[f]
+    mask = dict(mask=str(frame.mask), mask_kind="file") if frame.mask else dict(mask_kind="alpha")
+    return "", FrameRow(str(frame.picture), frame.captions, **mask)
 
 
 class FolderSubjects:

@@ -12,6 +12,7 @@ from etils import epath
 from data_pipeline import sampling
 from data_pipeline.errors import DataError
 from data_pipeline.example import Maker
+from data_pipeline.graph import loader
 from data_pipeline.sources import tf_data
 
 _NAMED = 10  # bad pictures that an error names
@@ -61,6 +62,9 @@ def make_batches(
         subjects.where,
     )  # fmt: skip
   make_row = _RowMaker(maker, subjects, numbers, table)
+  if loader.choose(maker.decoder, maker, subjects):
+    return loader.batches(
+        maker, subjects, numbers, table, make_row, start_step=start_step, rows=rows)
   return tf_data.batches(make_row, maker.signature, start_step=start_step, rows=rows)
 
 

@@ -104,10 +104,11 @@ def batches(
   # There is nothing to tune, and its thread wakes every 10 s only, which delays the exit.
   options.autotune.enabled = False
   iterator = iter(data.with_options(options).as_numpy_iterator())
-  return _with_original_errors(tf, iterator, errors)
+  return with_original_errors(tf, iterator, errors)
 
 
-def _with_original_errors(tf, iterator, errors) -> Iterator[dict[str, np.ndarray]]:
+def with_original_errors(tf, iterator, errors) -> Iterator[dict[str, np.ndarray]]:
+  """The iterator's batches; for tensorflow's error the one that a Python function raised."""
   while True:
     try:
       yield next(iterator)
