@@ -26,7 +26,7 @@ import numpy as np
 from PIL import Image
 
 SIZES = {"12 MP": (3024, 4032), "1080p": (1080, 1920)}
-ROUNDS = 3
+ROUNDS = int(os.environ.get("ROUNDS", 3))
 
 
 class Words:

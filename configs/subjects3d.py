@@ -48,7 +48,7 @@ def get_config() -> ml_collections.ConfigDict:
   # Share of the pictures that may be unreadable: others take their place. 0 = each is an error.
   c.data.max_bad_share = 0.0
   # Of pictures in files: 'tensorflow' (parts of JPEGs, many threads) | 'pillow' (the reference) |
-  # 'auto': tensorflow where they are JPEGs. They agree within 2 levels (docs/graph_input.md).
+  # 'auto': tensorflow where they are large JPEGs. They agree within 2 levels (docs/graph_input.md).
   c.data.decoder = "auto"
   c.data.group = "family"  # hard negatives: 'class' | 'family'
   c.data.group_ratio = 0.0  # fraction of the global batch that is drawn from one group

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tarfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -128,7 +129,7 @@ def test_batches_equal_those_of_pillow(tmp_path, word_tokenizer, monkeypatch):
 
   monkeypatch.setattr(loader._Slow, "__call__", noted)
   root = write_folder(tmp_path / "data")
-  graph, reference = (make(root, decoder, word_tokenizer) for decoder in ("auto", "pillow"))
+  graph, reference = (make(root, decoder, word_tokenizer) for decoder in ("tensorflow", "pillow"))
   for _ in range(4):
     got, wanted = next(graph), next(reference)
     assert got.keys() == wanted.keys()
@@ -140,6 +141,18 @@ def test_batches_equal_those_of_pillow(tmp_path, word_tokenizer, monkeypatch):
   by_pillow = {row for row in by_pillow if row[0] < 4}
   # Those with the broken or the palette's frame alone: at most the rows of two subjects.
   assert 4 <= len(by_pillow) <= 8
+
+
+@pytest.mark.parametrize(("ending", "large", "chosen"), [
+  (".jpg", 1200, True), (".jpg", 1201, False), (".png", 1200, False)])
+def test_auto_is_for_large_jpegs(tmp_path, monkeypatch, ending, large, chosen):
+  monkeypatch.setattr(loader, "_LARGE", large)
+  Image.new("RGB", (40, 30)).save(tmp_path / f"a{ending}")
+  frame = manifest.FrameRow(f"a{ending}", ["a mug"])
+  subject = SimpleNamespace(files=lambda f: (str(tmp_path), frame))
+  maker = SimpleNamespace(cache=None, triple=SimpleNamespace(reference_layout="centred"))
+  assert loader.choose("auto", maker, [subject]) is chosen
+  assert loader.choose("tensorflow", maker, [subject])
 
 
 @pytest.mark.parametrize("box", [(0, 0, 90, 70), (10.3, 5.6, 70.1, 65.4), (40, 30, 52, 42)])

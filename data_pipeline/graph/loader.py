@@ -6,12 +6,14 @@ one of its pictures is broken, is made by Pillow instead, which also finds what 
 bad pictures. So all of a batch is a pure function of (seed, step), here as there.
 """
 
+import io
 import threading
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 from absl import logging
+from PIL import Image
 
 from data_pipeline import sampling
 from data_pipeline.cores import available_cores
@@ -19,16 +21,20 @@ from data_pipeline.errors import DataError
 from data_pipeline.example import PICTURES, Maker
 from data_pipeline.graph import pictures
 from data_pipeline.graph.plan import FRAME, LAYOUTS, ROW, Planner
+from data_pipeline.manifest import FrameRow
+from data_pipeline.manifest_frames import open_blob
 from data_pipeline.sources import tf_data
 
 _JPEG = (".jpg", ".jpeg", ".jpe", ".jfif")
+_LARGE = 500_000  # pixels
 
 
 def choose(decoder: str, maker: Maker, subjects: Any) -> bool:
   """Whether `data.decoder` means TensorFlow for these subjects.
 
-  'auto' does where pictures are JPEGs, of which only a part has to be decoded. Raises DataError for
-  'tensorflow' where that cannot be.
+  'auto' does where pictures are large JPEGs, of which only a part has to be decoded, as the first
+  one tells: a loader of operations takes seconds to start. Raises DataError for 'tensorflow' where
+  that cannot be.
   """
   if decoder not in sampling.DECODERS:
     known = ", ".join(sampling.DECODERS)
@@ -44,11 +50,23 @@ def choose(decoder: str, maker: Maker, subjects: Any) -> bool:
   elif not hasattr(subject, "files"):
     problem = "it reads pictures in files, those of 'folder' and of captures"
   else:
-    names = [subject.files(0)[1].picture]
-    return decoder == "tensorflow" or names[0].lower().endswith(_JPEG)
+    return decoder == "tensorflow" or _is_large_jpeg(*subject.files(0))
   if decoder == "tensorflow":
     raise DataError(f"data.decoder='tensorflow' cannot be used: {problem}; set it to 'auto'")
   return False
+
+
+def _is_large_jpeg(root: str, frame: FrameRow) -> bool:
+  if not frame.picture.lower().endswith(_JPEG):
+    return False
+  height, width = frame.height, frame.width
+  if not height:
+    try:
+      blob = open_blob(root, frame.picture, frame.picture_offset, frame.picture_length)
+      width, height = Image.open(io.BytesIO(blob)).size
+    except (DataError, OSError):  # who reads it to show it will say what is wrong
+      return False
+  return height * width >= _LARGE
 
 
 def batches(
