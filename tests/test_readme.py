@@ -111,7 +111,7 @@ def reads(file: Path) -> tuple[str, str]:
   return CLASSES[int(reading["class_id"][0])], SCENES[int(reading["scene"][0])]
 
 
-def test_four_lines_draw_a_teapot_on_the_beach(tmp_path, monkeypatch):
+def test_four_lines_draw_a_teapot_on_the_beach(tmp_path, quick_compile, monkeypatch):
   code = re.search(r"```python\n(.*?)```", README.read_text(), re.DOTALL)[1]
   assert len(code.splitlines()) == 4
   monkeypatch.chdir(tmp_path)
