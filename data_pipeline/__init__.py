@@ -109,7 +109,8 @@ def make_loader(
   subjects, heldout = stored.open_subjects(data_config, split)
   if source == "folder":
     subjects.check_captions(maker.encode)
-  if source == "captures":
+  # Captions that others wrote; those of a folder were checked one by one.
+  if source == "captures" or source == "tfds" and not is_subjects3d(data_config):
     from data_pipeline.readers.texts import shortened
 
     maker.encode = shortened(maker.encode)

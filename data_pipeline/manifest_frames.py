@@ -1,5 +1,6 @@
 """The frames of a manifest, decoded by Pillow: what any other reader of them is compared with."""
 
+import hashlib
 import os
 import re
 
@@ -49,9 +50,8 @@ def load_frame(root: str, frame: FrameRow) -> tuple[UInt8[np.ndarray, "h w 3"],
   turns = -frame.rotation // 90  # numpy turns counter-clockwise
   pixels = np.rot90(pixels, turns)
   if frame.mask_kind == "alpha":
-    if pixels.shape[-1] < 4:
-      raise DataError(f"{name} has no alpha channel to cut the subject out by; give it a mask")
-    values = pixels[..., 3]
+    # A picture without alpha channel is opaque, as one whose channel is white everywhere.
+    values = pixels[..., 3] if pixels.shape[-1] == 4 else np.full(pixels.shape[:2], 255, np.uint8)
   elif values is not None:
     values = np.rot90(values, turns)
     if values.shape != pixels.shape[:2]:
@@ -99,8 +99,17 @@ class ManifestSubjects:
                            self._is_reference[self._first[number]:][:self._count[number]])
 
   def fingerprint(self) -> str:
-    """A hash of the manifest."""
-    return self.manifest.fingerprint()
+    """A hash of the manifest, of where it lies, and of the sizes of its files."""
+    root, frames = self.manifest.root, self.manifest.frames
+    digest = hashlib.sha256(f"{root}\n{self.manifest.fingerprint()}\n".encode())
+    paths = {*frames["picture"].unique().to_pylist(), *frames["mask"].unique().to_pylist()} - {""}
+    for path in sorted(paths):
+      try:
+        size = whole_path(root, path).stat().length
+      except OSError:  # whoever reads it will say so
+        size = -1
+      digest.update(f"{path} {size}\n".encode())
+    return digest.hexdigest()
 
 
 class ManifestSubject:

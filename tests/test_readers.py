@@ -8,6 +8,7 @@ import shutil
 import layouts
 import numpy as np
 import pytest
+from etils import epath
 from fake_bucket import FakePath
 from PIL import Image
 from test_sources import config, take
@@ -381,3 +382,29 @@ def test_inspect_says_what_is_there(written, copied, tmp_path, capsys):
     inspect.main([str(tmp_path)])
   with pytest.raises(SystemExit, match="error: .* cannot be written"):
     inspect.main([str(root), "--sheet=/nowhere/sheet.png"])
+
+
+def test_captions_json_decides_whatever_the_order_of_names(tmp_path):
+  for name in ("a_mug", "teapot"):
+    (tmp_path / name).mkdir()
+    for n in range(2):
+      Image.new("RGBA", (8, 8), (9, 9, 9, 255)).save(tmp_path / name / f"{n}.png")
+  assert readers.recognise(epath.Path(tmp_path)) == "pictures"
+  (tmp_path / "teapot" / "captions.json").write_text("{}")
+  assert readers.recognise(epath.Path(tmp_path)) == "folder"
+
+
+def test_a_layout_that_is_named_need_not_be_recognised(tmp_path):
+  for n in range(2):
+    (tmp_path / "notes").mkdir(exist_ok=True)
+    (tmp_path / "mug").mkdir(exist_ok=True)
+    Image.new("RGB", (8, 8)).save(tmp_path / "mug" / f"{n}.jpg")
+  (tmp_path / "other_metadata.json").write_text('{"tool": 1}')  # SynCD's are lists
+  assert readers.recognise(epath.Path(tmp_path)) == "pictures"
+  captures = readers.read(str(tmp_path), "pictures")  # a folder without pictures is not bad
+  assert captures.subjects.names == ["mug"]
+  assert [item.name for item in captures.left_out] == ["notes"]
+  with pytest.raises(DataError, match="no table of class names"):
+    readers.read(str(tmp_path), "mvimgnet")
+  with pytest.raises(DataError, match="is not a folder"):
+    readers.read(str(tmp_path / "missing"), "pictures")

@@ -102,7 +102,10 @@ def _digest(models: Sequence[Model]) -> str:
 
 
 def _check_recipe(folder: Path, recipe: dict) -> None:
-  stored = json.loads((folder / "recipe.json").read_text())
+  try:
+    stored = json.loads((folder / "recipe.json").read_text())
+  except (OSError, ValueError):
+    raise DataError(f"{folder} is another program's data set; choose another --out") from None
   changed = [key for key in recipe if stored.get(key) != recipe[key]]
   if changed:
     words = ", ".join(f"{key} {stored.get(key)} instead of {recipe[key]}" for key in changed[:3])

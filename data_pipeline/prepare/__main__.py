@@ -60,6 +60,8 @@ def _main(argv: Sequence[str] | None) -> None:
 
   settings = Settings(**values)
   settings.check()
+  if args.workers < 0:
+    raise DataError(f"--workers={args.workers} must be 0, one for every core, or more")
   manifest = inputs.read_manifest(data, layout, settings.max_bad_share)
   folder = run.prepare(manifest, settings, args.out, workers=args.workers, options=options)
   counts = json.loads((folder / "manifest.json").read_text())["counts"]

@@ -30,9 +30,11 @@ def find_copies(
 ) -> Int[np.ndarray, " n"]:
   """For every picture the earlier one that it is a copy of, -1 where there is none.
 
-  `bits`: how many of 256 may differ, at most 7. Pictures with the same `sources` are listed twice
-  on purpose, and are no copies. A picture that is left out as a copy has no copies of its own.
-  Among pictures that agree in 32 bits (flat ones do) only the nearest 64 are compared.
+  `bits`: how many of 256 may differ, at most 7. `sources`: numbers of the subject; of the picture's
+  file, offset and box (6); of the mask. A picture of the same file that a subject has twice, or
+  that shows another subject by another mask, is listed on purpose, and is no copy. A picture that
+  is left out as a copy has no copies of its own. Among pictures that agree in 32 bits (flat ones
+  do) only the nearest 64 are compared.
   """
   arrays = hashes, thumbs, sources
   pairs = {pair for band in range(_BANDS) for pair in _pairs(arrays, band, bits)}
@@ -60,7 +62,9 @@ def _pairs(arrays: tuple[np.ndarray, ...], band: int, bits: int) -> list[tuple[i
 
 def _alike(one: list[np.ndarray], other: list[np.ndarray], bits: int) -> Bool[np.ndarray, " n"]:
   (hash_a, thumb_a, source_a), (hash_b, thumb_b, source_b) = one, other
+  subject, frame, mask = slice(0, 1), slice(1, 7), slice(7, None)
+  differ = lambda part: (source_a[:, part] != source_b[:, part]).any(1)  # noqa: E731
   differing = np.bitwise_count(hash_a ^ hash_b).sum(1)
   levels = np.abs(thumb_a.astype(np.int16) - thumb_b).max(1)
-  listed_twice = (source_a == source_b).all(1)
+  listed_twice = ~differ(frame) & (~differ(subject) | differ(mask))
   return (differing <= bits) & (levels <= _COLOR_LEVELS) & ~listed_twice

@@ -60,8 +60,11 @@ def _find_copies(manifest, report, subject, good, bits: int) -> list[tuple[int, 
   """
   rows = np.flatnonzero(good)
   names = manifest.frames["picture"].combine_chunks().dictionary_encode().indices.to_numpy()
-  places = [manifest.frames[key].to_numpy() for key in ("picture_offset", "x0", "y0", "x1", "y1")]
-  sources = np.column_stack([subject, names, *places]).astype(np.int64)[rows]
+  masks = manifest.frames["mask"].combine_chunks().dictionary_encode().indices.to_numpy()
+  *places, mask_offset = (manifest.frames[key].to_numpy() for key in
+                          ("picture_offset", "x0", "y0", "x1", "y1", "mask_offset"))
+  columns = [subject, names, *places, masks, mask_offset]
+  sources = np.column_stack(columns).astype(np.int64)[rows]
   arrays = []
   for key, width in (("hash", copies.HASH_BYTES), ("thumb", copies.THUMB_BYTES)):
     data = b"".join(report[key].to_pylist())

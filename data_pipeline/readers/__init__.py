@@ -50,7 +50,7 @@ def recognise(root: epath.Path) -> str:
     if _reader(layout).recognise(root, inside):
       return layout
   folders = [path for path in inside if path.is_dir()]
-  if any(file.name.lower() == "captions.json" for path in folders[:20]
+  if any(file.name.lower() == "captions.json" for path in folders
          for file in listing.entries(path)):  # fmt: skip
     return "folder"
   raise DataError(
@@ -79,7 +79,7 @@ def read(
     raise DataError("data.name is empty; set it to the folder of the data set")
   root = listing.data_path(name, "data.name")
   root = root.resolve() if listing.is_local(root) else root
-  found_layout = recognise(root)  # also of a folder that is missing
+  found_layout = recognise(root) if layout == "auto" or not root.is_dir() else layout
   layout = found_layout if layout == "auto" else layout
   if layout == "folder":
     from data_pipeline.sources.folder import FolderSubjects
@@ -119,7 +119,7 @@ def open_captures(data_config, split: str = "train") -> "SubjectSet":
   A run asks several times, and listing a large set takes minutes: the last one is kept.
   """
   share = sampling.check_bad_share(data_config.max_bad_share)
-  return _read_once(data_config.name, data_config.layout, split, share).subjects
+  return _read_once(data_config.name, getattr(data_config, "layout", "auto"), split, share).subjects
 
 
 @functools.lru_cache(maxsize=1)

@@ -9,6 +9,7 @@ come in chunks, so that annotated files may be missing.
 """
 
 import gzip
+import zlib
 from collections import defaultdict
 from collections.abc import Iterator
 
@@ -84,6 +85,6 @@ def _frame(frame: dict, noun: str, there: dict, found: Findings) -> FrameRow | N
 def _read(file: epath.Path) -> list[dict]:
   try:
     content = gzip.decompress(file.read_bytes())
-  except (OSError, EOFError) as error:
+  except (OSError, EOFError, zlib.error) as error:
     raise DataError(f"{file} cannot be read ({error}); fetch it again") from None
   return texts.read_json(file, content)

@@ -34,8 +34,9 @@ class Findings:
     for row in rows:
       if len(row.frames) >= 2:
         yield row
-      else:
-        self.bad(row.name, f"{len(row.frames)} usable picture(s); a triple needs 2 or more")
+      else:  # of one without frames these were named, or nothing was to be expected of it
+        count = self.bad if row.frames else self.unwanted
+        count(row.name, f"{len(row.frames)} usable picture(s); a triple needs 2 or more")
 
   def check(self, pictures: int, subjects: int) -> None:
     """Raises DataError when too much is bad, or nothing is left."""

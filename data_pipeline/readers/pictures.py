@@ -23,13 +23,11 @@ _ALPHA = (".png", ".webp", ".tif", ".tiff", ".gif", ".avif")
 
 def recognise(root: epath.Path, inside: list[epath.Path]) -> bool:
   """Whether a folder in it has two pictures, and no captions.json."""
-  for folder in [path for path in inside if path.is_dir()][:20]:
-    names = texts.names_in(folder)
-    if any(name.lower() == "captions.json" for name in names):
-      return False
-    if sum(listing.is_picture(epath.Path(name)) for name in names) >= 2:
-      return True
-  return False
+  folders = [texts.names_in(path) for path in inside if path.is_dir()]
+  if any(name.lower() == "captions.json" for names in folders for name in names):
+    return False
+  return any(sum(listing.is_picture(epath.Path(name)) for name in names) >= 2
+             for names in folders)
 
 
 def subjects(root: epath.Path, found: Findings) -> Iterator[SubjectRow]:

@@ -25,8 +25,13 @@ NOTES = ("SynCD names no class nouns: every subject is an 'object'; its pictures
 
 
 def recognise(root: epath.Path, inside: list[epath.Path]) -> bool:
-  """Whether it, or a folder in it, has the metadata."""
-  return any(_metadata(folder) for folder in (root, *(p for p in inside if p.is_dir())))
+  """Whether it, or a folder in it, has the metadata: other programs have files of that name."""
+  for folder in (root, *(path for path in inside if path.is_dir())):
+    for file in _metadata(folder):
+      groups = texts.read_json(folder / file)
+      if isinstance(groups, list) and groups and isinstance(groups[0], dict):
+        return {"filenames", "prompts"} <= groups[0].keys()
+  return False
 
 
 def _metadata(folder: epath.Path) -> list[str]:
@@ -56,7 +61,8 @@ def _frames(root, folder: str, group: dict, there: dict, found: Findings) -> Ite
   files, scores = group["filenames"], group.get("dino_scores")
   for n, (file, prompt) in enumerate(zip(files, group["prompts"])):
     path = f"{folder}/{file}" if folder else file
-    if scores is not None and np.min(np.delete(np.asarray(scores)[n], n)) > _MAX_SIMILARITY:
+    others = np.delete(np.asarray(scores)[n], n) if scores is not None else np.zeros(0)
+    if len(others) and others.min() > _MAX_SIMILARITY:
       found.unwanted(path, f"nearly a copy of the others: a similarity above {_MAX_SIMILARITY}")
       continue
     place, _, name = path.rpartition("/")

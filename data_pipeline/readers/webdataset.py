@@ -95,6 +95,8 @@ def _frame(shard: str, key: str, members: dict) -> tuple[FrameRow, dict]:
   if kind is None:
     raise ValueError(f"no picture among {', '.join(members)}: a frame cut at a shard's end?")
   said = texts.read_json(epath.Path(shard), members["json"]) if "json" in members else {}
+  if not isinstance(said, dict):
+    raise ValueError("its json is no table of names and values")
   noun = _noun(said)
   if not noun:
     raise ValueError("no class_noun in its json, or no json: a frame cut at a shard's end?")
