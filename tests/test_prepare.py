@@ -443,7 +443,7 @@ def test_pictures_inside_of_tables_come_from_their_reader(prepare, red, tmp_path
     monkeypatch.setitem(sys.modules, module.__name__, module)
   readers = modules["readers"]
   readers.recognise = lambda folder: "pairs"
-  readers.read = lambda name, layout, max_bad_share: types.SimpleNamespace(
+  readers.read = lambda name, layout, **options: types.SimpleNamespace(
     layout="pairs", subjects=Pairs([Pair(0), Pair(1)]), left_out=())
   modules["readers.pairs"].LICENCE = "Apache-2.0"
   monkeypatch.setattr(data_pipeline, "readers", readers, raising=False)
@@ -479,6 +479,8 @@ MISTAKES = {
   "flag": (["--data=in", "--out=o", "--margn=1"], "--margn=1 is neither .*did you mean 'margin'"),
   "masks": (["--data=in", "--out=o"], "3 of 9 frames of .*in have no mask; .*--segmenter=FILE"),
   "config": (["--config=none.py", "--out=o"], "none.py is missing"),
+  "workers": (["--data=in", "--out=o", "--workers=-1"], "--workers=-1 must be 0"),
+  "other layout": (["--data=in", "--out=o", "--layout=co3d"], "has no subjects of two usable"),
   "source": (["--config=rendered.py", "--out=o"], "data.source='render' is no folder"),
   "no config": (["--config=empty.py", "--out=o"], "has no get_config"),
   "bucket": (["--data=in", "--out=gs://b/o", "--file_format=array_record"], "no local folder"),
@@ -528,6 +530,30 @@ def test_the_command_takes_a_config(tmp_path, monkeypatch, capsys):
   with pytest.raises(SystemExit, match="made of other data or settings; choose another --name"):
     command.main(["--config=mine.py", "--out=o", "--workers=1", "--min_subject=9"])
   command.main(["--config=mine.py", "--out=o", "--workers=1", "--min_subject=8"])  # is there
+
+
+def test_data_beside_a_config_is_not_the_configs(tmp_path, monkeypatch):
+  """The config may be of the data set that comes out; its layout is not that of --data."""
+  from data_pipeline.prepare import run
+
+  monkeypatch.chdir(tmp_path)
+  layouts.wildrgbd(tmp_path / "in")
+  (tmp_path / "in" / "toy_car/scenes/scenes_000/masks/00000.png").unlink()
+  given = []
+  monkeypatch.setattr(run, "prepare", lambda *args, **options: given.append(args) or 1 / 0)
+  for data in ("source='tfds', name='things'", "source='captures', name='else', layout='co3d'"):
+    (tmp_path / "mine.py").write_text(
+      "from types import SimpleNamespace as S\n"
+      f"def get_config(): return S(data=S({data}, max_bad_share=0.25))\n")
+    with pytest.raises(ZeroDivisionError):
+      command.main(["--config=mine.py", "--data=in", "--out=o"])
+    manifest, settings, _ = given.pop()
+    assert manifest.layout == "wildrgbd" and manifest.frames.num_rows == 5
+    assert settings.max_bad_share == 0.25
+  monkeypatch.setattr(Settings, "check", lambda self: None)
+  with pytest.raises(ZeroDivisionError):  # masks that are missing are made
+    command.main(["--data=in", "--out=o", "--segmenter=u2netp.onnx"])
+  assert given.pop()[0].frames["mask_kind"].to_pylist().count("none") == 1
 
 
 def test_what_a_worker_finds_wrong_is_one_line(prepare, tmp_path, monkeypatch):

@@ -64,8 +64,8 @@ def _is_large_jpeg(root: str, frame: FrameRow) -> bool:
     try:
       blob = open_blob(root, frame.picture, frame.picture_offset, frame.picture_length)
       width, height = Image.open(io.BytesIO(blob)).size
-    except (DataError, OSError):  # who reads it to show it will say what is wrong
-      return False
+    except (DataError, OSError, Image.DecompressionBombError):
+      return False  # who reads it to show it will say what is wrong
   return height * width >= _LARGE
 
 
