@@ -102,7 +102,7 @@ def render_models(
 
 
 def check_drawing(size: int, seed: int, views: int = 2, workers: int = 1) -> None:
-  """Raises DataError for a size of pictures, a seed, or numbers of views or processes that cannot be."""
+  """Raises DataError for a size of pictures, a seed, or numbers of these that cannot be."""
   if workers < 1:
     raise DataError(f"--workers={workers} must be 1 or more")
   if views < 2:
