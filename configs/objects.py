@@ -1,7 +1,7 @@
 """Training on 3D models rendered in many views: pictures that nobody drew for us.
 
 The models: any folder of .glb, .gltf, .obj, or Debian's `sweethome3d-furniture` (CC0 and CC-BY; 119
-MB), unpacked without installing it. Render them once (17,000 views; 2 cores: see docs/objects.md):
+MB), unpacked without installing it. Render them once (17,000 views):
 
     apt-get download sweethome3d-furniture
     dpkg-deb -x sweethome3d-furniture_*.deb sh3d
@@ -41,12 +41,11 @@ def get_config() -> ml_collections.ConfigDict:
   c.data.group_ratio = 0.33
   c.data.caption_drop_detail_prob = 0.1
   c.injection.low_rank = 0
-  c.train.steps = 3000  # 2 cores: see docs/objects.md
+  c.train.steps = 3000
   c.train.save_every = 500
   c.train.sample_every = 1000
   # Other scenes than the pictures', in words that the mini base knows.
   c.sample.prompts = (
     "a {noun} on the beach", "a {noun} in the snow", "a {noun} by a brick wall",
   )  # fmt: skip
-  c.sample.split = "test"
   return c
