@@ -109,9 +109,8 @@ def make_loader(
   subjects, heldout = stored.open_subjects(data_config, split)
   if source == "folder":
     subjects.check_captions(maker.encode)
-  # Captions that others wrote; those of a folder were checked one by one.
-  if source == "captures" or source == "tfds" and not is_subjects3d(data_config):
-    from data_pipeline.readers.texts import shortened
+  if source == "captures" or (source == "tfds" and not is_subjects3d(data_config)):
+    from data_pipeline.readers.texts import shortened  # nobody wrote those captions for us
 
     maker.encode = shortened(maker.encode)
   if data_config.cached:

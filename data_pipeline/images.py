@@ -11,7 +11,7 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from jaxtyping import UInt8
@@ -86,6 +86,12 @@ def has_alpha(image: Image.Image) -> bool:
 def file_has_alpha(file: Path) -> bool:
   """`has_alpha` of a file, also in a bucket, by its header. Raises DataError as `read_image`."""
   with _pillow_errors(None, str(file)), file.open("rb") as data, Image.open(data) as image:
+    return has_alpha(image)
+
+
+def header_has_alpha(data: BinaryIO, name: str) -> bool:
+  """`file_has_alpha` of a file that is open, or of a part of it; `name` for errors."""
+  with _pillow_errors(None, name), Image.open(data) as image:
     return has_alpha(image)
 
 

@@ -11,6 +11,7 @@ import argparse
 import collections
 import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -39,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   parser.add_argument("--names", type=int, default=3, help="how many names for each reason")
   args = parser.parse_args(argv)
   try:
+    _check(args)
     # Whatever is bad is shown; how much of it a training bears, its data.max_bad_share says.
     captures = readers.read(args.path, args.layout, split=args.split, max_bad_share=0.999999)
     for line in report(captures, args.names):
@@ -58,8 +60,18 @@ def main(argv: Sequence[str] | None = None) -> None:
              f"({error.strerror or error})")
 
 
+def _check(args: argparse.Namespace) -> None:
+  """Raises DataError for what would fail when the work is done."""
+  if args.check < 0:
+    raise DataError(f"--check={args.check} must be 0 or more")
+  ending = Path(args.sheet).suffix.lower()
+  if args.sheet and Image.registered_extensions().get(ending) not in Image.SAVE:
+    raise DataError(f"--sheet={args.sheet} names no kind of picture; let it end in .png")
+
+
 def write_manifest(captures: readers.Captures, folder: str) -> None:
-  """Raises DataError for pictures inside of Parquet files, of which there is none."""
+  """Raises DataError where there is none: of the layout 'folder', and of pictures in Parquet files.
+  """
   if not hasattr(captures.subjects, "manifest"):
     raise DataError(f"data sets of the layout {captures.layout!r} have no manifest; leave out "
                     "--manifest")

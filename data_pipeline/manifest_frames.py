@@ -1,10 +1,15 @@
 """The frames of a manifest, decoded by Pillow: what any other reader of them is compared with."""
 
+import concurrent.futures
+import functools
 import hashlib
 import os
 import re
+from collections.abc import Sequence
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from etils import epath
 from jaxtyping import UInt8
 
@@ -12,6 +17,8 @@ from data_pipeline import images, triples
 from data_pipeline.errors import DataError
 from data_pipeline.manifest import FrameRow, Manifest
 from data_pipeline.sources import listing
+
+_THREADS = 16  # that ask for the sizes of files, in buckets
 
 
 def whole_path(root: str, path: str) -> epath.Path:
@@ -41,7 +48,10 @@ def load_frame(root: str, frame: FrameRow) -> tuple[UInt8[np.ndarray, "h w 3"],
 
   Raises DataError, with the file's name, for what cannot be read, and for an empty mask.
   """
-  name = os.fspath(whole_path(root, frame.picture))
+  file = whole_path(root, frame.picture)
+  name = os.fspath(file)
+  if file.suffix.lower() in listing.HEIF:
+    listing.check_kind(file)
   picture = open_blob(root, frame.picture, frame.picture_offset, frame.picture_length)
   mask = None
   if frame.mask_kind == "file":
@@ -99,17 +109,34 @@ class ManifestSubjects:
                            self._is_reference[self._first[number]:][:self._count[number]])
 
   def fingerprint(self) -> str:
-    """A hash of the manifest, of where it lies, and of the sizes of its files."""
-    root, frames = self.manifest.root, self.manifest.frames
-    digest = hashlib.sha256(f"{root}\n{self.manifest.fingerprint()}\n".encode())
-    paths = {*frames["picture"].unique().to_pylist(), *frames["mask"].unique().to_pylist()} - {""}
-    for path in sorted(paths):
-      try:
-        size = whole_path(root, path).stat().length
-      except OSError:  # whoever reads it will say so
-        size = -1
-      digest.update(f"{path} {size}\n".encode())
+    """A hash of the manifest, of where its files are, and of their sizes.
+
+    It looks at every file, and is asked for only where features of them are stored.
+    """
+    manifest = self.manifest
+    paths = pc.unique(pa.chunked_array(
+      [*manifest.frames["picture"].chunks, *manifest.frames["mask"].chunks])).to_pylist()
+    paths = sorted(filter(None, paths))
+    digest = hashlib.sha256(f"{manifest.fingerprint()} {manifest.root}\n".encode())
+    with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
+      groups = (paths[n : n + 100] for n in range(0, len(paths), 100))
+      for sizes in pool.map(functools.partial(_sizes, manifest.root), groups):
+        digest.update(np.array(sizes, "<i8").tobytes())
     return digest.hexdigest()
+
+
+def _sizes(root: str, paths: Sequence[str]) -> list[int]:
+  """Of files in bytes; -1 where there is none, which reading it will say."""
+  sizes = []
+  for path in paths:
+    try:
+      if listing.is_local(root) and listing.is_local(path):
+        sizes.append(os.stat(os.path.join(root, path)).st_size)
+      else:
+        sizes.append(whole_path(root, path).stat().length)
+    except OSError:
+      sizes.append(-1)
+  return sizes
 
 
 class ManifestSubject:

@@ -18,6 +18,10 @@ LONG_PROMPTS = ("cut", "chunk", "error")
 _LOCK = threading.Lock()  # fast tokenizers refuse to be used by two threads at once
 
 
+class TooLongError(DataError):
+  """A prompt that does not fit into the text encoder."""
+
+
 class PromptTokens(NamedTuple):
   """A prompt without S+ for one text encoder, in P pieces of T tokens; P is 1 if it fits in one."""
 
@@ -62,8 +66,8 @@ def tokenize(
       own (T - 2 tokens of the prompt each), as most user interfaces do.
 
   Raises:
-    DataError: the prompt lacks a noun, names the nouns in another order, is too long, or is cut
-      before a noun.
+    DataError: the prompt lacks a noun, names the nouns in another order, is too long (a
+      TooLongError), or is cut before a noun.
   """
   if long_prompts not in LONG_PROMPTS:
     raise DataError(f"long_prompts={long_prompts!r} is unknown; use {', '.join(LONG_PROMPTS)}")
@@ -84,7 +88,7 @@ def tokenize(
     limit = length - s_words * len(spans)
     cut_off = ""
     if len(ids) > limit and long_prompts == "error":
-      raise DataError(
+      raise TooLongError(
           f"the prompt {prompt!r} has {len(ids)} tokens; the limit is {limit} "
           f"({length} of the tokenizer less {length - limit} for S+); shorten the prompt"
       )

@@ -155,6 +155,12 @@ def test_auto_is_for_large_jpegs(tmp_path, monkeypatch, ending, large, chosen):
   assert loader.choose("tensorflow", maker, [subject])
 
 
+def test_a_picture_that_is_too_large_to_open_is_left_to_pillow(tmp_path, monkeypatch):
+  Image.new("RGB", (40, 30)).save(tmp_path / "a.jpg")
+  monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+  assert not loader._is_large_jpeg(str(tmp_path), manifest.FrameRow("a.jpg", ["a mug"]))
+
+
 @pytest.mark.parametrize("box", [(0, 0, 90, 70), (10.3, 5.6, 70.1, 65.4), (40, 30, 52, 42)])
 @pytest.mark.parametrize("kernel", [resize.BICUBIC, resize.BILINEAR])
 def test_resizing_equals_pillows_beside_hard_edges(box, kernel):

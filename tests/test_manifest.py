@@ -1,5 +1,7 @@
 """A manifest: what readers describe is what is read, from whole files and from parts of them."""
 
+import shutil
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -7,6 +9,7 @@ from PIL import Image
 from data_pipeline.errors import DataError
 from data_pipeline.manifest import FrameRow, LeftOut, Manifest, SubjectRow
 from data_pipeline.manifest_frames import ManifestSubjects, load_frame
+from data_pipeline.sources import listing
 
 
 def picture(seed: int, sides=(6, 8)) -> np.ndarray:
@@ -52,6 +55,40 @@ def test_it_is_read_as_it_was_written(folder, tmp_path):
   assert ManifestSubjects(read).fingerprint() != before  # a file has changed
   other = Manifest.from_subjects(subjects, where="here", layout="test", root=str(root))
   assert other.fingerprint() != made.fingerprint()
+
+
+def test_features_are_of_one_set_and_of_its_files_as_they_are(folder, tmp_path):
+  """What a cache of features is named after: other sizes or another root are other data."""
+  root, _, _ = folder
+  frames = [FrameRow("0.png", ["a"], "mask.png", "file"), FrameRow(str(root / "1.png"), ["a"])]
+
+  def fingerprint(root):
+    return ManifestSubjects(Manifest.from_subjects(
+      [SubjectRow("a", "mug", frames)], where="here", layout="test", root=str(root))).fingerprint()
+
+  first = fingerprint(root)
+  assert fingerprint(root) == first
+  other = shutil.copytree(root, tmp_path / "other")
+  seen = {first, fingerprint(other)}
+  for name in ("0.png", "mask.png", "1.png"):
+    with (root / name).open("ab") as file:
+      file.write(b"more")
+    seen.add(fingerprint(root))
+  (root / "0.png").unlink()  # a bad picture, which drawing it will find
+  seen.add(fingerprint(root))
+  assert len(seen) == 6
+
+
+def test_heif_is_read_or_the_remedy_named(folder, monkeypatch):
+  """Pillow knows HEIF only once it was taught; a frame may be the first that asks for it."""
+  root, _, _ = folder
+  (root / "0.png").rename(root / "photo.HEIC")  # Pillow goes by the content
+  asked = []
+  monkeypatch.setattr(listing, "_register_heif", lambda: asked.append(1) or len(asked) > 1)
+  frame = FrameRow("photo.HEIC", ["a"])
+  with pytest.raises(DataError, match="photo.HEIC: .*pip install pillow-heif"):
+    load_frame(str(root), frame)
+  np.testing.assert_array_equal(load_frame(str(root), frame)[0], picture(0))
 
 
 def test_a_folder_that_holds_none(tmp_path):

@@ -21,6 +21,7 @@ from test_triples import make_tokenizer
 
 import data_pipeline
 from data_pipeline.errors import DataError
+from data_pipeline.objects import __main__ as command
 from data_pipeline.objects import catalogue, dataset, mesh, nouns, scene, worker
 
 trimesh = pytest.importorskip("trimesh", reason="trimesh reads 3D models; pip install trimesh")
@@ -267,6 +268,48 @@ def test_a_catalogue_of_sweet_home_3d(tmp_path):
   np.testing.assert_allclose(places.min(0), (-extent[0] / 2, 0, -extent[2] / 2), atol=1e-6)
   top = places[places[:, 1] > extent[1] * 0.99]  # the tip alone: the cone stands on its base
   np.testing.assert_allclose(top, np.broadcast_to((0, extent[1], 0), top.shape), atol=1e-6)
+
+
+def test_numbers_of_a_catalogue_that_are_none(tmp_path):
+  for n, (before, after) in enumerate((("width#1=20", "width#1=20 cm"),
+                                       ("modelRotation#1=1 0", "modelRotation#1=1 O"))):
+    with zipfile.ZipFile(tmp_path / f"{n}.sh3f", "w") as archive:
+      text = CATALOGUE.replace(before, after).encode("latin-1")
+      archive.writestr("PluginFurnitureCatalog.properties", text)
+  (tmp_path / "a.obj").write_text("v 0 0 0\n")
+  models, left_out = catalogue.find_models(tmp_path)
+  assert [m.key for m in models] == ["a.obj"]
+  reasons = [entry.reason for entry in left_out if entry.key.endswith("chair")]
+  assert reasons == ["its width '20 cm' is no number",
+                     "its modelRotation '1 O 0 0 0 1 0 -1 0' is no number"]
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+  (["--sheet=s.png", "--count=0"], "error: --count=0 must be 1 or more"),
+  (["--sheet=s.png", "--size=0"], "error: --size=0 must lie between"),
+  (["--sheet=s.png", "--seed=-1"], "error: --seed=-1 must be 0 or more"),
+  (["--out=o", "--seed=-1"], "error: --seed=-1 must be 0 or more"),
+  (["--out=o", "--max_bad_share=2"], "error: .*max_bad_share=2.0 must be"),
+  (["--sheet=/proc/none/s.png"], "error: --sheet=/proc/none/s.png cannot be written"),
+  (["--sheet=sheet"], "error: --sheet=sheet .* end in .png"),
+  (["--out=made"], "error: made/objects/1.0.0 has no recipe.json; choose another --out"),
+  (["--models=stop", "--out=o"], "interrupted; the same command goes on"),
+])
+def test_mistakes_are_one_line(tmp_path, monkeypatch, arguments, message):
+  def find_models(place, licences):
+    if place == "stop":
+      raise KeyboardInterrupt
+    return [model(tmp_path / "a.obj")], []
+
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / "a.obj").write_text("v 0 0 0\n")
+  (tmp_path / "made/objects/1.0.0").mkdir(parents=True)
+  for module in (catalogue, dataset):
+    monkeypatch.setattr(module, "find_models", find_models)
+  monkeypatch.setattr(sys, "argv", ["objects", "--models=.", *arguments])
+  with pytest.raises(SystemExit, match=f"^{message}") as error:
+    command.main()
+  assert "\n" not in str(error.value) and not (tmp_path / "s.png").exists()
 
 
 def write_glb(file: Path, **extras) -> None:

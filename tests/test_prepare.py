@@ -13,6 +13,7 @@ import time
 import types
 from pathlib import Path
 
+import layouts
 import numpy as np
 import pytest
 import tiny_onnx
@@ -304,6 +305,40 @@ def test_a_picture_that_a_subject_has_twice_is_no_copy(prepare, tmp_path):
   assert notes["left_out"] == [] and notes["counts"]["subjects"] == 2
 
 
+def test_what_is_seen_in_one_photograph_are_no_copies(prepare, tmp_path):
+  """Segments and boxes of Open Images: their pictures are one file, their subjects are not."""
+  boxes = (2, 10, 32, 40), (45, 10, 75, 40)
+  both = np.maximum(*(mask(box=box) for box in boxes))
+  save(np.dstack([picture(1, box=boxes[0]), both]), tmp_path / "photo.png")
+  rows = []
+  for n, box in enumerate(boxes):
+    save(mask(box=box), tmp_path / f"{n}.png")
+    segment = FrameRow("photo.png", ["a cup"], f"{n}.png", "file")
+    part = FrameRow("photo.png", ["a cup"], mask_kind="alpha", box=(40 * n, 0, 40 + 40 * n, 60))
+    rows += [SubjectRow(f"segment {n}", "cup", [segment, segment]),
+             SubjectRow(f"box {n}", "cup", [part, part])]
+  rows += [SubjectRow("wrong label", "mug", rows[0].frames)]
+  manifest = Manifest.from_subjects(rows, where="here", layout="test", root=str(tmp_path))
+  folder = prepare(manifest, tmp_path / "out", margin=0)
+  assert records(folder).names == ["segment 0", "box 0", "segment 1", "box 1"]
+  left_out = json.loads((folder / "manifest.json").read_text())["left_out"]
+  assert left_out == 2 * [dict(name="photo.png", kind="copy", reason="of photo.png")]
+
+
+def test_captions_that_readers_fill_in_are_missing_ones(prepare, tmp_path):
+  layouts.pictures(tmp_path / "in")
+  texts = {}
+  for name, settings in dict(template=dict(caption_template="{a} {noun}, as it is"),
+                             captioner=dict(captioner="test_prepare:capitals")).items():
+    folder = prepare(tmp_path / "in", tmp_path / "out", name=name, copy_bits=-1, **settings)
+    texts[name] = [list(records(folder)[0].captions(f)) for f in range(3)]
+    counts = json.loads((folder / "manifest.json").read_text())["counts"]
+    assert counts["captions"] == {"given": 2, name: 4}
+  assert texts["template"] == [["a blue mug, as it is"], ["a blue mug in the snow"],
+                               ["a blue mug, as it is"]]
+  assert texts["captioner"][0] == ["BLUE MUG of 40 rows"]
+
+
 def test_copies_are_those_that_a_look_at_all_pairs_finds():
   rng = np.random.default_rng(0)
   hashes = rng.integers(0, 256, (300, 32), dtype=np.uint8)
@@ -325,9 +360,14 @@ def test_copies_are_those_that_a_look_at_all_pairs_finds():
           copy_of[later] = earlier
           break
     assert (copy_of >= 0).sum() > 5
-    apart = np.arange(300)[:, None]
+    apart = np.arange(300), np.arange(300)[:, None], np.zeros((300, 1), int)
     np.testing.assert_array_equal(copies.find_copies(hashes, thumbs, apart, limit), copy_of)
-  assert (copies.find_copies(hashes, thumbs, 0 * apart, 7) == -1).all()
+  same = 0 * apart[0], 0 * apart[1], apart[2]
+  assert (copies.find_copies(hashes, thumbs, same, 7) == -1).all()  # listed twice
+  same = apart[0], 0 * apart[1], apart[1]
+  assert (copies.find_copies(hashes, thumbs, same, 7) == -1).all()  # other parts of one picture
+  same = apart[0], 0 * apart[1], apart[2]
+  assert (copies.find_copies(hashes, thumbs, same, 7) >= 0).sum() > 5
 
 
 # ---- boxes, buckets, words
@@ -411,7 +451,7 @@ def test_pictures_inside_of_tables_come_from_their_reader(prepare, red, tmp_path
     monkeypatch.setitem(sys.modules, module.__name__, module)
   readers = modules["readers"]
   readers.recognise = lambda folder: "pairs"
-  readers.read = lambda name, layout, max_bad_share: types.SimpleNamespace(
+  readers.read = lambda name, layout, **options: types.SimpleNamespace(
     layout="pairs", subjects=Pairs([Pair(0), Pair(1)]), left_out=())
   modules["readers.pairs"].LICENCE = "Apache-2.0"
   monkeypatch.setattr(data_pipeline, "readers", readers, raising=False)
@@ -447,6 +487,8 @@ MISTAKES = {
   "flag": (["--data=in", "--out=o", "--margn=1"], "--margn=1 is neither .*did you mean 'margin'"),
   "masks": (["--data=in", "--out=o"], "3 of 9 frames of .*in have no mask; .*--segmenter=FILE"),
   "config": (["--config=none.py", "--out=o"], "none.py is missing"),
+  "workers": (["--data=in", "--out=o", "--workers=-1"], "--workers=-1 must be 0"),
+  "other layout": (["--data=in", "--out=o", "--layout=co3d"], "has no subjects of two usable"),
   "source": (["--config=rendered.py", "--out=o"], "data.source='render' is no folder"),
   "no config": (["--config=empty.py", "--out=o"], "has no get_config"),
   "bucket": (["--data=in", "--out=gs://b/o", "--file_format=array_record"], "no local folder"),
@@ -496,6 +538,30 @@ def test_the_command_takes_a_config(tmp_path, monkeypatch, capsys):
   with pytest.raises(SystemExit, match="made of other data or settings; choose another --name"):
     command.main(["--config=mine.py", "--out=o", "--workers=1", "--min_subject=9"])
   command.main(["--config=mine.py", "--out=o", "--workers=1", "--min_subject=8"])  # is there
+
+
+def test_data_beside_a_config_is_not_the_configs(tmp_path, monkeypatch):
+  """The config may be of the data set that comes out; its layout is not that of --data."""
+  from data_pipeline.prepare import run
+
+  monkeypatch.chdir(tmp_path)
+  layouts.wildrgbd(tmp_path / "in")
+  (tmp_path / "in" / "toy_car/scenes/scenes_000/masks/00000.png").unlink()
+  given = []
+  monkeypatch.setattr(run, "prepare", lambda *args, **options: given.append(args) or 1 / 0)
+  for data in ("source='tfds', name='things'", "source='captures', name='else', layout='co3d'"):
+    (tmp_path / "mine.py").write_text(
+      "from types import SimpleNamespace as S\n"
+      f"def get_config(): return S(data=S({data}, max_bad_share=0.25))\n")
+    with pytest.raises(ZeroDivisionError):
+      command.main(["--config=mine.py", "--data=in", "--out=o"])
+    manifest, settings, _ = given.pop()
+    assert manifest.layout == "wildrgbd" and manifest.frames.num_rows == 5
+    assert settings.max_bad_share == 0.25
+  monkeypatch.setattr(Settings, "check", lambda self: None)
+  with pytest.raises(ZeroDivisionError):  # masks that are missing are made
+    command.main(["--data=in", "--out=o", "--segmenter=u2netp.onnx"])
+  assert given.pop()[0].frames["mask_kind"].to_pylist().count("none") == 1
 
 
 def test_what_a_worker_finds_wrong_is_one_line(prepare, tmp_path, monkeypatch):

@@ -211,6 +211,151 @@ def test_what_the_reader_finds_bad(copied, layout, damage, name, reason, share):
       subject.frame(f)  # nothing half is left in
 
 
+@pytest.mark.parametrize(("layout", "file"), [
+  ("mvimgnet", "17/0a001b/002.jpg.png"), ("co3d", "teddybear/110_1/masks/frame000005.png"),
+  ("wildrgbd", "toy_car/scenes/scenes_001/masks/00001.png"),
+  ("syncd", "rigid/masks/0_1.jpg"), ("pictures", "blue_mug_01/view1_mask.png"),
+])
+def test_missing_masks_are_no_fault_where_they_are_made(copied, layout, file):
+  """`prepare --segmenter` takes them for frames without masks."""
+  from data_pipeline.prepare import inputs
+
+  root = copied(layout)
+  before = readers.read(str(root)).subjects.pictures
+  (root / file).unlink()
+  with pytest.raises(DataError, match="max_bad_share=0.0"):
+    readers.read(str(root))
+  with pytest.raises(DataError, match="max_bad_share=0.0"):
+    inputs.read_manifest(str(root))
+  kinds = inputs.read_manifest(str(root), needs_masks=False).frames["mask_kind"].to_pylist()
+  # Of CO3D's frames the one that names no mask comes in addition.
+  assert kinds.count("none") == 1 + (layout == "co3d")
+  assert len(kinds) == before + (layout == "co3d")
+
+
+def test_a_subject_without_pictures_is_no_fault(copied):
+  root = copied("wildrgbd")
+  for file in (root / "toy_car/scenes/scenes_001/rgb").iterdir():
+    file.unlink()
+  captures = readers.read(str(root))
+  assert captures.subjects.names == ["toy_car/scenes/scenes_000"]
+  for file in (root / "toy_car/scenes/scenes_000/masks").iterdir():
+    file.unlink()  # three pictures are bad, and not a fourth for their subject
+  with pytest.raises(DataError, match=": 3 of 3 pictures are bad"):
+    readers.read(str(root))
+
+
+def test_captions_json_means_folder_wherever_it_is(copied, tmp_path):
+  """A folder that somebody began to caption must not train on its folders' names."""
+  root = copied("pictures")
+  for n in range(30):
+    (root / f"aa_{n}").mkdir()
+  assert readers.recognise(readers.epath.Path(root)) == "pictures"
+  (root / "zz_last").mkdir()
+  (root / "zz_last" / "Captions.json").write_text("{}")
+  assert readers.recognise(readers.epath.Path(root)) == "folder"
+  with pytest.raises(DataError, match="captions.json is missing"):
+    readers.read(str(root))
+
+
+def test_a_layout_that_is_named_is_not_recognised(copied, monkeypatch):
+  root = copied("wildrgbd")
+  (root / "readme_metadata.json").write_text('[{"filenames": [], "prompts": []}]')
+  shutil.rmtree(root / "toy_car/scenes/scenes_000/rgb")
+  for n in range(3):  # whatever is in front of the scene that has pictures
+    (root / "toy_car/scenes" / f"scene_{n}").mkdir()
+  assert readers.recognise(readers.epath.Path(root)) == "syncd"
+  captures = readers.read(str(root), "wildrgbd")
+  assert captures.layout == "wildrgbd" and captures.subjects.pictures == 3
+  with pytest.raises(DataError, match="has no subjects of two usable pictures"):
+    readers.read(str(root), "co3d")
+  with pytest.raises(DataError, match="no split 'train'; it has none"):
+    readers.read(str(root), "openimages")
+
+
+def test_pngs_of_a_webdataset_without_alpha_are_all_subject(tmp_path):
+  import tarfile
+
+  said = json.dumps(dict(class_noun="mug")).encode()
+  for name, channels in (("rgb", 3), ("rgba", 4)):
+    (tmp_path / name).mkdir()
+    with tarfile.open(tmp_path / name / "0.tar", "w") as archive:
+      for f, end in enumerate(("png", "webp", "png")):
+        pixels = np.dstack([layouts.picture(0, f), layouts.mask(f)])[..., :channels]
+        layouts.add(archive, f"mug/{f}.{end}", layouts.encoded(pixels, end))
+        layouts.add(archive, f"mug/{f}.json", said)
+    subject = readers.read(str(tmp_path / name)).subjects[0]
+    for f in range(3):
+      expected = layouts.mask(f) if channels == 4 else 255
+      np.testing.assert_array_equal(subject.frame(f)[1], expected)
+  # In a set that has masks a picture without one is bad.
+  (tmp_path / "rgb" / "0.tar").rename(tmp_path / "rgba" / "1.tar")
+  with pytest.raises(DataError, match=r"3 of 6 pictures are bad.*1.tar, byte \d+: it has no mask"):
+    readers.read(str(tmp_path / "rgba"))
+
+
+def cp1252_caption(root):
+  (root / "blue_mug_01" / "view1.txt").write_bytes("a blue mug in a café".encode("cp1252"))
+  return "view1.txt is not UTF-8"
+
+
+def cp1252_table(root):
+  (root / "mvimgnet_category.txt").write_bytes("17,café".encode("cp1252"))
+  return "mvimgnet_category.txt is not UTF-8"
+
+
+def broken_deflate(root):
+  file = root / "teddybear" / "frame_annotations.jgz"
+  content = bytearray(file.read_bytes())
+  content[10:16] = b"\xff" * 6
+  file.write_bytes(content)
+  return "frame_annotations.jgz cannot be read"
+
+
+def list_in_a_json(root):
+  import tarfile
+
+  with tarfile.open(root / "data-000009.tar", "w") as archive:
+    layouts.add(archive, "a/0.jpg", layouts.encoded(layouts.picture(0, 0), "jpg"))
+    layouts.add(archive, "a/0.json", b'["mug"]')
+  return "a/0: its json is no"
+
+
+def huge_picture(root):
+  (root / "annotations" / "train-annotations-object-segmentation.csv").unlink(missing_ok=True)
+  header = b"P6\n60000 60000\n255\n"
+  (root / "train" / "0f3a0.jpg").write_bytes(header)
+  return "0f3a0.jpg cannot be read"
+
+
+@pytest.mark.parametrize(("layout", "damage"), [
+  ("pictures", cp1252_caption), ("mvimgnet", cp1252_table), ("co3d", broken_deflate),
+  ("webdataset", list_in_a_json), ("openimages", huge_picture),
+])
+def test_what_people_and_disks_do_is_one_line(copied, layout, damage):
+  root = copied(layout)
+  message = damage(root)
+  with pytest.raises(DataError, match=message) as error:
+    readers.read(str(root))
+  assert "\n" not in str(error.value)
+
+
+def test_metadata_of_others_and_a_group_of_one(copied, tmp_path):
+  for number, content in enumerate(('{"a": 1}', "[]", "[1]", '[{"filenames": 1}]', "no json")):
+    root = tmp_path / str(number)
+    root.mkdir()
+    (root / "metadata.json").write_text(content)
+    with pytest.raises(DataError, match="has none of the layouts"):
+      readers.read(str(root))
+  root = copied("syncd")
+  file = root / "rigid_metadata_with_scores.json"
+  groups = json.loads(file.read_text())
+  groups.append(dict(filenames=["rigid/0_0.jpg"], prompts=["a"], dino_scores=[[1.0]]))
+  file.write_text(json.dumps(groups))
+  captures = readers.read(str(root), max_bad_share=0.2)
+  assert captures.left_out[-1].reason.startswith("1 usable picture(s)")
+
+
 def test_the_error_lists_the_first_ten(tmp_path):
   found = readers.Findings("here", 0.5)
   for n in range(13):
@@ -382,29 +527,7 @@ def test_inspect_says_what_is_there(written, copied, tmp_path, capsys):
     inspect.main([str(tmp_path)])
   with pytest.raises(SystemExit, match="error: .* cannot be written"):
     inspect.main([str(root), "--sheet=/nowhere/sheet.png"])
-
-
-def test_captions_json_decides_whatever_the_order_of_names(tmp_path):
-  for name in ("a_mug", "teapot"):
-    (tmp_path / name).mkdir()
-    for n in range(2):
-      Image.new("RGBA", (8, 8), (9, 9, 9, 255)).save(tmp_path / name / f"{n}.png")
-  assert readers.recognise(epath.Path(tmp_path)) == "pictures"
-  (tmp_path / "teapot" / "captions.json").write_text("{}")
-  assert readers.recognise(epath.Path(tmp_path)) == "folder"
-
-
-def test_a_layout_that_is_named_need_not_be_recognised(tmp_path):
-  for n in range(2):
-    (tmp_path / "notes").mkdir(exist_ok=True)
-    (tmp_path / "mug").mkdir(exist_ok=True)
-    Image.new("RGB", (8, 8)).save(tmp_path / "mug" / f"{n}.jpg")
-  (tmp_path / "other_metadata.json").write_text('{"tool": 1}')  # SynCD's are lists
-  assert readers.recognise(epath.Path(tmp_path)) == "pictures"
-  captures = readers.read(str(tmp_path), "pictures")  # a folder without pictures is not bad
-  assert captures.subjects.names == ["mug"]
-  assert [item.name for item in captures.left_out] == ["notes"]
-  with pytest.raises(DataError, match="no table of class names"):
-    readers.read(str(tmp_path), "mvimgnet")
-  with pytest.raises(DataError, match="is not a folder"):
-    readers.read(str(tmp_path / "missing"), "pictures")
+  for wrong, message in (("--sheet=sheet", "--sheet=sheet names no kind of picture.* .png"),
+                         ("--check=-1", "--check=-1 must be 0 or more")):
+    with pytest.raises(SystemExit, match=f"error: {message}"):  # before the folder is looked at
+      inspect.main([str(tmp_path / "nowhere"), wrong])

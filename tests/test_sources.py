@@ -429,6 +429,19 @@ def test_any_tfds_data_set(tmp_path, tokenizer, file_format):
   assert len(list(tmp_path.rglob("subjects_train_*.npz"))) == 1
 
 
+def test_long_captions_of_a_tfds_data_set_lose_their_end(tmp_path, tokenizer, caplog):
+  """A preparation does not know the tokenizer, and a run must not end at the first such caption."""
+  long = [f"a teapot in picture {f} and " + "then again " * 30 for f in range(3)]
+  write_blobs(tmp_path, file_format="tfrecord", values={"captions": long})
+  (batch,) = take(blobs(tmp_path), tokenizer, 1)
+  for ids in batch["input_ids"]:
+    text = tokenizer.decode(ids, skip_special_tokens=True)
+    assert text.startswith("a teapot in picture") and text.strip().endswith(("then", "again"))
+  write_blobs(tmp_path / "without", file_format="tfrecord", values={"captions": ["a cup"] * 3})
+  with pytest.raises(DataError, match="does not contain the class noun"):
+    take(blobs(tmp_path / "without"), tokenizer, 1)
+
+
 def test_tfds_with_two_frames_and_large_numbers(tmp_path, tokenizer):
   write_blobs(tmp_path, file_format="tfrecord", frames=2, subject_ids=[7, 2**40, 3])
   [batch] = take(blobs(tmp_path), tokenizer, 1, batch_size=3)

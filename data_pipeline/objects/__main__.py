@@ -45,6 +45,8 @@ def main() -> None:
       print(f"{folder}\n{dataset.summary(folder)}")
   except DataError as error:
     sys.exit(f"error: {error}")
+  except KeyboardInterrupt:
+    sys.exit("interrupted; the same command goes on from here")
 
 
 def _sheet(args) -> None:
@@ -52,6 +54,10 @@ def _sheet(args) -> None:
 
   from data_pipeline.objects import sheet, worker
 
+  worker.check_drawing(args.size, args.seed)
+  if args.count < 1:
+    raise DataError(f"--count={args.count} must be 1 or more")
+  sheet.check_file(args.sheet)
   models, _ = catalogue.find_models(args.models, args.licences)
   worker.check_renderer(args.size)
   if args.subjects:

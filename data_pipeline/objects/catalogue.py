@@ -13,6 +13,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import re
 import struct
@@ -27,6 +28,7 @@ from data_pipeline.objects import nouns
 LICENCES = ("any", "cc0", "cc-by")
 _MODELS = (".glb", ".gltf", ".obj")
 _CATALOGUE = "PluginFurnitureCatalog.properties"
+_EXTENT = ("width", "height", "depth")
 _GENERIC = ("scene", "model", "mesh", "object", "source", "textured", "model_normalized")
 # Of a catalogue: parts of a building, people, and flat marks and fittings without a shape.
 _NO_SUBJECTS = ("doors and windows", "characters", "staircases")
@@ -198,7 +200,7 @@ def _read_catalogue(file: Path, prefix: str):
     if reason:
       left_out.append(LeftOut(key, reason))
       continue
-    numbers = [row.get(name, "") for name in ("width", "height", "depth")]
+    numbers = [row.get(name, "") for name in _EXTENT]
     models.append(Model(
       key, str(file), row["model"].lstrip("/"), row["name"], nouns.class_noun(row["name"]), licence,
       row.get("creator", ""), tuple(map(float, row.get("modelRotation", "").split())),
@@ -225,4 +227,13 @@ def _no_subject(row: dict) -> str:
     return f"of the category {row['category']!r}"
   if _NO_NAMES.search(row["name"]):
     return f"a mark or fitting without a shape of its own: {row['name']!r}"
+  for key in (*_EXTENT, "modelRotation"):
+    value = row.get(key, "")
+    numbers = value.split() if key == "modelRotation" else filter(None, [value])
+    try:
+      are_numbers = all(math.isfinite(float(number)) for number in numbers)
+    except ValueError:
+      are_numbers = False
+    if not are_numbers:
+      return f"its {key} {value!r} is no number"
   return ""

@@ -62,12 +62,8 @@ def build(
   Raises:
     DataError: arguments or models that cannot be used, another data set in `out`.
   """
-  if views < 2:
-    raise DataError(f"--views={views}: a triple needs 2 or more views of a subject")
-  if not 16 <= size <= 4096:
-    raise DataError(f"--size={size} must lie between 16 and 4096 pixels")
-  if workers < 1:
-    raise DataError(f"--workers={workers} must be 1 or more")
+  worker.check_drawing(size, seed, views, workers)
+  max_bad_share = sampling.check_bad_share(max_bad_share)
   models, left_out = find_models(place, licences)
   if not models:
     raise DataError(f"--licences={licences} leaves none of the {len(left_out)} models of {place}")
@@ -105,7 +101,7 @@ def _check_recipe(folder: Path, recipe: dict) -> None:
   try:
     stored = json.loads((folder / "recipe.json").read_text())
   except (OSError, ValueError):
-    raise DataError(f"{folder} is another program's data set; choose another --out") from None
+    raise DataError(f"{folder} has no recipe.json; choose another --out, or delete it") from None
   changed = [key for key in recipe if stored.get(key) != recipe[key]]
   if changed:
     words = ", ".join(f"{key} {stored.get(key)} instead of {recipe[key]}" for key in changed[:3])

@@ -101,6 +101,18 @@ def render_models(
     pool.shutdown(wait=True, cancel_futures=True)
 
 
+def check_drawing(size: int, seed: int, views: int = 2, workers: int = 1) -> None:
+  """Raises DataError for a size of pictures, a seed, or numbers of these that cannot be."""
+  if workers < 1:
+    raise DataError(f"--workers={workers} must be 1 or more")
+  if views < 2:
+    raise DataError(f"--views={views}: a triple needs 2 or more views of a subject")
+  if not 16 <= size <= 4096:
+    raise DataError(f"--size={size} must lie between 16 and 4096 pixels")
+  if seed < 0:
+    raise DataError(f"--seed={seed} must be 0 or more")
+
+
 def check_renderer(size: int) -> None:
   """Raises DataError where pictures cannot be rendered: before work is spent."""
   try:

@@ -49,8 +49,15 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _main(argv: Sequence[str] | None) -> None:
   args, options = _parser().parse_known_args(argv)
-  data, layout, bad_share = _of_config(args.config) if args.config else ("", "auto", 0.0)
-  data, layout = args.data or data, args.layout or layout
+  if args.workers < 0:
+    raise DataError(f"--workers={args.workers} must be 0, a process for every core, or more")
+  data, layout, bad_share = args.data, "auto", 0.0
+  if args.config:
+    config = _read_config(args.config)
+    bad_share = config.max_bad_share
+    if not data:  # the config's layout is that of its own data
+      data, layout = _data_of(config, args.config)
+  layout = args.layout or layout
   if not data:
     raise DataError("there is nothing to prepare; name it with --data=PATH or --config=FILE")
   values = {field.name: getattr(args, field.name) for field in dataclasses.fields(Settings)
@@ -60,9 +67,8 @@ def _main(argv: Sequence[str] | None) -> None:
 
   settings = Settings(**values)
   settings.check()
-  if args.workers < 0:
-    raise DataError(f"--workers={args.workers} must be 0, one for every core, or more")
-  manifest = inputs.read_manifest(data, layout, settings.max_bad_share)
+  manifest = inputs.read_manifest(
+    data, layout, settings.max_bad_share, needs_masks=not settings.segmenter)
   folder = run.prepare(manifest, settings, args.out, workers=args.workers, options=options)
   counts = json.loads((folder / "manifest.json").read_text())["counts"]
   left_out = ", ".join(f"{n} {kind}" for kind, n in counts["left_out"].items()) or "nothing"
@@ -89,8 +95,8 @@ def _parser() -> argparse.ArgumentParser:
   return parser
 
 
-def _of_config(file: str) -> tuple[str, str, float]:
-  """The data's path, layout and max_bad_share of a config file."""
+def _read_config(file: str):
+  """The `config.data` of a config file."""
   if not Path(file).is_file():
     raise DataError(f"--config={file} is missing; check the path")
   spec = importlib.util.spec_from_file_location("config_to_prepare", file)
@@ -98,12 +104,16 @@ def _of_config(file: str) -> tuple[str, str, float]:
   spec.loader.exec_module(module)
   if not hasattr(module, "get_config"):
     raise DataError(f"--config={file} has no get_config(); name a file such as those of configs/")
-  data = module.get_config().data
+  return module.get_config().data
+
+
+def _data_of(data, file: str) -> tuple[str, str]:
+  """Path and layout of the data that the config file names."""
   if data.source not in ("folder", "captures"):
     raise DataError(f"--config={file}: data.source={data.source!r} is no folder of pictures; set "
                     "'folder' or 'captures', or name the folder with --data")
   layout = "folder" if data.source == "folder" else getattr(data, "layout", "auto")
-  return data.name, layout, data.max_bad_share
+  return data.name, layout
 
 
 def _name_of(path: str) -> str:

@@ -26,17 +26,17 @@ def picture_hash(picture: UInt8[np.ndarray, "h w 3"]) -> tuple[bytes, bytes]:
 
 def find_copies(
   hashes: UInt8[np.ndarray, "n 32"], thumbs: UInt8[np.ndarray, "n 192"],
-  sources: Int[np.ndarray, "n k"], bits: int,
+  places: tuple[Int[np.ndarray, " n"], Int[np.ndarray, "n k"], Int[np.ndarray, "n m"]], bits: int,
 ) -> Int[np.ndarray, " n"]:
   """For every picture the earlier one that it is a copy of, -1 where there is none.
 
-  `bits`: how many of 256 may differ, at most 7. `sources`: numbers of the subject; of the picture's
-  file, offset and box (6); of the mask. A picture of the same file that a subject has twice, or
-  that shows another subject by another mask, is listed on purpose, and is no copy. A picture that
-  is left out as a copy has no copies of its own. Among pictures that agree in 32 bits (flat ones
-  do) only the nearest 64 are compared.
+  `places`: of each picture its subject, its file, and what of the file is shown (mask and box), as
+  numbers. One file with two masks or boxes shows two things, which are no copies; nor is what a
+  subject lists twice, on purpose. `bits`: how many of 256 may differ, at most 7. A picture that is
+  left out as a copy has no copies of its own. Among pictures that agree in 32 bits (flat ones do)
+  only the nearest 64 are compared.
   """
-  arrays = hashes, thumbs, sources
+  arrays = hashes, thumbs, *places
   pairs = {pair for band in range(_BANDS) for pair in _pairs(arrays, band, bits)}
   copy_of = np.full(len(hashes), -1)
   for later, earlier in sorted(pairs):
@@ -61,10 +61,10 @@ def _pairs(arrays: tuple[np.ndarray, ...], band: int, bits: int) -> list[tuple[i
 
 
 def _alike(one: list[np.ndarray], other: list[np.ndarray], bits: int) -> Bool[np.ndarray, " n"]:
-  (hash_a, thumb_a, source_a), (hash_b, thumb_b, source_b) = one, other
-  subject, frame, mask = slice(0, 1), slice(1, 7), slice(7, None)
-  differ = lambda part: (source_a[:, part] != source_b[:, part]).any(1)  # noqa: E731
+  (hash_a, thumb_a, *places_a), (hash_b, thumb_b, *places_b) = one, other
   differing = np.bitwise_count(hash_a ^ hash_b).sum(1)
   levels = np.abs(thumb_a.astype(np.int16) - thumb_b).max(1)
-  listed_twice = ~differ(frame) & (~differ(subject) | differ(mask))
-  return (differing <= bits) & (levels <= _COLOR_LEVELS) & ~listed_twice
+  same_subject, same_file, same_part = (
+    (a == b).reshape(len(a), -1).all(1) for a, b in zip(places_a, places_b))
+  on_purpose = same_file & (same_subject | ~same_part)
+  return (differing <= bits) & (levels <= _COLOR_LEVELS) & ~on_purpose

@@ -14,7 +14,7 @@ from data_pipeline.images import OPAQUE
 from data_pipeline.manifest import FrameRow
 from data_pipeline.prepare.copies import picture_hash
 from data_pipeline.prepare.settings import Settings
-from data_pipeline.readers.texts import plain_caption
+from data_pipeline.readers import texts
 from data_pipeline.segment import Segmenter
 
 # Why frames are left out. Those of BAD count for max_bad_share; the others are choices.
@@ -103,10 +103,9 @@ class FramePreparer:
 
   def _captions(self, frame: FrameRow, picture, noun: str) -> tuple[tuple[str, ...], str]:
     """The captions, each with the class noun in it, and where they are from."""
-    # What readers say of a frame of which nothing is said counts as nothing.
-    plain = plain_caption(noun)
-    captions = [text for text in frame.captions if text.strip() and text != plain]
-    source = "given"
+    captions, source = [text for text in frame.captions if text.strip()], "given"
+    if all(text == texts.plain_caption(noun) for text in captions):  # what readers fill in
+      captions = []
     if not captions and self._captioner:
       captions, source = [" ".join(str(self._captioner(picture, noun)).split())], "captioner"
     elif not captions:

@@ -2,7 +2,6 @@
 
 import functools
 import importlib
-import importlib.util
 import re
 from collections.abc import Callable
 
@@ -18,12 +17,15 @@ from data_pipeline.sources.captions_file import read_listing
 _IN_TABLE = "table:"  # begins the name of a picture that is no file
 
 
-def read_manifest(name: str, layout: str = "auto", max_bad_share: float = 0.0) -> Manifest:
+def read_manifest(
+  name: str, layout: str = "auto", max_bad_share: float = 0.0, needs_masks: bool = True
+) -> Manifest:
   """Of a folder that `Manifest.write` wrote, of a published layout, else of a folder of subjects.
 
   The last is the layout of `data_pipeline.sources.folder`, where captions.json and masks may be
-  missing: the class noun is then the folder's name ('blue_mug_02' is a blue mug). `layout` and
-  `max_bad_share`: of `data_pipeline.readers.read`. Raises DataError for a folder that is neither.
+  missing: the class noun is then the folder's name ('blue_mug_02' is a blue mug). `layout`,
+  `max_bad_share` and `needs_masks`: of `data_pipeline.readers.read`. Raises DataError for a folder
+  that is neither.
   """
   folder = listing.data_path(name, "--data")
   folder = folder.resolve() if listing.is_local(folder) else folder
@@ -36,7 +38,8 @@ def read_manifest(name: str, layout: str = "auto", max_bad_share: float = 0.0) -
     return _read_folder(folder)
   from data_pipeline import readers
 
-  captures = readers.read(str(folder), layout, max_bad_share=max_bad_share)
+  captures = readers.read(
+    str(folder), layout, max_bad_share=max_bad_share, needs_masks=needs_masks)
   if hasattr(captures.subjects, "manifest"):
     return captures.subjects.manifest
   return _of_subjects(captures, str(folder))
@@ -77,8 +80,6 @@ def _open_subjects(root: str, layout: str):
 
 def _recognise(folder: epath.Path) -> str:
   """The published layout that the folder has, else 'folder'."""
-  if importlib.util.find_spec("data_pipeline.readers") is None:
-    return "folder"
   from data_pipeline import readers
 
   try:
@@ -137,6 +138,7 @@ def _read_subject(root: epath.Path, place: epath.Path) -> SubjectRow:
 
 def _has_alpha(path: epath.Path) -> bool:
   try:
+    listing.check_kind(path)  # of HEIF Pillow is taught first
     return images.file_has_alpha(path)
   except DataError:
     return True  # a broken file: reading it will say so

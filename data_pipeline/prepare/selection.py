@@ -56,20 +56,22 @@ def select(manifest: Manifest, report: pa.Table, copy_bits: int) -> Selection:
 def _find_copies(manifest, report, subject, good, bits: int) -> list[tuple[int, int]]:
   """(row, row of the original) of copies among the good frames.
 
-  A subject that has a picture twice, as a set of one view does, has it so that triples can be made.
+  A subject that has a picture twice, as a set of one view does, has it so that triples can be made;
+  subjects that share a picture, each with a mask or box of its own, are what is seen in it.
   """
   rows = np.flatnonzero(good)
-  names = manifest.frames["picture"].combine_chunks().dictionary_encode().indices.to_numpy()
-  masks = manifest.frames["mask"].combine_chunks().dictionary_encode().indices.to_numpy()
-  *places, mask_offset = (manifest.frames[key].to_numpy() for key in
-                          ("picture_offset", "x0", "y0", "x1", "y1", "mask_offset"))
-  columns = [subject, names, *places, masks, mask_offset]
-  sources = np.column_stack(columns).astype(np.int64)[rows]
+  pictures, masks = (
+    manifest.frames[key].combine_chunks().dictionary_encode().indices.to_numpy()
+    for key in ("picture", "mask"))
+  numbers = lambda *keys: [manifest.frames[key].to_numpy() for key in keys]  # noqa: E731
+  files = np.column_stack([pictures, *numbers("picture_offset")])
+  shown = np.column_stack([masks, *numbers("mask_offset", "x0", "y0", "x1", "y1")])
+  places = tuple(array.astype(np.int64)[rows] for array in (subject, files, shown))
   arrays = []
   for key, width in (("hash", copies.HASH_BYTES), ("thumb", copies.THUMB_BYTES)):
     data = b"".join(report[key].to_pylist())
     arrays.append(np.frombuffer(data, np.uint8).reshape(-1, width)[rows])
-  copy_of = copies.find_copies(*arrays, sources, bits)
+  copy_of = copies.find_copies(*arrays, places, bits)
   return [(int(rows[n]), int(rows[copy_of[n]])) for n in np.flatnonzero(copy_of >= 0)]
 
 

@@ -16,6 +16,7 @@ from data_pipeline import sampling
 from data_pipeline.errors import DataError
 from data_pipeline.layouts import CHOICES, LAYOUTS
 from data_pipeline.manifest import LeftOut, Manifest
+from data_pipeline.readers import texts
 from data_pipeline.readers.findings import Findings
 from data_pipeline.sources import listing
 
@@ -35,6 +36,22 @@ class Captures:
 
 def recognise(root: epath.Path) -> str:
   """The layout of a folder; DataError for one that looks like none."""
+  inside = _inside(root)
+  if any(path.name == "frames.parquet" for path in inside):
+    return "manifest"
+  for layout in LAYOUTS:
+    if _reader(layout).recognise(root, inside):
+      return layout
+  if any(name.lower() == "captions.json" for path in inside if path.is_dir()
+         for name in texts.names_in(path)):  # fmt: skip
+    return "folder"
+  raise DataError(
+    f"{root} has none of the layouts {', '.join(LAYOUTS)} (docs/data.md describes them); it may "
+    "lie a level higher or lower, or set data.layout")
+
+
+def _inside(root: epath.Path) -> list[epath.Path]:
+  """What is in a folder; DataError where there is none, or it cannot be listed."""
   try:
     inside = listing.entries(root) if root.is_dir() else None
   except DataError:
@@ -44,22 +61,12 @@ def recognise(root: epath.Path) -> str:
         from error
   if inside is None:
     raise DataError(f"{root} is not a folder; set data.name to the folder of the data set")
-  if any(path.name == "frames.parquet" for path in inside):
-    return "manifest"
-  for layout in LAYOUTS:
-    if _reader(layout).recognise(root, inside):
-      return layout
-  folders = [path for path in inside if path.is_dir()]
-  if any(file.name.lower() == "captions.json" for path in folders
-         for file in listing.entries(path)):  # fmt: skip
-    return "folder"
-  raise DataError(
-    f"{root} has none of the layouts {', '.join(LAYOUTS)} (docs/data.md describes them); it may "
-    "lie a level higher or lower, or set data.layout")
+  return inside
 
 
 def read(
-  name: str, layout: str = "auto", *, split: str = "train", max_bad_share: float = 0.0
+  name: str, layout: str = "auto", *, split: str = "train", max_bad_share: float = 0.0,
+  needs_masks: bool = True,
 ) -> Captures:
   """The data set at `name`, a local folder or one in a bucket.
 
@@ -68,6 +75,7 @@ def read(
     layout: of `CHOICES`.
     split: 'train'; Open Images has others.
     max_bad_share: of all pictures that may be missing, without mask, alone in their subject ...
+    needs_masks: False where masks that are missing in a set of masks are made later.
 
   Raises:
     DataError: no such folder or layout, annotations that cannot be read, or more bad pictures
@@ -79,8 +87,10 @@ def read(
     raise DataError("data.name is empty; set it to the folder of the data set")
   root = listing.data_path(name, "data.name")
   root = root.resolve() if listing.is_local(root) else root
-  found_layout = recognise(root) if layout == "auto" or not root.is_dir() else layout
-  layout = found_layout if layout == "auto" else layout
+  if layout == "auto":
+    layout = recognise(root)
+  else:  # what the user knows is not found out again
+    _inside(root)
   if layout == "folder":
     from data_pipeline.sources.folder import FolderSubjects
 
@@ -93,7 +103,7 @@ def read(
     manifest = Manifest.read(root)
     return Captures(layout, ManifestSubjects(manifest), manifest.left_out)
   reader = _reader(layout)
-  found = Findings(str(root), max_bad_share)
+  found = Findings(str(root), max_bad_share, needs_masks)
   splits = reader.splits(root) if hasattr(reader, "splits") else ("train",)
   check_split(split, splits, str(root))
   found.notes += getattr(reader, "NOTES", ())
@@ -137,7 +147,8 @@ def _read_once(name: str, layout: str, split: str, max_bad_share: float) -> Capt
 def check_split(split: str, splits: tuple[str, ...], where: str) -> None:
   """Raises DataError for a split that the data set does not have."""
   if split not in splits:
-    raise DataError(f"{where} has no split {split!r}; it has {', '.join(map(repr, splits))}")
+    known = ", ".join(map(repr, splits)) or "none"
+    raise DataError(f"{where} has no split {split!r}; it has {known}")
 
 
 def _reader(layout: str):

@@ -67,19 +67,21 @@ def _frame(frame: dict, noun: str, there: dict, found: Findings) -> FrameRow | N
   image, mask = frame.get("image") or {}, frame.get("mask") or {}
   path = image.get("path") or ""
   name = path or f"{frame['sequence_name']}, frame number {frame['frame_number']}"
-  if not path or not mask.get("path"):
+  if not path or (found.needs_masks and not mask.get("path")):
     found.unwanted(name, "hidden by its authors: no picture or mask is named")
     return None
-  for kind, file in (("images", path), ("masks", mask["path"])):
-    if file.rsplit("/", 1)[-1] not in there[kind]:
-      found.bad(name, f"{file} is missing")
-      return None
+  is_there = lambda kind, file: bool(file) and file.rsplit("/", 1)[-1] in there[kind]  # noqa: E731
+  has_mask = is_there("masks", mask.get("path"))
+  if not is_there("images", path) or (found.needs_masks and not has_mask):
+    missing = mask["path"] if is_there("images", path) else path
+    found.bad(name, f"{missing} is missing")
+    return None
   height, width = image.get("size") or (0, 0)
   if mask.get("mass") is not None and mask["mass"] < _MIN_MASS * height * width:
     found.unwanted(name, f"its subject covers {mask['mass']:.0f} of {height * width} pixels")
     return None
-  return FrameRow(path, (texts.plain_caption(noun),), mask=mask["path"], mask_kind="file",
-                  threshold=_THRESHOLD, height=height, width=width)  # fmt: skip
+  place = dict(mask=mask["path"], mask_kind="file", threshold=_THRESHOLD) if has_mask else {}
+  return FrameRow(path, (texts.plain_caption(noun),), height=height, width=width, **place)
 
 
 def _read(file: epath.Path) -> list[dict]:

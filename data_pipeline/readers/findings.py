@@ -3,16 +3,19 @@
 from collections.abc import Iterable, Iterator
 
 from data_pipeline.errors import DataError
-from data_pipeline.manifest import LeftOut, SubjectRow
+from data_pipeline.manifest import FrameRow, LeftOut, SubjectRow
 
 _NAMED = 10  # bad ones that an error names
 
 
 class Findings:
-  """Collects; `bad` counts against data.max_bad_share, `unwanted` does not."""
+  """Collects; `bad` counts against data.max_bad_share, `unwanted` does not.
 
-  def __init__(self, where: str, max_bad_share: float = 0.0):
-    self.where, self._max_bad_share = where, max_bad_share
+  `needs_masks`: whether a picture without a mask, in a set that has masks, is of no use.
+  """
+
+  def __init__(self, where: str, max_bad_share: float = 0.0, needs_masks: bool = True):
+    self.where, self._max_bad_share, self.needs_masks = where, max_bad_share, needs_masks
     self.left_out: list[LeftOut] = []
     self.notes: list[str] = []
     self._bad: list[LeftOut] = []
@@ -29,14 +32,26 @@ class Findings:
     self._bad.append(item)
     self._pictures += pictures
 
+  def masked(self, frames: Iterable[FrameRow], set_has_masks: bool) -> list[FrameRow]:
+    """The frames; where the set has masks and they are needed, those that have one."""
+    kept = []
+    for frame in frames:
+      if frame.mask_kind == "none" and set_has_masks and self.needs_masks:
+        place = f", byte {frame.picture_offset}" if frame.picture_offset else ""
+        self.bad(f"{frame.picture}{place}", "it has no mask")
+      else:
+        kept.append(frame)
+    return kept
+
   def usable(self, rows: Iterable[SubjectRow]) -> Iterator[SubjectRow]:
     """The subjects of which a triple can be made."""
     for row in rows:
       if len(row.frames) >= 2:
         yield row
-      else:  # of one without frames these were named, or nothing was to be expected of it
-        count = self.bad if row.frames else self.unwanted
-        count(row.name, f"{len(row.frames)} usable picture(s); a triple needs 2 or more")
+      elif row.frames:
+        self.bad(row.name, f"{len(row.frames)} usable picture(s); a triple needs 2 or more")
+      else:  # nothing was there, or each of its pictures is counted already
+        self.unwanted(row.name, "no usable pictures")
 
   def check(self, pictures: int, subjects: int) -> None:
     """Raises DataError when too much is bad, or nothing is left."""

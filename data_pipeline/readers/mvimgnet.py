@@ -60,12 +60,9 @@ def subjects(root: epath.Path, found: Findings) -> Iterator[SubjectRow]:
     frames = []
     for image in images:
       mask = masks.get(f"{image}.png") or masks.get(f"{image.rsplit('.', 1)[0]}.png")
-      if has_masks and not mask:
-        found.bad(f"{name}/images/{image}", "it has no mask")
-        continue
       kind = dict(mask=mask, mask_kind="file") if mask else {}
       frames.append(FrameRow(f"{name}/images/{image}", (texts.plain_caption(noun),), **kind))
-    yield SubjectRow(name, noun, frames, licence=LICENCE)
+    yield SubjectRow(name, noun, found.masked(frames, has_masks), licence=LICENCE)
 
 
 def _masks(root: epath.Path, instance: str) -> dict[str, str]:
@@ -88,7 +85,7 @@ def _nouns(root: epath.Path) -> dict[str, str]:
     if file.suffix == ".json":
       table |= {number: name.strip() for number, name in texts.read_json(file).items()}
     else:
-      lines = file.read_text().splitlines()
+      lines = texts.read_text(file).splitlines()
       table |= {number.strip(): name for number, _, name in (line.partition(",") for line in lines)}
   if not table:
     raise DataError(

@@ -125,7 +125,7 @@ def _pixels(file: epath.Path, box: tuple[float, ...], turn: int) -> tuple[int, i
   try:
     with file.open("rb") as opened, Image.open(opened) as image:
       width, height = image.size
-  except OSError as error:  # Pillow's errors are of this kind
+  except (OSError, Image.DecompressionBombError) as error:  # Pillow's others are OSErrors
     raise DataError(f"{file} cannot be read ({error})") from None
   x0, x1, y0, y1 = (round(share * side) for share, side in zip(box, (width, width, height, height)))
   for _ in range(turn // 90):
@@ -141,7 +141,7 @@ def _nouns(root: epath.Path) -> dict[str, str]:
   if not names:
     raise DataError(f"{root} has no class-descriptions-boxable.csv, the names of labels; fetch it "
                     "from the page of Open Images")
-  rows = (row for file in names for row in csv.reader(io.StringIO(file.read_text())))
+  rows = (row for file in names for row in csv.reader(io.StringIO(texts.read_text(file))))
   return {row[0]: texts.clean_noun(row[1]) for row in rows if row and row[0].startswith("/")}
 
 

@@ -22,12 +22,14 @@ _ALPHA = (".png", ".webp", ".tif", ".tiff", ".gif", ".avif")
 
 
 def recognise(root: epath.Path, inside: list[epath.Path]) -> bool:
-  """Whether a folder in it has two pictures, and no captions.json."""
-  folders = [texts.names_in(path) for path in inside if path.is_dir()]
-  if any(name.lower() == "captions.json" for names in folders for name in names):
-    return False
-  return any(sum(listing.is_picture(epath.Path(name)) for name in names) >= 2
-             for names in folders)
+  """Whether a folder in it has two pictures, and none has a captions.json: that is 'folder'."""
+  has_pictures = False
+  for folder in (path for path in inside if path.is_dir()):
+    names = texts.names_in(folder)
+    if any(name.lower() == "captions.json" for name in names):
+      return False
+    has_pictures |= sum(listing.is_picture(epath.Path(name)) for name in names) >= 2
+  return has_pictures
 
 
 def subjects(root: epath.Path, found: Findings) -> Iterator[SubjectRow]:
@@ -38,19 +40,17 @@ def subjects(root: epath.Path, found: Findings) -> Iterator[SubjectRow]:
       continue
     noun = texts.clean_noun(re.sub(r"[\W_\d]+$", "", folder.name).replace("-", " "))
     if noun:
-      rows.append((folder, noun, list(_frames(root, folder, noun))))
+      rows.append((folder, noun, list(_frames(root, folder, noun, found))))
     else:
       found.unwanted(folder.name, "its name is no class noun")
   masked = any(frame.mask_kind != "none" for _, _, frames in rows for frame in frames)
   for folder, noun, frames in rows:
-    for frame in frames if masked else ():
-      if frame.mask_kind == "none":
-        found.bad(frame.picture, "it has no mask")
-    usable = [frame for frame in frames if not masked or frame.mask_kind != "none"]
-    yield SubjectRow(folder.name, noun, usable)
+    yield SubjectRow(folder.name, noun, found.masked(frames, masked))
 
 
-def _frames(root: epath.Path, folder: epath.Path, noun: str) -> Iterator[FrameRow]:
+def _frames(
+  root: epath.Path, folder: epath.Path, noun: str, found: Findings
+) -> Iterator[FrameRow]:
   names, masks = texts.names_in(folder), texts.names_in(folder / "masks")
   for name in sorted(names):
     stem = name.rsplit(".", 1)[0]
@@ -63,7 +63,11 @@ def _frames(root: epath.Path, folder: epath.Path, noun: str) -> Iterator[FrameRo
       place = dict(mask=f"{folder.name}/masks/{stem}.png", mask_kind="file")
     elif _has_alpha(folder / name):
       place = dict(mask_kind="alpha")
-    text = (folder / f"{stem}.txt").read_text().strip() if f"{stem}.txt" in names else ""
+    try:
+      text = texts.read_text(folder / f"{stem}.txt").strip() if f"{stem}.txt" in names else ""
+    except DataError as error:
+      found.bad(f"{folder.name}/{name}", str(error))
+      continue
     yield FrameRow(f"{folder.name}/{name}", (texts.with_noun(text, noun),), **place)
 
 

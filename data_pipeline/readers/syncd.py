@@ -8,9 +8,9 @@ has a partner of a DINO similarity of at most 0.98: above it pairs are nearly co
 is given.
 """
 
+import json
 from collections.abc import Iterator
 
-import numpy as np
 from etils import epath
 
 from data_pipeline.manifest import FrameRow, SubjectRow
@@ -20,6 +20,7 @@ from data_pipeline.readers.findings import Findings
 _MAX_SIMILARITY = 0.98
 _THRESHOLD = 128  # the masks are JPEGs, whose black is not quite black
 _NOUN = "object"
+_FIRST = 1 << 20  # bytes in which a first group is whole
 NOTES = ("SynCD names no class nouns: every subject is an 'object'; its pictures come from "
          "FLUX.1-dev, whose licence limits their use",)  # fmt: skip
 
@@ -37,8 +38,20 @@ def recognise(root: epath.Path, inside: list[epath.Path]) -> bool:
 def _metadata(folder: epath.Path) -> list[str]:
   """With scores, where there are both."""
   names = texts.names_in(folder)
-  scored = sorted(name for name in names if name.endswith("metadata_with_scores.json"))
-  return scored or sorted(name for name in names if name.endswith("metadata.json"))
+  of_groups = lambda end: [name for name in sorted(names)  # noqa: E731
+                           if name.endswith(end) and _has_groups(folder / name)]
+  return of_groups("metadata_with_scores.json") or of_groups("metadata.json")
+
+
+def _has_groups(file: epath.Path) -> bool:
+  """Whether it is a list that begins with a group of pictures; others name files so, too."""
+  try:
+    with file.open("rb") as opened:
+      text = opened.read(_FIRST).decode(errors="replace").lstrip()
+    group, _ = json.JSONDecoder().raw_decode(text[1:].lstrip()) if text[:1] == "[" else ({}, 0)
+  except (OSError, ValueError):
+    return False
+  return isinstance(group, dict) and {"filenames", "prompts"} <= set(group)
 
 
 def subjects(root: epath.Path, found: Findings) -> Iterator[SubjectRow]:
@@ -51,28 +64,29 @@ def subjects(root: epath.Path, found: Findings) -> Iterator[SubjectRow]:
       for number, group in enumerate(texts.read_json(root / path)):
         name = f"{path.removesuffix('.json')} {number}"
         frames = list(_frames(root, folder, group, there, found))
-        if len(group["filenames"]) >= 2 and not frames:
+        if len(group.get("filenames", ())) >= 2 and not frames:
           found.unwanted(name, f"all its pairs are more alike than {_MAX_SIMILARITY}, or broken")
         else:
           yield SubjectRow(name, _NOUN, frames, creator="SynCD")
 
 
 def _frames(root, folder: str, group: dict, there: dict, found: Findings) -> Iterator[FrameRow]:
-  files, scores = group["filenames"], group.get("dino_scores")
-  for n, (file, prompt) in enumerate(zip(files, group["prompts"])):
+  files, scores = group.get("filenames", ()), group.get("dino_scores")
+  for n, (file, prompt) in enumerate(zip(files, group.get("prompts", ()))):
     path = f"{folder}/{file}" if folder else file
-    others = np.delete(np.asarray(scores)[n], n) if scores is not None else np.zeros(0)
-    if len(others) and others.min() > _MAX_SIMILARITY:
+    row = scores[n] if scores and n < len(scores) else ()
+    others = [score for m, score in enumerate(row) if m != n]
+    if others and min(others) > _MAX_SIMILARITY:
       found.unwanted(path, f"nearly a copy of the others: a similarity above {_MAX_SIMILARITY}")
       continue
     place, _, name = path.rpartition("/")
     mask = f"{place}/masks/{name.rsplit('.', 1)[0]}.jpg".lstrip("/")
     missing = [p for p in (path, mask) if not _is_there(root, p, there)]
-    if missing:
+    if path in missing or (missing and found.needs_masks):
       found.bad(path, f"{missing[0]} is missing")
       continue
-    yield FrameRow(path, (texts.with_noun(prompt, _NOUN),), mask=mask, mask_kind="file",
-                   threshold=_THRESHOLD)  # fmt: skip
+    kind = {} if missing else dict(mask=mask, mask_kind="file", threshold=_THRESHOLD)
+    yield FrameRow(path, (texts.with_noun(prompt, _NOUN),), **kind)
 
 
 def _is_there(root: epath.Path, path: str, there: dict) -> bool:

@@ -6,9 +6,11 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+from absl import logging
 from etils import epath
 
 from data_pipeline.errors import DataError
+from data_pipeline.tokens import TooLongError
 
 _PLACEHOLDER = re.compile(r"\b(this|the) (item|object)\b", re.IGNORECASE)
 
@@ -52,10 +54,10 @@ def shortened(encode: Callable[[str, str], Any]) -> Callable[[str, str], Any]:
   def encode_shortened(caption: str, noun: str):
     try:
       return encode(caption, noun)
-    except DataError as error:
-      if not _is_too_long(error):
-        raise
+    except TooLongError as error:
       too_long = error
+    logging.log_first_n(
+      logging.WARNING, "captions that are too long lose their end: %s", 1, too_long)
     words = caption.split()
     shorter = [" ".join(words[:count]).rstrip(" ,;:") for count in range(len(words) - 1, 0, -1)]
     for text in (*shorter, article(noun)):
@@ -68,10 +70,6 @@ def shortened(encode: Callable[[str, str], Any]) -> Callable[[str, str], Any]:
   return encode_shortened
 
 
-def _is_too_long(error: DataError) -> bool:
-  return "tokens; the limit" in str(error)
-
-
 def read_json(file: epath.Path, content: bytes | None = None) -> Any:
   """Of a file, or of its content; DataError where it cannot be read."""
   try:
@@ -80,6 +78,17 @@ def read_json(file: epath.Path, content: bytes | None = None) -> Any:
     raise DataError(f"{file} cannot be read ({error.strerror or error}); check it") from None
   except ValueError as error:
     raise DataError(f"{file} is not JSON ({error}); fetch it again") from None
+
+
+def read_text(file: epath.Path) -> str:
+  """A file's text, without a byte order mark; DataError where it cannot be read as UTF-8."""
+  try:
+    return file.read_bytes().decode("utf-8-sig")
+  except OSError as error:
+    raise DataError(f"{file} cannot be read ({error.strerror or error}); check it") from None
+  except UnicodeDecodeError as error:
+    raise DataError(f"{file} is not UTF-8 (byte {error.start + 1}: {error.reason}); save it as "
+                    "UTF-8") from None
 
 
 def names_in(folder: epath.Path) -> frozenset[str]:

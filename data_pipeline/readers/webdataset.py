@@ -15,9 +15,12 @@ Writers that were killed leave shards that break off; what is whole of them is r
 import re
 import tarfile
 from collections.abc import Iterator
+from typing import BinaryIO
 
 from etils import epath
+from PIL.ContainerIO import ContainerIO
 
+from data_pipeline import images
 from data_pipeline.errors import DataError
 from data_pipeline.manifest import FrameRow, SubjectRow
 from data_pipeline.readers import texts
@@ -43,22 +46,23 @@ def subjects(root: epath.Path, found: Findings) -> Iterator[SubjectRow]:
         found.bad(name, "it is compressed, so that no picture in it can be reached; unpack it to "
                   "a .tar")
       continue
-    for key, members in _samples(root / name, found):
+    for key, members, file in _samples(root / name, found):
       try:
-        frame, said = _frame(name, key, members)
+        frame, said = _frame(name, key, members, file)
       except (ValueError, DataError) as error:
         found.bad(f"{name}, {key}", str(error))
         continue
       subject = _subject(key, said)
       frames.setdefault(subject, []).append(frame)
       facts.setdefault(subject, said)
+  masked = any(frame.mask_kind != "none" for rows in frames.values() for frame in rows)
   for subject, said in facts.items():
     more = {key: str(said.get(key) or "") for key in ("family", "licence", "creator")}
-    yield SubjectRow(subject, _noun(said), frames[subject], **more)
+    yield SubjectRow(subject, _noun(said), found.masked(frames[subject], masked), **more)
 
 
-def _samples(shard: epath.Path, found: Findings) -> Iterator[tuple[str, dict]]:
-  """(key, its members by ending: offset and length, or the bytes of texts)."""
+def _samples(shard: epath.Path, found: Findings) -> Iterator[tuple[str, dict, BinaryIO]]:
+  """(key, its members by ending: offset and length, or the bytes of texts; the open shard)."""
   key, members, end = None, {}, 0
   with shard.open("rb") as file:
     size = file.seek(0, 2)
@@ -73,7 +77,7 @@ def _samples(shard: epath.Path, found: Findings) -> Iterator[tuple[str, dict]]:
             continue
           if match[1] != key:
             if members:
-              yield key, members
+              yield key, members, file  # tarfile finds its place again whoever reads there
             key, members = match[1], {}
           ending = match[2].lower()
           is_text = ending in ("json", "txt")
@@ -83,20 +87,20 @@ def _samples(shard: epath.Path, found: Findings) -> Iterator[tuple[str, dict]]:
       if not end and size and not members:
         found.bad(shard.name, f"no tar file ({error})")
         return
-  if members:
-    yield key, members
+    if members:
+      yield key, members, file
   if end + _BLOCK > size:  # a whole archive ends with blocks of zeros
     found.bad(shard.name, f"the shard breaks off at byte {size}; fetch or write it again")
 
 
-def _frame(shard: str, key: str, members: dict) -> tuple[FrameRow, dict]:
+def _frame(shard: str, key: str, members: dict, file: BinaryIO) -> tuple[FrameRow, dict]:
   """The frame, and what its json says; ValueError where it is not whole."""
   kind = next((kind for kind in _PICTURES if kind in members), None)
   if kind is None:
     raise ValueError(f"no picture among {', '.join(members)}: a frame cut at a shard's end?")
   said = texts.read_json(epath.Path(shard), members["json"]) if "json" in members else {}
   if not isinstance(said, dict):
-    raise ValueError("its json is no table of names and values")
+    raise ValueError('its json is no {"class_noun": ...}')
   noun = _noun(said)
   if not noun:
     raise ValueError("no class_noun in its json, or no json: a frame cut at a shard's end?")
@@ -108,12 +112,20 @@ def _frame(shard: str, key: str, members: dict) -> tuple[FrameRow, dict]:
   place = dict(mask_kind="none")
   if mask:
     place = dict(mask=shard, mask_offset=mask[0], mask_length=mask[1], mask_kind="file")
-  elif kind in ("png", "webp"):
+  elif kind in ("png", "webp") and _has_alpha(file, *members[kind]):
     place = dict(mask_kind="alpha")
+  captions = tuple(texts.with_noun(str(caption), noun) for caption in captions)
   offset, length = members[kind]
   return FrameRow(
-    shard, tuple(texts.with_noun(caption, noun) for caption in captions), picture_offset=offset,
-    picture_length=length, is_reference=bool(said.get("is_reference", True)), **place), said
+    shard, captions, picture_offset=offset, picture_length=length,
+    is_reference=bool(said.get("is_reference", True)), **place), said
+
+
+def _has_alpha(file: BinaryIO, offset: int, length: int) -> bool:
+  try:
+    return images.header_has_alpha(ContainerIO(file, offset, length), "the picture")
+  except DataError:
+    return True  # a broken picture: reading it will say so
 
 
 def _noun(said: dict) -> str:

@@ -38,12 +38,9 @@ def subjects(root: epath.Path, found: Findings) -> Iterator[SubjectRow]:
         continue
       masks, frames = texts.names_in(scene / "masks"), []
       for picture in sorted(texts.names_in(scene / "rgb")):
-        if picture not in masks:
-          found.bad(f"{name}/rgb/{picture}", "it has no mask")
-          continue
-        frames.append(FrameRow(f"{name}/rgb/{picture}", (texts.plain_caption(noun),),
-                               mask=f"{name}/masks/{picture}", mask_kind="file"))  # fmt: skip
-      yield SubjectRow(name, noun, frames, licence="MIT")
+        mask = dict(mask=f"{name}/masks/{picture}", mask_kind="file") if picture in masks else {}
+        frames.append(FrameRow(f"{name}/rgb/{picture}", (texts.plain_caption(noun),), **mask))
+      yield SubjectRow(name, noun, found.masked(frames, True), licence="MIT")
 
 
 def _kinds(file: epath.Path) -> dict[str, str]:

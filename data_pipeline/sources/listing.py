@@ -16,7 +16,7 @@ _PICTURES = frozenset(
     ".png .apng .jpg .jpeg .jpe .jfif .webp .bmp .dib .tif .tiff .gif .avif .heic .heif .hif .jxl"
     " .jp2".split()
 )
-_HEIF = (".heic", ".heif", ".hif")
+HEIF = (".heic", ".heif", ".hif")
 # Of macOS, Windows, NAS systems and file systems; names with a dot in front are skipped as well.
 _OF_THE_SYSTEM = frozenset((
     "__macosx", "@eadir", "#recycle", "$recycle.bin", "lost+found", "system volume information",
@@ -61,9 +61,9 @@ def is_picture(file: epath.Path) -> bool:
 def check_kind(file: epath.Path) -> None:
   """Raises DataError for a kind of file that Pillow cannot read here."""
   suffix = file.suffix.lower()
-  if suffix in Image.registered_extensions() or (suffix in _HEIF and _register_heif()):
+  if suffix in Image.registered_extensions() or (suffix in HEIF and _register_heif()):
     return
-  remedy = "pip install pillow-heif, or save it as JPEG" if suffix in _HEIF else "save it as PNG"
+  remedy = "pip install pillow-heif, or save it as JPEG" if suffix in HEIF else "save it as PNG"
   raise DataError(f"{file}: pictures of the kind {suffix or '(no ending)'} cannot be read here; "
                   f"{remedy}")  # fmt: skip
 
