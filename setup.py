@@ -64,7 +64,7 @@ setup(
         "notebooks": ["jupyterlab>=4", "ipywidgets>=8"],
         # torch: the version that the parity tests were run with, and whose CPU wheel CI has.
         # Tests of `prepare` ask for that extra, and are skipped without it.
-        "test": ["pytest>=8", "pytest-xdist>=3.6", "torch==2.13.0", "ruff", "trimesh>=4",
+        "test": ["pytest>=8", "pytest-xdist>=3.8", "torch==2.13.0", "ruff", "trimesh>=4",
                  "moderngl>=5.10", "onnxruntime>=1.18"],
     },
 )

@@ -19,7 +19,8 @@ os.environ.setdefault("XLA_FLAGS", _FLAGS)
 
 import pytest  # noqa: E402
 
-# What takes longest begins first, or one worker would be left with it at the end.
+# What takes longest begins first, or one worker would be left with it at the end. (xdist would put
+# the files with the most tests first, were it not for --no-loadscope-reorder.)
 LONGEST = ("test_train", "test_processes", "test_formats", "test_real_bases", "test_sharded",
            "test_lab", "test_generate", "test_unet", "test_subjects3d", "test_compatibility",
            "test_notebooks", "test_sources", "test_plan", "test_two_subjects", "test_vae",
