@@ -291,6 +291,9 @@ def test_leakage_is_exact_and_its_correlation_is_scipys():
   np.testing.assert_array_equal(found.scene[:2], reference.scene[:2])
   np.testing.assert_array_equal(found.scene[2:], own.scene[2:])
   np.testing.assert_array_equal(found.azimuth, copying_check.leaking(found, own, 0, luck).azimuth)
+  behind = own._replace(azimuth=np.full(5, -3.0)), own._replace(azimuth=np.full(5, 3.0))
+  halfway = copying_check.leaking(*behind, 0.5, luck).azimuth  # by the back, which is near
+  np.testing.assert_allclose(np.cos(halfway), -1, atol=1e-6)
   values = np.random.default_rng(0).normal(size=(7, 30)) + np.arange(7)[:, None] / 3
   value, low, high = copying_check.correlation(values, draws=50)
   assert value == pytest.approx(

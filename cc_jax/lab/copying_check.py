@@ -33,8 +33,12 @@ _MOVED = ("azimuth", "elevation", "x", "y", "size", "light_azimuth", "light_elev
 def leaking(own: world.Factors, reference: world.Factors, leakage: float,
             luck: Float[np.ndarray, " n"]) -> world.Factors:
   """Factors of pictures that copy `leakage` of the reference; its scene where `luck` is less."""
-  moved = {name: (1 - leakage) * getattr(own, name) + leakage * getattr(reference, name)
-           for name in _MOVED}
+  moved = {}
+  for name in _MOVED:
+    change = getattr(reference, name) - getattr(own, name)
+    if name == "azimuth":  # an angle: the shorter way round
+      change = np.angle(np.exp(1j * change))
+    moved[name] = getattr(own, name) + leakage * change
   copied = luck < leakage
   scene = {name: np.where(copied, getattr(reference, name), getattr(own, name))
            for name in ("scene", "background_seed")}
