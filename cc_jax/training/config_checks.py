@@ -144,7 +144,7 @@ RULES = {
 }
 # Sections of adapter files and older configs lack keys that have come later with a default that
 # means what it was before; a mesh's axes are 1 unless it says otherwise.
-OPTIONAL = {"data.decoder", "mesh.fsdp", "mesh.tensor", "mesh.processes"} | {
+OPTIONAL = {"data.decoder", "data.layout", "mesh.fsdp", "mesh.tensor", "mesh.processes"} | {
   f"{section}.{field.name}"
   for section, cls in (
     ("encoder", mfi_encoder.MFIEncoderConfig), ("injection", injection.InjectionConfig))
