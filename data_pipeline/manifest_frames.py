@@ -60,9 +60,8 @@ def load_frame(root: str, frame: FrameRow) -> tuple[UInt8[np.ndarray, "h w 3"],
   turns = -frame.rotation // 90  # numpy turns counter-clockwise
   pixels = np.rot90(pixels, turns)
   if frame.mask_kind == "alpha":
-    if pixels.shape[-1] < 4:
-      raise DataError(f"{name} has no alpha channel to cut the subject out by; give it a mask")
-    values = pixels[..., 3]
+    # A picture without alpha channel is opaque, as one whose channel is white everywhere.
+    values = pixels[..., 3] if pixels.shape[-1] == 4 else np.full(pixels.shape[:2], 255, np.uint8)
   elif values is not None:
     values = np.rot90(values, turns)
     if values.shape != pixels.shape[:2]:

@@ -21,7 +21,10 @@ import pytest  # noqa: E402
 
 # What takes longest begins first, or one worker would be left with it at the end.
 LONGEST = ("test_train", "test_processes", "test_formats", "test_real_bases", "test_sharded",
-           "test_lab", "test_generate", "test_conditioning")  # fmt: skip
+           "test_lab", "test_generate", "test_unet", "test_subjects3d", "test_compatibility",
+           "test_notebooks", "test_sources", "test_plan", "test_two_subjects", "test_vae",
+           "test_config_keys", "test_conditioning", "test_customcontrast", "test_global_objectives",
+           "test_objects", "test_readers", "test_graph_input")  # fmt: skip
 
 
 def pytest_collection_modifyitems(items):

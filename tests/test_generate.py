@@ -42,6 +42,8 @@ from cc_jax.sampling.sampler import ImageSampler
 from configs import subjects3d
 from data_pipeline.errors import DataError
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 STEPS = 3
 PROMPT, NOUN = "a teddy bear in the snow", "teddy bear"
 

@@ -297,6 +297,14 @@ def test_a_picture_that_a_subject_has_twice_is_no_copy(prepare, tmp_path):
   notes = json.loads((prepare(manifest, tmp_path / "out") / "manifest.json").read_text())
   assert notes["left_out"] == [dict(name="0.png", kind="copy", reason="of 0.png")]
   assert notes["counts"]["frames"] == 4
+  # Two subjects of one photo, by masks of their own: neither is a copy of the other.
+  for n in range(2):
+    save(np.roll(mask(), 3 * n, axis=1), tmp_path / f"mask_{n}.png")
+  rows = [SubjectRow(str(n), "cup", 2 * [FrameRow(
+    "0.png", ["cup"], mask=f"mask_{n}.png", mask_kind="file")]) for n in range(2)]
+  manifest = Manifest.from_subjects(rows, where="here", layout="test", root=str(tmp_path))
+  notes = json.loads((prepare(manifest, tmp_path / "out2") / "manifest.json").read_text())
+  assert notes["left_out"] == [] and notes["counts"]["subjects"] == 2
 
 
 def test_what_is_seen_in_one_photograph_are_no_copies(prepare, tmp_path):
@@ -653,3 +661,15 @@ def test_killed_three_times_and_on_four_workers_the_bytes_are_the_same(red, tmp_
     "def describe(picture, noun): raise DataError('the server is silent; start it')\n")
   assert start("failed", 2, captioner="silent:describe").wait() == 1
   assert (tmp_path / "failed.log").read_text() == "error: the server is silent; start it\n"
+
+
+def test_what_readers_say_of_any_frame_is_no_caption(prepare, tmp_path):
+  save(np.dstack([picture(0), mask()]), tmp_path / "0.png")
+  save(np.dstack([picture(1), mask()]), tmp_path / "1.png")
+  frames = [FrameRow(f"{n}.png", [text], mask_kind="alpha")
+            for n, text in enumerate(["a photo of a cup", "a cup on a table"])]
+  manifest = Manifest.from_subjects(
+    [SubjectRow("a", "cup", frames)], where="here", layout="test", root=str(tmp_path))
+  made = prepare(manifest, tmp_path / "out", caption_template="the {noun} by itself")
+  counts = json.loads((made / "manifest.json").read_text())["counts"]
+  assert counts["captions"] == {"given": 1, "template": 1}

@@ -34,6 +34,7 @@ ELSEWHERE = {
   "python -m cc_jax.train --config=configs/sdxl.py --abstract":
     "tests/test_train.py: test_the_tables_of_stable_diffusion_need_no_weights",
   "python -m cc_jax.cache": "tests/test_cache.py, with its config",
+  "python -m data_pipeline.inspect PATH": "tests/test_readers.py",
   "python -m cc_jax.plan --config=configs/sdxl.py --topology=v5e:8x8 --config.mesh.fsdp=8":
     "tests/test_plan.py, slow, where libtpu is",
 }  # fmt: skip
@@ -110,7 +111,7 @@ def reads(file: Path) -> tuple[str, str]:
   return CLASSES[int(reading["class_id"][0])], SCENES[int(reading["scene"][0])]
 
 
-def test_four_lines_draw_a_teapot_on_the_beach(tmp_path, monkeypatch):
+def test_four_lines_draw_a_teapot_on_the_beach(tmp_path, quick_compile, monkeypatch):
   code = re.search(r"```python\n(.*?)```", README.read_text(), re.DOTALL)[1]
   assert len(code.splitlines()) == 4
   monkeypatch.chdir(tmp_path)

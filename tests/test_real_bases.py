@@ -67,9 +67,12 @@ FLAGS = {
 QUICK = {"train.dtype": "float32", "train.base_dtype": "float32"}
 MORE = {
   "sd15": QUICK | {"train.save_every": 1, "train.prompt_sensitivity_every": 0},
-  "sd21": QUICK | {"train.prompt_sensitivity_every": 0},
+  # The same objectives as sd15's are not compiled again.
+  "sd21": QUICK | {"train.prompt_sensitivity_every": 0, "objective.lambda_cscl": 0,
+                   "objective.lambda_macl": 0, "encoder.layer_groups": "(4,)"},
   # Half of the compilation would be that of a second forward pass.
-  "sdxl": QUICK | {"encoder.layer_groups": "(1,1,2)", "train.remat_unet": "('none',)"},
+  "sdxl": QUICK | {"encoder.layer_groups": "(2,2)", "train.remat_unet": "('none',)",
+                   "train.remat_text": "none", "train.prompt_sensitivity_every": 0},
 }
 NOUNS = ("mug", "toy car", "plush bear", "vase", "cap")  # two of them are held out
 
