@@ -8,7 +8,6 @@ import shutil
 import layouts
 import numpy as np
 import pytest
-from etils import epath
 from fake_bucket import FakePath
 from PIL import Image
 from test_sources import config, take

@@ -103,10 +103,9 @@ class FramePreparer:
 
   def _captions(self, frame: FrameRow, picture, noun: str) -> tuple[tuple[str, ...], str]:
     """The captions, each with the class noun in it, and where they are from."""
-    # What readers say of a frame of which nothing is said counts as nothing.
-    plain = texts.plain_caption(noun)
-    captions = [text for text in frame.captions if text.strip() and text != plain]
-    source = "given"
+    captions, source = [text for text in frame.captions if text.strip()], "given"
+    if all(text == texts.plain_caption(noun) for text in captions):  # what readers fill in
+      captions = []
     if not captions and self._captioner:
       captions, source = [" ".join(str(self._captioner(picture, noun)).split())], "captioner"
     elif not captions:
