@@ -8,6 +8,7 @@ import numpy as np
 from data_pipeline import sampling, tokens, triples
 from data_pipeline.errors import DataError
 from data_pipeline.feature_cache import FeatureCache
+from data_pipeline.words import with_article
 
 PICTURES = dict.fromkeys(("positive", "reference", "target", "target_mask"), np.uint8)
 
@@ -120,7 +121,7 @@ class Maker:
   ) -> dict[str, np.ndarray]:
     """A row's token ids and the numbers of its subject, family and class."""
     if rng.random() < self._terse_prob:  # the row's last draw, so that no other depends on it
-      caption = f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
+      caption = with_article(noun)
     numbers = {name: column[subject] for name, column in table._asdict().items()}
     return {**self.encode(caption, noun), **numbers}
 

@@ -4,7 +4,6 @@ Training and drawing both come here, once for each text encoder with that encode
 SDXL's two pad differently, and the same text may have other tokens for each.
 """
 
-import re
 import threading
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -13,6 +12,7 @@ import numpy as np
 from jaxtyping import Int
 
 from data_pipeline.errors import DataError
+from data_pipeline.words import find_noun
 
 LONG_PROMPTS = ("cut", "chunk", "error")
 _LOCK = threading.Lock()  # fast tokenizers refuse to be used by two threads at once
@@ -106,9 +106,7 @@ def tokenize(
 
 def _find(prompt: str, class_noun: str, occurrence: int) -> tuple[int, int]:
   """The characters [start, end) of the noun's occurrence number `occurrence`, from 0."""
-  words = class_noun.split()
-  pattern = r"(?<!\w)" + r"\s+".join(map(re.escape, words)) + r"(?!\w)"
-  matches = list(re.finditer(pattern, prompt, re.IGNORECASE)) if words else []
+  matches = find_noun(prompt, class_noun)
   if not matches:
     raise DataError(
         f"the prompt {prompt!r} does not contain the class noun {class_noun!r}; "

@@ -23,6 +23,8 @@ import data_pipeline
 from data_pipeline.errors import DataError
 from data_pipeline.objects import __main__ as command
 from data_pipeline.objects import catalogue, dataset, mesh, nouns, scene, worker
+from data_pipeline.subjects3d import factors
+from data_pipeline.words import with_article
 
 trimesh = pytest.importorskip("trimesh", reason="trimesh reads 3D models; pip install trimesh")
 ROOT = Path(__file__).parents[1]
@@ -217,10 +219,12 @@ def test_nouns(name, noun):
 
 def test_articles():
   words = ["armchair", "umbrella", "unicycle", "scissors", "glass", "bus", "teapot", "hourglass"]
-  assert [nouns.with_article(word) for word in words] == [
+  assert [with_article(word) for word in words] == [
     "an armchair", "an umbrella", "a unicycle", "scissors", "a glass", "a bus", "a teapot",
     "an hourglass",
   ]  # fmt: skip
+  for noun in factors.CLASSES:  # the captions of the rendered world stay what they were
+    assert with_article(noun) == f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
 
 
 CATALOGUE = """

@@ -23,8 +23,10 @@ from data_pipeline.errors import DataError
 from data_pipeline.manifest import FrameRow, Manifest, SubjectRow
 from data_pipeline.prepare import __main__ as command
 from data_pipeline.prepare import copies, inputs, parts
-from data_pipeline.prepare.frames import crop_box, has_noun, nearest_bucket
+from data_pipeline.prepare.frames import crop_box, nearest_bucket
 from data_pipeline.prepare.settings import Settings
+from data_pipeline.readers import texts
+from data_pipeline.words import find_noun
 
 ROOT = Path(__file__).parent.parent
 SIDES = (60, 80)  # height, width
@@ -327,16 +329,16 @@ def test_what_is_seen_in_one_photograph_are_no_copies(prepare, tmp_path):
 
 def test_captions_that_readers_fill_in_are_missing_ones(prepare, tmp_path):
   layouts.pictures(tmp_path / "in")
-  texts = {}
+  said = {}
   for name, settings in dict(template=dict(caption_template="{a} {noun}, as it is"),
                              captioner=dict(captioner="test_prepare:capitals")).items():
     folder = prepare(tmp_path / "in", tmp_path / "out", name=name, copy_bits=-1, **settings)
-    texts[name] = [list(records(folder)[0].captions(f)) for f in range(3)]
+    said[name] = [list(records(folder)[0].captions(f)) for f in range(3)]
     counts = json.loads((folder / "manifest.json").read_text())["counts"]
     assert counts["captions"] == {"given": 2, name: 4}
-  assert texts["template"] == [["a blue mug, as it is"], ["a blue mug in the snow"],
-                               ["a blue mug, as it is"]]
-  assert texts["captioner"][0] == ["BLUE MUG of 40 rows"]
+  assert said["template"] == [["a blue mug, as it is"], ["a blue mug in the snow"],
+                              ["a blue mug, as it is"]]
+  assert said["captioner"][0] == ["BLUE MUG of 40 rows"]
 
 
 def test_copies_are_those_that_a_look_at_all_pairs_finds():
@@ -393,9 +395,13 @@ def test_buckets_are_sdxls():
 
 
 def test_a_noun_counts_as_words_of_its_own():
-  assert has_noun("The  Teddy Bear sits", "teddy bear") and has_noun("a cup.", "cup")
-  assert not has_noun("two cups", "cup") and not has_noun("a teddy, a bear", "teddy bear")
-  assert Settings("a").template_caption("orange") == "a photo of an orange"
+  assert find_noun("The  Teddy Bear sits", "teddy bear") and find_noun("a cup.", "cup")
+  assert not find_noun("two cups", "cup") and not find_noun("a teddy, a bear", "teddy bear")
+  for noun, thing in (("orange", "an orange"), ("unicycle", "a unicycle"), ("cactus", "a cactus"),
+                      ("scissors", "scissors")):
+    # What readers fill in, and the template makes where they do not.
+    assert Settings("a").template_caption(noun) == f"a photo of {thing}"
+    assert texts.plain_caption(noun) == f"a photo of {thing}"
 
 
 def test_groups_are_of_whole_subjects():

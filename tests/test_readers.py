@@ -439,6 +439,8 @@ def test_held_out_subjects_and_features_beside_the_data(written):
   data = config(source="captures", name=str(root), layout="auto", holdout_subjects=1)
   (held_out,) = data_pipeline.heldout_subjects(data, 5)
   assert held_out.held_out and held_out.class_noun == nouns[held_out.name]
+  del data.layout  # a config of before
+  assert data_pipeline.heldout_subjects(data, 5)[0].name == held_out.name
   subjects = readers.read(str(root)).subjects
   assert str(subjects.features_folder) == f"{root}_features"
   assert subjects.fingerprint() == readers.read(str(root)).subjects.fingerprint()

@@ -1,4 +1,4 @@
-"""The class noun and the article of a model's name: 'Wooden desk 2' is a desk."""
+"""The class noun of a model's name: 'Wooden desk 2' is a desk."""
 
 import re
 
@@ -19,9 +19,6 @@ _NEED_COMPANY = frozenset((
   "bear pool living room projector scale cake tower lift pin paper towel"
 ).split())  # fmt: skip
 _CUT = re.compile(r"\b(with|without|for|of|in|on|at|by|under|from|and)\b|[,:;(\[/]|\s[-–]\s")
-_SINGULAR_IN_S = ("bus", "cactus", "ficus", "christmas", "iris", "chess", "tennis", "lens",
-                  "canvas", "gas")
-_VOWEL_SOUND = re.compile(r"(?!(uni|use|uti|eu|one))[aeiou]|hour", re.IGNORECASE)
 
 
 def spaced(name: str) -> str:
@@ -51,11 +48,3 @@ def class_noun(name: str) -> str:
   if len(words) > 1 and words[-1] in _NEED_COMPANY and words[-2] not in _ADJECTIVES:
     return " ".join(words[-2:])
   return words[-1]
-
-
-def with_article(noun: str) -> str:
-  """'a chair', 'an armchair', and 'scissors' as it is."""
-  last = noun.split()[-1]
-  if last.endswith("s") and not last.endswith("ss") and last not in _SINGULAR_IN_S:
-    return noun
-  return ("an " if _VOWEL_SOUND.match(noun) else "a ") + noun

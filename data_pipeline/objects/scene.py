@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from data_pipeline import sampling
-from data_pipeline.objects.nouns import with_article
+from data_pipeline.words import with_article
 
 # Ground and back are patterns of shaders.py. A caption draws one of the phrases.
 GROUNDS = ("plain", "wood", "grass", "sand", "snow", "asphalt", "tiles", "carpet", "meadow")

@@ -2,7 +2,6 @@
 
 import dataclasses
 import io
-import re
 from collections.abc import Callable
 
 import numpy as np
@@ -16,6 +15,7 @@ from data_pipeline.prepare.copies import picture_hash
 from data_pipeline.prepare.settings import Settings
 from data_pipeline.readers import texts
 from data_pipeline.segment import Segmenter
+from data_pipeline.words import find_noun
 
 # Why frames are left out. Those of BAD count for max_bad_share; the others are choices.
 UNUSABLE, NO_SUBJECT, ONE_FRAME = "unusable", "no subject found", "subject with one frame"
@@ -110,19 +110,13 @@ class FramePreparer:
       captions, source = [" ".join(str(self._captioner(picture, noun)).split())], "captioner"
     elif not captions:
       captions, source = [self._settings.template_caption(noun)], "template"
-    with_noun = tuple(text if has_noun(text, noun) else f"{noun}, {text}" for text in captions)
+    with_noun = tuple(text if find_noun(text, noun) else f"{noun}, {text}" for text in captions)
     return with_noun, source if with_noun == tuple(captions) else f"{source}, noun added"
 
   def _encode(self, image: Image.Image) -> bytes:
     if self._settings.encoding == "png":
       return _encoded(image, "PNG")
     return _encoded(image, "JPEG", quality=95, subsampling=0)
-
-
-def has_noun(caption: str, noun: str) -> bool:
-  """Whether the class noun is in the caption, as words of their own; capitals do not matter."""
-  words = r"\s+".join(map(re.escape, noun.split()))
-  return re.search(rf"(?<!\w){words}(?!\w)", caption, re.IGNORECASE) is not None
 
 
 def crop_box(

@@ -8,6 +8,7 @@ from typing import Any
 
 from data_pipeline import sampling
 from data_pipeline.errors import DataError
+from data_pipeline.words import with_article
 
 FILE_FORMATS = ("tfrecord", "array_record")
 ENCODINGS = ("jpeg", "png")
@@ -75,8 +76,8 @@ class Settings:
 
   def template_caption(self, noun: str) -> str:
     """The template's caption of a class noun."""
-    article = "an" if noun[:1].lower() in "aeiou" else "a"
-    return self.caption_template.format(noun=noun, a=article)
+    article = with_article(noun).removesuffix(noun).strip()  # of scissors there is none
+    return " ".join(self.caption_template.format(noun=noun, a=article).split())
 
   def load_captioner(self) -> Callable[[Any, str], str] | None:
     """The captioner's function; None where none is named. DataError: it cannot be imported."""

@@ -129,7 +129,8 @@ def open_captures(data_config, split: str = "train") -> "SubjectSet":
   A run asks several times, and listing a large set takes minutes: the last one is kept.
   """
   share = sampling.check_bad_share(data_config.max_bad_share)
-  return _read_once(data_config.name, getattr(data_config, "layout", "auto"), split, share).subjects
+  layout = getattr(data_config, "layout", "auto")  # configs of before lack it
+  return _read_once(data_config.name, layout, split, share).subjects
 
 
 @functools.lru_cache(maxsize=1)

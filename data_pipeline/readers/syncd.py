@@ -27,12 +27,7 @@ NOTES = ("SynCD names no class nouns: every subject is an 'object'; its pictures
 
 def recognise(root: epath.Path, inside: list[epath.Path]) -> bool:
   """Whether it, or a folder in it, has the metadata: other programs have files of that name."""
-  for folder in (root, *(path for path in inside if path.is_dir())):
-    for file in _metadata(folder):
-      groups = texts.read_json(folder / file)
-      if isinstance(groups, list) and groups and isinstance(groups[0], dict):
-        return {"filenames", "prompts"} <= groups[0].keys()
-  return False
+  return any(_metadata(folder) for folder in (root, *(p for p in inside if p.is_dir())))
 
 
 def _metadata(folder: epath.Path) -> list[str]:
@@ -44,7 +39,7 @@ def _metadata(folder: epath.Path) -> list[str]:
 
 
 def _has_groups(file: epath.Path) -> bool:
-  """Whether it is a list that begins with a group of pictures; others name files so, too."""
+  """Whether it is a list that begins with a group of pictures; not all of it is read."""
   try:
     with file.open("rb") as opened:
       text = opened.read(_FIRST).decode(errors="replace").lstrip()

@@ -11,28 +11,24 @@ from etils import epath
 
 from data_pipeline.errors import DataError
 from data_pipeline.tokens import TooLongError
+from data_pipeline.words import find_noun, with_article
 
 _PLACEHOLDER = re.compile(r"\b(this|the) (item|object)\b", re.IGNORECASE)
 
 
-def article(noun: str) -> str:
-  """'an apple', 'a pear'."""
-  return f"{'an' if noun[:1].lower() in tuple('aeiou') else 'a'} {noun}"
-
-
 def plain_caption(noun: str) -> str:
   """Of a frame of which nothing is said."""
-  return f"a photo of {article(noun)}"
+  return f"a photo of {with_article(noun)}"
 
 
 def with_noun(caption: str, noun: str) -> str:
   """The caption, which names the noun as a whole word: 'this item' is it, else it comes first."""
   caption = " ".join(caption.split())
-  if re.search(rf"(?<!\w){re.escape(noun)}(?!\w)", caption, re.IGNORECASE):
+  if find_noun(caption, noun):
     return caption
   if _PLACEHOLDER.search(caption):
     return _PLACEHOLDER.sub(lambda match: f"{match[1]} {noun}", caption, count=1)
-  return f"{article(noun)}: {caption}" if caption else plain_caption(noun)
+  return f"{with_article(noun)}: {caption}" if caption else plain_caption(noun)
 
 
 def clean_noun(text: str) -> str:
@@ -60,7 +56,7 @@ def shortened(encode: Callable[[str, str], Any]) -> Callable[[str, str], Any]:
       logging.WARNING, "captions that are too long lose their end: %s", 1, too_long)
     words = caption.split()
     shorter = [" ".join(words[:count]).rstrip(" ,;:") for count in range(len(words) - 1, 0, -1)]
-    for text in (*shorter, article(noun)):
+    for text in (*shorter, with_article(noun)):
       try:
         return encode(text, noun)
       except DataError:  # still too long, or without the noun
